@@ -1,0 +1,70 @@
+"""Writes the demo's `train.jsonl`, `heldout.jsonl` and prompt files from a folder of public data sets.
+
+    python checkpoints/demo/prepare.py DATA OUT
+
+DATA holds gsm8k/train.jsonl, tinystories/stories.jsonl, mbpp/mbpp.jsonl and books/books.jsonl.gz. The
+last 500 stories, MBPP tasks above 400 and every GSM8K test problem stay out of the training text.
+"""
+
+import argparse
+import gzip
+import json
+import random
+from pathlib import Path
+
+BOOK_SHARE = 0.05  # of the training characters
+HELDOUT_EVERY = 50  # one document in so many is held out of training
+
+
+def read(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def problem(record: dict) -> str:
+    return f"Question: {record['question'].strip()}\nAnswer: {record['answer'].strip()}"
+
+
+def task(record: dict) -> str:
+    code = record["code"].replace("\r\n", "\n").replace("\t", "    ").strip()
+    return f"Task: {record['text'].strip()}\nCode:\n{code}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    rng = random.Random(0)
+
+    texts = [row["text"].strip() for row in read(args.data / "tinystories/stories.jsonl")[:-500]]
+    texts += [problem(row) for row in read(args.data / "gsm8k/train.jsonl")]
+    mbpp = read(args.data / "mbpp/mbpp.jsonl")
+    texts += [task(row) for row in mbpp if row["task_id"] <= 400]
+    rng.shuffle(texts)
+    heldout, train = texts[::HELDOUT_EVERY], []
+    for index, text in enumerate(texts):
+        if index % HELDOUT_EVERY:
+            train.append(text)
+
+    with gzip.open(args.data / "books/books.jsonl.gz", "rt", encoding="utf-8") as lines:
+        books = [json.loads(line)["text"] for line in lines]
+    wanted = int(sum(map(len, train)) * BOOK_SHARE / (1 - BOOK_SHARE))
+    while wanted > 0:
+        book = rng.choice(books)
+        start = rng.randrange(max(1, len(book) - 2000))
+        passage = book[start : start + 2000].partition(". ")[2].strip()
+        train.append(passage)
+        wanted -= len(passage)
+    rng.shuffle(train)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", train), ("heldout", heldout)):
+        with (args.out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for text in rows:
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        print(f"{name}: {len(rows)} documents, {sum(map(len, rows)):,} characters")
+
+
+if __name__ == "__main__":
+    main()

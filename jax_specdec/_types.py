@@ -1,0 +1,10 @@
+"""Axis letters, used in every signature:
+
+`B` batch, `T` tree nodes including the root, `S` cache slots, `L` layers, `N` query heads, `K` key/value
+heads, `G = N/K`, `D` head dim, `E` embed, `F` mlp, `V` vocabulary, `P` tokens on the longest path
+(root excluded), `W = ceil(T/32)` bitmask words, `C` text capacity, `O` proposers.
+"""
+
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+__all__ = ["Array", "Bool", "Float", "Int", "UInt"]

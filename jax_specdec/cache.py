@@ -1,0 +1,118 @@
+"""The KV cache: committed keys and values only, one ragged length per row.
+
+Drafts are not written here. Verification receives their keys and values beside the cache, and
+`commit` writes the accepted path once, so rejecting a draft costs nothing.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+# Up to this many rows a commit is one dynamic_update_slice per row, which XLA keeps in place; beyond
+# it one dropping scatter, so that the program does not grow with the batch.
+_MAX_UPDATE_SLICES = 16
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of the committed tokens.
+
+    Attributes:
+      k, v: a tuple of L arrays `[B, K, S, D]`, or one stacked array `[L, B, K, S, D]` where layers
+        are scanned.
+      length: `int32[B]`, committed slots of each row; what lies behind them is garbage.
+    """
+
+    k: Any
+    v: Any
+    length: Array
+
+    @property
+    def stacked(self) -> bool:
+        return not isinstance(self.k, tuple)
+
+    @property
+    def slots(self) -> int:
+        return (self.k if self.stacked else self.k[0]).shape[-2]
+
+
+def init_cache(
+    num_layers: int,
+    batch: int,
+    num_kv_heads: int,
+    slots: int,
+    head_dim: int,
+    dtype: Any,
+    *,
+    stacked: bool = False,
+) -> KVCache:
+    """An empty cache. `slots` is the capacity plus the widest draft: see `commit`."""
+    shape = (batch, num_kv_heads, slots, head_dim)
+    if stacked:
+        k, v = (jnp.zeros((num_layers, *shape), dtype) for _ in range(2))
+    else:
+        k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)) for _ in range(2))
+    return KVCache(k=k, v=v, length=jnp.zeros((batch,), jnp.int32))
+
+
+def write_rows(cache: Array, new: Array, start: Array) -> Array:
+    """Writes `new [..., B, K, P, D]` into `cache [..., B, K, S, D]` at slot `start[b]` of row b."""
+    batch = start.shape[0]
+    if batch <= _MAX_UPDATE_SLICES:
+        axis = cache.ndim - 4
+        zero = jnp.zeros((), jnp.int32)
+        for b in range(batch):
+            row = lax.slice_in_dim(new, b, b + 1, axis=axis)
+            index = [zero] * cache.ndim
+            index[axis], index[-2] = jnp.int32(b), start[b]
+            cache = lax.dynamic_update_slice(cache, row, index)
+        return cache
+    slot = start[:, None] + jnp.arange(new.shape[-2], dtype=jnp.int32)[None]  # [B, P]
+    row = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    if cache.ndim == 4:
+        value = jnp.transpose(new, (0, 2, 1, 3))  # [B, P, K, D]: advanced indices come first
+        return cache.at[row, :, slot, :].set(value, mode="drop")
+    value = jnp.transpose(new, (1, 3, 0, 2, 4))
+    return cache.at[:, row, :, slot, :].set(value, mode="drop")
+
+
+def commit(
+    cache: KVCache, new_kv: tuple[Any, Any], count: Array, path: Array | None = None
+) -> KVCache:
+    """Appends the accepted path of a verified draft to every layer.
+
+    Args:
+      cache: its buffers should be donated or carried by a loop, so that the write is in place.
+      new_kv: keys and values of the T verified nodes, per layer `[B, T, K, D]` (or stacked
+        `[L, B, T, K, D]`).
+      count: `int32[B]`, how many nodes of the path are accepted, root included; 0 leaves a row as
+        it is.
+      path: `int32[B, P]`, node index at each depth, or None where the draft is a chain, whose path is
+        contiguous already.
+
+    The slots behind the accepted ones are overwritten with garbage, so a cache needs as many spare
+    slots as the draft is wide: `dynamic_update_slice` would clamp, and move the write onto live keys.
+    """
+
+    def rows(new: Array) -> Array:
+        if path is not None:
+            index = path[..., None, None]
+            index = index[None] if new.ndim == 5 else index
+            new = jnp.take_along_axis(new, index, axis=-3)
+        return jnp.swapaxes(new, -3, -2)  # [..., B, K, P, D]
+
+    def write(old: Array, new: Array) -> Array:
+        return write_rows(old, rows(new).astype(old.dtype), cache.length)
+
+    k, v = new_kv
+    if cache.stacked:
+        new_k, new_v = write(cache.k, k), write(cache.v, v)
+    else:
+        new_k = tuple(write(old, new) for old, new in zip(cache.k, k, strict=True))
+        new_v = tuple(write(old, new) for old, new in zip(cache.v, v, strict=True))
+    return cache.replace(k=new_k, v=new_v, length=cache.length + count)

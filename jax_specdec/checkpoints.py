@@ -1,0 +1,526 @@
+"""Checkpoints in Hugging Face format: load, save, convert, and what they take in memory.
+
+Tensors are read in pieces into the array that they end in, so loading takes little more memory than
+the parameters. Only safetensors are read: no pickles, and no code from a checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jax_specdec.errors import RunError, UserError
+from jax_specdec.models.config import ModelConfig
+from jax_specdec.models.decoder import Decoder, Params
+from jax_specdec.models.hf import (
+    IGNORED,
+    Weight,
+    config_from_hf,
+    config_to_hf,
+    token_ids,
+    weight_names,
+)
+
+Array = jax.Array
+LayerLoop = Literal["unroll", "scan"]
+Place = Callable[[tuple[str | int, ...], np.ndarray], Array]
+
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+MAX_SHARD_BYTES = 2 * 10**9
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_MAX_LISTED = 20
+# Rows copied at a time: few enough that the strided side of a transposition stays in cache, which is
+# six times as fast as one assignment.
+_ROWS = 32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
+    """A loaded model.
+
+    Attributes:
+      tokenizer: a transformers tokenizer, or None where none was asked for.
+      path: the folder it was loaded from.
+    """
+
+    decoder: Decoder
+    params: Params
+    tokenizer: Any
+    path: Path
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.decoder.config
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+
+def load_target(
+    source: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    layer_loop: LayerLoop | None = None,
+    tokenizer: bool = True,
+) -> Target:
+    """Loads a model and its tokenizer.
+
+    Args:
+      source: a folder, or a model id of the Hugging Face hub.
+      dtype: of parameters and computation; None is the checkpoint's on accelerators and float32 on
+        CPU.
+      layer_loop: see `Decoder`; None is `unroll`, the faster one for decoding.
+      tokenizer: False leaves it out.
+
+    Raises:
+      UserError: nothing there, or something that is not supported or does not fit together.
+    """
+    folder = find_checkpoint(source)
+    config = load_config(folder)
+    tensors = _open_tensors(folder)
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else _stored_dtype(folder, tensors)
+    decoder = _make_decoder(config, dtype, layer_loop or "unroll")
+    loaded = load_tokenizer(folder) if tokenizer else None  # first, because it is quick to fail
+    check_fits(memory_plan(config, decoder.dtype, batch=0, slots=0), available_memory())
+    params = _read_params(folder, tensors, decoder, None)
+    return Target(decoder, params, loaded, folder)
+
+
+def find_checkpoint(source: str | os.PathLike[str]) -> Path:
+    """The local folder of a path or hub id, downloaded where needed.
+
+    Raises:
+      UserError: neither a folder here nor a model that can be fetched.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise UserError(f"{source} is a file; name the folder that holds it and config.json.")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)):
+        raise UserError(f"There is no folder {source}.")
+    import huggingface_hub
+
+    try:
+        path = huggingface_hub.snapshot_download(str(source), allow_patterns=list(HUB_PATTERNS))
+    except Exception as error:  # HTTP clients, proxies and caches fail in too many ways to list
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{source} is no folder here and could not be fetched from the Hugging Face hub: {reason}"
+        ) from error
+    return Path(path)
+
+
+def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
+    """Reads `config.json`, and the end-of-text ids of `generation_config.json`.
+
+    Raises:
+      UserError: it is missing, broken or describes something that is not supported.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}.")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no checkpoint: it has no config.json.")
+    generation = folder / "generation_config.json"
+    return config_from_hf(
+        _read_json(folder / "config.json"), _read_json(generation) if generation.is_file() else None
+    )
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
+    """Loads the tokenizer of a checkpoint from its own files.
+
+    Raises:
+      UserError: it has none, or transformers cannot load it.
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise UserError(f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model.")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise bare Exception for a bad file
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"The tokenizer in {folder} cannot be loaded: {reason}") from error
+
+
+def load_params(
+    folder: str | os.PathLike[str],
+    config: ModelConfig,
+    dtype: Any = None,
+    layer_loop: LayerLoop = "unroll",
+    *,
+    place: Place | None = None,
+) -> Params:
+    """Loads parameters alone.
+
+    Args:
+      dtype: None is the checkpoint's.
+      place: puts one array of the tree on its devices, given its path (`("layers", 3, "qkv")`, or
+        `("layers", "qkv")` where layers are scanned) and its value; default `jax.device_put`.
+
+    Raises:
+      UserError: keys or shapes differ from what `config` needs; all of them are listed.
+    """
+    folder = Path(folder)
+    tensors = _open_tensors(folder)
+    decoder = _make_decoder(config, dtype or _stored_dtype(folder, tensors), layer_loop)
+    return _read_params(folder, tensors, decoder, place)
+
+
+def save_pretrained(
+    folder: str | os.PathLike[str],
+    config: ModelConfig,
+    params: Params,
+    *,
+    dtype: Any,
+    tokenizer: Any = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a folder that transformers loads.
+
+    A folder that exists keeps its other files; its weights are replaced. Everything is written beside
+    it first, so that a failure leaves what was there.
+
+    Args:
+      params: in either layer layout. dtype: of the file.
+      tokenizer: a transformers tokenizer, or a folder whose tokenizer files are copied as they are.
+      max_shard_bytes: larger checkpoints are split, with an index.
+
+    Raises:
+      UserError: the family cannot express `config`. RunError: the disk is full or read-only.
+    """
+    dtype = jnp.dtype(dtype)
+    hf = config_to_hf(config, dtype)
+    from transformers import __version__ as version
+
+    with _new_folder(Path(folder)) as new:
+        _write_json(new / "config.json", {**hf, "transformers_version": version})
+        ids = {key: value for key, value in token_ids(config).items() if value is not None}
+        _write_json(
+            new / "generation_config.json",
+            {"_from_model_config": True, **ids, "transformers_version": version},
+        )
+        _write_tensors(new, weight_names(config), params, dtype, max_shard_bytes)
+        if isinstance(tokenizer, (str, os.PathLike)):
+            for name in TOKENIZER_FILES:
+                if (Path(tokenizer) / name).is_file():
+                    shutil.copyfile(Path(tokenizer) / name, new / name)
+        elif tokenizer is not None:
+            tokenizer.save_pretrained(str(new))
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Loads a checkpoint and writes it again, in `dtype` (None: as it is) and new shards.
+
+    Raises:
+      UserError: as `load_target`. RunError: as `save_pretrained`.
+    """
+    folder = find_checkpoint(source)
+    config = load_config(folder)
+    dtype = jnp.dtype(dtype or _stored_dtype(folder, _open_tensors(folder)))
+    params = load_params(folder, config, dtype)
+    save_pretrained(
+        out, config, params, dtype=dtype, tokenizer=folder, max_shard_bytes=max_shard_bytes
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that decoding needs; activations, a few MiB, are left out."""
+
+    parameters: int
+    cache: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.cache + self.logits
+
+
+def memory_plan(
+    config: ModelConfig, dtype: Any, batch: int, slots: int, *, width: int = 1
+) -> MemoryPlan:
+    """What a model takes, before anything is allocated.
+
+    Args:
+      batch: rows. slots: cache slots of each. width: new tokens or tree nodes of each in one forward.
+    """
+    size = jnp.dtype(dtype).itemsize
+    cache = 2 * config.num_layers * batch * config.num_kv_heads * slots * config.head_dim * size
+    return MemoryPlan(
+        parameters=config.parameter_count() * size,
+        cache=cache,
+        logits=batch * width * config.vocab_size * 4,
+    )
+
+
+def available_memory(device: jax.Device | None = None) -> int | None:
+    """Free bytes of `device` (default: the first one), or None where it does not say."""
+    device = device or jax.local_devices()[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    if device.platform == "cpu" and Path("/proc/meminfo").is_file():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        return int(found[1]) * 1024 if found else None
+    return None
+
+
+def check_fits(plan: MemoryPlan, available: int | None) -> None:
+    """Raises UserError where `plan` needs more than `available` bytes; None is unknown and passes."""
+    if available is None or plan.total <= available:
+        return
+    parts = {"parameters": plan.parameters, "cache": plan.cache, "logits": plan.logits}
+    listed = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size)
+    raise UserError(
+        f"This needs {_gib(plan.total)} ({listed}) but {_gib(available)} are free: use a narrower "
+        "dtype, a smaller batch or a shorter context."
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _make_decoder(config: ModelConfig, dtype: Any, layer_loop: LayerLoop) -> Decoder:
+    try:
+        return Decoder(config, dtype, layer_loop)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"The model cannot be loaded so: {error}.") from error
+
+
+def _open_tensors(folder: Path) -> dict[str, Any]:
+    """Tensor name -> open file that holds it. Nothing is read but headers.
+
+    Raises:
+      UserError: no weights, a shard that is missing, or a file that is broken.
+    """
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        files = ["model.safetensors"]
+    elif index.is_file():
+        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    elif any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+        raise UserError(
+            f"{folder} holds pickled weights, which can run code and are not read: convert them to "
+            "safetensors first (save_pretrained of transformers writes them)."
+        )
+    else:
+        raise UserError(f"{folder} holds no weights: there is no model.safetensors.")
+    absent = [name for name in files if not (folder / name).is_file()]
+    if absent or not files:
+        what = f"{len(absent)} of {len(files)} files that its index names, first {absent[0]}"
+        raise UserError(f"{folder} lacks {what if absent else 'any file in its index'}.")
+    tensors = {}
+    for name in files:
+        try:
+            file = safe_open(folder / name, "np")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{folder / name} is truncated or damaged ({error}).") from error
+        tensors.update(dict.fromkeys(file.keys(), file))
+    return tensors
+
+
+def _stored_dtype(folder: Path, tensors: dict[str, Any]) -> str:
+    name = "model.embed_tokens.weight"
+    if name not in tensors:
+        raise UserError(f"{folder} lacks {name}: it holds no Llama-family language model.")
+    stored = tensors[name].get_slice(name).get_dtype()
+    if stored not in _DTYPES:
+        raise UserError(f"{folder} stores weights as {stored}; {', '.join(_DTYPES)} are supported.")
+    return _DTYPES[stored]
+
+
+def _check_tensors(folder: Path, tensors: dict[str, Any], config: ModelConfig) -> None:
+    """Every difference from `weight_names` in one error."""
+    expected = weight_names(config)
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    for name in sorted(tensors.keys() - expected.keys()):
+        if not IGNORED.fullmatch(name) and not (config.tied_head and name == "lm_head.weight"):
+            problems.append(f"unexpected {name}")
+    for name in expected.keys() & tensors.keys():
+        view = tensors[name].get_slice(name)
+        shape, dtype = tuple(view.get_shape()), view.get_dtype()
+        if shape != expected[name].shape:
+            problems.append(f"{name} has shape {shape} instead of {expected[name].shape}")
+        elif dtype not in _DTYPES:
+            problems.append(f"{name} is stored as {dtype} instead of {', '.join(_DTYPES)}")
+    if problems:
+        rest = len(problems) - _MAX_LISTED
+        listed = "; ".join(problems[:_MAX_LISTED]) + (f"; and {rest} more" if rest > 0 else "")
+        raise UserError(f"{folder} does not hold what its config.json describes: {listed}.")
+
+
+def _read_params(
+    folder: Path, tensors: dict[str, Any], decoder: Decoder, place: Place | None
+) -> Params:
+    config = decoder.config
+    _check_tensors(folder, tensors, config)
+    place = place or (lambda path, value: jax.device_put(value))
+    scan = decoder.layer_loop == "scan"
+
+    leaves: dict[tuple, dict[str, Weight]] = {}  # our arrays, and the tensors that each is made of
+    for name, weight in weight_names(config).items():
+        path = ("layers", weight.path[2]) if scan and len(weight.path) == 3 else weight.path
+        leaves.setdefault(path, {})[name] = weight
+
+    params: Params = {"layers": {} if scan else tuple({} for _ in range(config.num_layers))}
+    for path, parts in leaves.items():
+        shape: tuple[int, ...] = ()
+        for weight in parts.values():
+            *rows, columns = weight.part
+            shape = (*rows, weight.start + columns)
+        stacked = scan and path[0] == "layers"
+        host = _aligned((config.num_layers, *shape) if stacked else shape, decoder.dtype)
+        for name, weight in parts.items():
+            part = host[weight.path[1]] if stacked else host
+            part = part[..., weight.start : weight.start + weight.part[-1]]
+            _read_into(part, tensors[name].get_slice(name), weight.transposed)
+        parent = params
+        for key in path[:-1]:
+            parent = parent[key]
+        # Transfers run ahead of us otherwise, and each holds its host buffer.
+        parent[path[-1]] = jax.block_until_ready(place(path, host))
+    return params
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An uninitialised array that the CPU back-end takes over as it is, without a copy."""
+    size = math.prod(shape) * jnp.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _read_into(part: np.ndarray, file_slice: Any, transposed: bool) -> None:
+    """Copies a tensor of a file into `part`, some rows at a time."""
+    length = file_slice.get_shape()[0]
+    for start in range(0, length, _ROWS):
+        rows = slice(start, min(start + _ROWS, length))
+        piece = file_slice[rows]
+        _assign(part[:, rows] if transposed else part[rows], piece.T if transposed else piece)
+
+
+def _assign(to: np.ndarray, value: np.ndarray) -> None:
+    if to.dtype == value.dtype and to.itemsize == 2:
+        # As integers: numpy moves bfloat16, which it does not know, element by element.
+        to, value = to.view(np.uint16), value.view(np.uint16)
+    to[...] = value
+
+
+def _write_tensors(
+    folder: Path,
+    weights: dict[str, Weight],
+    params: Params,
+    dtype: Any,
+    max_shard_bytes: int,
+) -> None:
+    sizes = {name: math.prod(weight.shape) * dtype.itemsize for name, weight in weights.items()}
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > max_shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    for file, names in zip(files, shards, strict=True):
+        values = {name: _tensor(params, name, weights[name], dtype) for name in names}
+        save_file(values, folder / file, metadata={"format": "pt"})
+        # safetensors makes its files readable by their owner alone, whatever the umask.
+        shutil.copymode(folder / "config.json", folder / file)
+    if len(shards) > 1:
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = {"total_size": sum(sizes.values())}
+        _write_json(
+            folder / "model.safetensors.index.json", {"metadata": total, "weight_map": where}
+        )
+
+
+def _tensor(params: Params, name: str, weight: Weight, dtype: Any) -> np.ndarray:
+    """One tensor as the file has it, from either layer layout."""
+    leaf: Any = params
+    if len(weight.path) == 3 and not isinstance(params["layers"], tuple):
+        leaf = np.asarray(params["layers"][weight.path[2]])[weight.path[1]]
+    else:
+        for key in weight.path:
+            leaf = leaf[key]
+    part = np.asarray(leaf)[..., weight.start : weight.start + weight.part[-1]]
+    if part.shape != weight.part:
+        raise ValueError(f"{name} would be {part.shape}, but its configuration says {weight.part}")
+    out = np.empty(weight.shape, dtype)
+    for start in range(0, len(out), _ROWS):
+        rows = slice(start, start + _ROWS)
+        _assign(out[rows], part[:, rows].T if weight.transposed else part[rows])
+    return out
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes `folder`, or moves into it, when all went well."""
+    new = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if not folder.exists():
+            new.rename(folder)
+        else:
+            for old in folder.glob("model*.safetensors*"):  # a mixture of old and new would load
+                old.unlink()
+            for path in new.iterdir():
+                os.replace(path, folder / path.name)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{folder} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object.")
+    return value
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,103 @@
+"""`lm`: a smaller decoder with the target's vocabulary drafts a chain, token by token."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import lax
+
+from jax_specdec import cache as kv
+from jax_specdec.drafters.base import ChainDrafter, rollback
+from jax_specdec.models.decoder import Decoder
+from jax_specdec.prefill import read_text
+from jax_specdec.sampling import law, warp
+from jax_specdec.tree import TOP, chain
+
+# A drafter lags by one or two tokens after a normal round; the first step of a draft reads that many.
+CATCH_UP = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LmDrafter(ChainDrafter):
+    """Draft-model speculation (Leviathan et al., arXiv 2211.17192).
+
+    Attributes:
+      length: tokens per draft.
+      proposal: `matched` draws with the shared noise, which agrees with the target most often;
+        `greedy` proposes the argmax at every temperature.
+    """
+
+    decoder: Decoder
+    length: int
+    name: str = "lm"
+    proposal: Literal["matched", "greedy"] = "matched"
+
+    def init(self, batch, capacity):
+        c = self.decoder.config
+        return {
+            self.name: kv.init_cache(
+                c.num_layers,
+                batch,
+                c.num_kv_heads,
+                capacity + CATCH_UP,
+                c.head_dim,
+                self.decoder.dtype,
+                stacked=self.decoder.layer_loop == "scan",
+            )
+        }
+
+    def extend(self, params, states, text, view):
+        del view
+        # The last two tokens are left to the first step of the draft, which needs their logits.
+        upto = jnp.maximum(text.length - CATCH_UP, 0)
+        cache = read_text(self.decoder, params[self.name], states[self.name], text.tokens, upto)
+        return {**states, self.name: cache}
+
+    def draft(self, params, states, text, view, sampling, noise, active, room):
+        del active, room
+        weights = params[self.name]
+        cache = self.extend(params, states, text, view)[self.name]
+        batch = text.length.shape[0]
+
+        # First step: the two last tokens. A row with a single token reads it twice at position 0 and
+        # keeps the second answer, whose own key is then the only one it sees.
+        start = jnp.maximum(text.length - CATCH_UP, 0)
+        cache = cache.replace(length=start)
+        position = start[:, None] + jnp.arange(CATCH_UP, dtype=jnp.int32)[None]
+        position = jnp.minimum(position, text.length[:, None] - 1)
+        tokens = jnp.take_along_axis(text.tokens, position, axis=1)
+        out = self.decoder.apply(weights, tokens, position, cache)
+        last = (text.length - 1 - start)[:, None, None]
+        logits = jnp.take_along_axis(out.logits, last, axis=1)  # [B, 1, V]
+        cache = kv.commit(cache, out.new_kv, text.length - start)
+
+        def propose(logits, depth):
+            scores = warp(logits, sampling)
+            if self.proposal == "matched" or noise.return_q:
+                pick = scores + lax.dynamic_slice_in_dim(noise.gumbel, depth, 1, axis=1)
+            else:
+                pick = scores
+            token = jnp.argmax(pick, axis=-1).astype(jnp.int32)  # [B, 1]
+            return token, law(logits, sampling)
+
+        def step(carry, depth):
+            cache, logits = carry
+            token, q = propose(logits, depth)
+            top_probs, top_ids = lax.top_k(q, min(TOP, q.shape[-1]))
+            probability = jnp.take_along_axis(q, token[..., None], axis=-1)[..., 0]
+            item = (token[:, 0], probability[:, 0], top_ids[:, 0], top_probs[:, 0])
+            item = (*item, q[:, 0]) if noise.return_q else item
+            out = self.decoder.apply(weights, token, cache.length[:, None], cache)
+            one = jnp.ones((batch,), jnp.int32)
+            return (kv.commit(cache, out.new_kv, one), out.logits), item
+
+        depth = jnp.arange(self.length, dtype=jnp.int32)
+        (cache, _), items = lax.scan(step, (cache, logits), depth)
+        items = [jnp.swapaxes(x, 0, 1) for x in items]
+        draft = chain(text, items[0], probability=items[1], q=items[4] if noise.return_q else None)
+        return draft, {**states, self.name: cache}
+
+    def commit(self, states, outcome, view):
+        del view
+        cache = states[self.name]
+        return {**states, self.name: cache.replace(length=rollback(cache.length, outcome))}

@@ -1,0 +1,50 @@
+"""`max-gram`: copy what followed the longest earlier occurrence of the text's end."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jax_specdec.drafters.base import ChainDrafter, StatelessDrafter
+from jax_specdec.drafters.bigram import successors
+from jax_specdec.drafters.ngram import Ties, longest_suffix_match
+from jax_specdec.tree import chain
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxGram(ChainDrafter, StatelessDrafter):
+    """Max-Gram (arXiv 2312.11462, section 3 and appendix A), in a clean form.
+
+    The haystack is the text itself, matches end before its last token, the copy extends itself past
+    the end of the text (so a period is continued), and exactly `length` tokens come out of a match.
+
+    Attributes:
+      ties: among equally long matches, the earliest (the paper's code) or the latest.
+      min_match: matches of fewer tokens do not count.
+      fill: name of a bigram table in the parameters that drafts where nothing matched, or None to
+        draft nothing there.
+    """
+
+    length: int
+    name: str = "max-gram"
+    ties: Ties = "latest"
+    min_match: int = 1
+    max_match: int | None = None
+    fill: str | None = None
+
+    def draft(self, params, states, text, view, sampling, noise, active, room):
+        del view, sampling, noise, active, room
+        match, end = longest_suffix_match(
+            text, min_match=self.min_match, max_match=self.max_match, ties=self.ties
+        )
+        step = jnp.arange(self.length, dtype=jnp.int32)[None]
+        # The copy runs into itself after `period` tokens, where it has written what it would read.
+        period = jnp.maximum(text.length - 1 - end, 1)[:, None]
+        source = jnp.minimum(end[:, None] + 1 + step % period, text.tokens.shape[1] - 1)
+        tokens = jnp.take_along_axis(text.tokens, source, axis=1)
+        found = (match > 0)[:, None]
+        if self.fill is not None:
+            tokens = jnp.where(
+                found, tokens, successors(params[self.fill], text.root(), self.length)
+            )
+            found = jnp.ones_like(found)
+        return chain(text, tokens, valid=jnp.broadcast_to(found, tokens.shape)), states

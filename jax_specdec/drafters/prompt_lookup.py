@@ -1,0 +1,35 @@
+"""`prompt-lookup`: copy what followed an earlier occurrence of the last few tokens."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jax_specdec.drafters.base import ChainDrafter, StatelessDrafter
+from jax_specdec.drafters.ngram import longest_suffix_match
+from jax_specdec.tree import chain
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptLookup(ChainDrafter, StatelessDrafter):
+    """Prompt-lookup decoding (Saxena, 2023), as transformers' `prompt_lookup_num_tokens`.
+
+    The longest n-gram of at most `max_ngram` tokens decides, the earliest occurrence wins, and the copy
+    ends with the text.
+    """
+
+    length: int
+    name: str = "prompt-lookup"
+    max_ngram: int = 3
+    min_ngram: int = 1
+
+    def draft(self, params, states, text, view, sampling, noise, active, room):
+        del params, view, sampling, noise, active, room
+        match, end = longest_suffix_match(
+            text, min_match=self.min_ngram, max_match=self.max_ngram, ties="earliest"
+        )
+        step = jnp.arange(self.length, dtype=jnp.int32)[None]
+        source = end[:, None] + 1 + step
+        valid = (match > 0)[:, None] & (source < text.length[:, None])
+        source = jnp.minimum(source, text.tokens.shape[1] - 1)
+        tokens = jnp.take_along_axis(text.tokens, source, axis=1)
+        return chain(text, tokens, valid=valid), states

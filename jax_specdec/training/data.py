@@ -1,0 +1,102 @@
+"""JSONL texts to packed training windows, served by grain with random access.
+
+Every batch is a function of (seed, step) alone, which is what makes resuming exact.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from jax_specdec.errors import UserError
+
+
+def read_jsonl(path: str | Path) -> Iterator[dict]:
+    """The objects of a JSONL file; a line that is not one is named by its number."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: not valid JSON ({error}).") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{path}, line {number}: expected a JSON object.")
+            yield record
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """The `text` field of every record of a JSONL file."""
+    texts = []
+    for number, record in enumerate(read_jsonl(path), 1):
+        if not isinstance(record.get("text"), str):
+            raise UserError(f'{path}, record {number}: expected a string in "text".')
+        texts.append(record["text"])
+    if not texts:
+        raise UserError(f"{path} holds no records.")
+    return texts
+
+
+def encode_documents(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
+    """Token ids of each text with the end-of-text token appended, `int32[n]`."""
+    ids = tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"]
+    return [np.asarray([*row, tokenizer.eos_token_id], np.int32) for row in ids]
+
+
+class PackedWindows:
+    """Documents concatenated and cut into windows of `length + 1` tokens, shuffled every epoch.
+
+    Item i belongs to epoch `i // windows_per_epoch`; its epoch's document order is drawn from
+    (seed, epoch). Documents follow one another without a mask between them, as in GPT-2.
+    """
+
+    def __init__(self, documents: Sequence[np.ndarray], length: int, seed: int, items: int):
+        self._documents = list(documents)
+        self._length = length
+        self._seed = seed
+        self._items = items
+        self.tokens_per_epoch = sum(map(len, self._documents))
+        self._windows = self.tokens_per_epoch // (length + 1)
+        if self._windows < 1:
+            raise UserError(
+                f"The data holds {self.tokens_per_epoch} tokens, fewer than one window of {length + 1}."
+            )
+        self._epoch = -1
+        self._stream = np.zeros((0,), np.int32)
+
+    def __len__(self) -> int:
+        return self._items
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        epoch, window = divmod(int(index), self._windows)
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self._seed, epoch])
+            order = rng.permutation(len(self._documents))
+            stream = np.concatenate([self._documents[i] for i in order])
+            cut = self._windows * (self._length + 1)
+            windows = stream[:cut].reshape(self._windows, self._length + 1)
+            self._stream = windows[rng.permutation(self._windows)]
+            self._epoch = epoch
+        return self._stream[window]
+
+
+def training_batches(
+    documents: Sequence[np.ndarray], length: int, batch: int, steps: int, seed: int
+) -> grain.MapDataset:
+    """A grain dataset whose item `step` is `int32[batch, length + 1]`."""
+    source = PackedWindows(documents, length, seed, steps * batch)
+    return grain.MapDataset.source(source).batch(batch, drop_remainder=True)
+
+
+def heldout_windows(documents: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """All held-out documents in order, `int32[windows, length + 1]`."""
+    source = PackedWindows(documents, length, 0, 1)
+    stream = np.concatenate(list(documents))
+    count = source.tokens_per_epoch // (length + 1)
+    return stream[: count * (length + 1)].reshape(count, length + 1)

@@ -1,0 +1,142 @@
+"""Drafts: token trees with static shapes.
+
+A draft has T nodes, node 0 is the root (the last emitted token). The order is chain-first: root, main
+chain, then siblings, so that main-chain node d has index d and an accepted chain is contiguous.
+"""
+
+import flax.struct
+import jax.numpy as jnp
+
+from jax_specdec._types import Array, Bool, Float, Int
+from pallas_kernels import masks
+
+MAX_NODES = 64
+TOP = 8  # ids and probabilities that a proposer with a distribution reports per node
+
+
+@flax.struct.dataclass
+class Text:
+    """Committed tokens of every row; what lies behind `length` is garbage.
+
+    Attributes:
+      tokens: `int32[B, C]`, with room for one draft behind the last committed token.
+      length: `int32[B]`. Row b's root is `tokens[b, length[b] - 1]`.
+    """
+
+    tokens: Int[Array, "B C"]
+    length: Int[Array, " B"]
+
+    def root(self) -> Int[Array, " B"]:
+        """The last committed token of each row."""
+        return jnp.take_along_axis(self.tokens, self.length[:, None] - 1, axis=1)[:, 0]
+
+
+@flax.struct.dataclass
+class Draft:
+    """A batch of token trees.
+
+    Attributes:
+      tokens: `int32[B, T]`, the root first.
+      valid: `bool[B, T]`; a node below an invalid one is invalid. The root is always valid.
+      origin: `int32[B, T]`, which proposer drafted the node: 0 the root, i the i-th of
+        `Drafter.proposers`.
+      probability: `float32[B, T]`, the proposer's probability of the node, 1 where it has none.
+      parent, depth: `int32[B, T]`, or None for a chain. The root is its own parent.
+      ancestors: `int32[B, T, W]`, or None for a chain: bit j of row i is set iff node j is node i or
+        above it.
+      top_ids, top_probs: `[B, T, TOP]`, the best children of each node by its proposer's distribution,
+        or None where no proposer has one.
+      q: `float32[B, P, V]`, the law each chain token was drawn from, or None. Row d is that of node
+        d + 1. Present under the rejection rule only.
+      depth_limit: static, P.
+    """
+
+    tokens: Int[Array, "B T"]
+    valid: Bool[Array, "B T"]
+    origin: Int[Array, "B T"]
+    probability: Float[Array, "B T"]
+    parent: Int[Array, "B T"] | None = None
+    depth: Int[Array, "B T"] | None = None
+    ancestors: Int[Array, "B T W"] | None = None
+    top_ids: Int[Array, "B T 8"] | None = None
+    top_probs: Float[Array, "B T 8"] | None = None
+    q: Float[Array, "B P V"] | None = None
+    depth_limit: int = flax.struct.field(pytree_node=False, default=0)
+
+    @property
+    def is_chain(self) -> bool:
+        return self.ancestors is None
+
+    def depths(self) -> Int[Array, "#B T"]:
+        """Depth of each node, root 0."""
+        if self.depth is not None:
+            return self.depth
+        return jnp.arange(self.tokens.shape[1], dtype=jnp.int32)[None]
+
+    def parents(self) -> Int[Array, "#B T"]:
+        """Parent of each node, the root's being the root."""
+        if self.parent is not None:
+            return self.parent
+        return jnp.maximum(jnp.arange(self.tokens.shape[1], dtype=jnp.int32) - 1, 0)[None]
+
+
+def root_only(text: Text) -> Draft:
+    """The draft of plain decoding: nothing but the root."""
+    root = text.root()[:, None]
+    return Draft(
+        tokens=root,
+        valid=jnp.ones_like(root, dtype=bool),
+        origin=jnp.zeros_like(root),
+        probability=jnp.ones(root.shape, jnp.float32),
+    )
+
+
+def chain(
+    text: Text,
+    tokens: Int[Array, "B P"],
+    valid: Bool[Array, "B P"] | None = None,
+    probability: Float[Array, "B P"] | None = None,
+    **fields,
+) -> Draft:
+    """A chain below the root. `valid` is made a prefix: nothing valid follows an invalid node."""
+    batch, depth = tokens.shape
+    if depth + 1 > MAX_NODES:
+        raise ValueError(f"a draft has at most {MAX_NODES} nodes, got a chain of {depth + 1}")
+    if valid is None:
+        valid = jnp.ones((batch, depth), bool)
+    if probability is None:
+        probability = jnp.ones((batch, depth), jnp.float32)
+    valid = jnp.cumprod(valid.astype(jnp.int32), axis=1).astype(bool)
+    root = root_only(text)
+    return Draft(
+        tokens=jnp.concatenate([root.tokens, tokens], axis=1),
+        valid=jnp.concatenate([root.valid, valid], axis=1),
+        origin=jnp.concatenate([root.origin, jnp.ones((batch, depth), jnp.int32)], axis=1),
+        probability=jnp.concatenate([root.probability, probability], axis=1),
+        depth_limit=depth,
+        **fields,
+    )
+
+
+def ancestor_bits(parent: Int[Array, "B T"], depth_limit: int) -> Int[Array, "B T W"]:
+    """The ancestor bitmask of a tree given by its parents, root its own parent."""
+    nodes = parent.shape[1]
+    line = jnp.arange(nodes, dtype=jnp.int32)
+    seen = jnp.broadcast_to(line[:, None] == line[None], (parent.shape[0], nodes, nodes))
+    current = parent
+    for _ in range(depth_limit):
+        seen = seen | (current[..., None] == line[None, None])
+        current = jnp.take_along_axis(parent, current, axis=1)
+    return masks.pack(seen)
+
+
+def paths(draft: Draft, leaf: Int[Array, " B"]) -> Int[Array, "B Q"]:
+    """Node index at each depth 0..P on the way to `leaf`; 0 behind the leaf's own depth."""
+    if draft.ancestors is None:
+        raise ValueError("the path of a chain is 0, 1, 2, ...")
+    words = jnp.take_along_axis(draft.ancestors, leaf[:, None, None], axis=1)  # [B, 1, W]
+    above = masks.unpack(words, draft.tokens.shape[1])[:, 0]  # [B, T]
+    level = jnp.arange(draft.depth_limit + 1, dtype=jnp.int32)
+    hit = above[:, None] & (draft.depths()[:, None] == level[None, :, None])  # [B, P+1, T]
+    node = jnp.arange(draft.tokens.shape[1], dtype=jnp.int32)
+    return jnp.sum(jnp.where(hit, node[None, None], 0), axis=-1, dtype=jnp.int32)

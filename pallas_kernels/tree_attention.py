@@ -1,0 +1,195 @@
+"""Attention of new tokens over a ragged KV cache and over each other, along a tree."""
+
+import functools
+import logging
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import _reference, _xla, masks
+
+logger = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """What a back-end implements: `tree_attention` after validation, every default filled in."""
+
+    def __call__(
+        self,
+        q: jax.Array,
+        k_new: jax.Array | None,
+        v_new: jax.Array | None,
+        k_cache: jax.Array,
+        v_cache: jax.Array,
+        length: jax.Array,
+        ancestors: jax.Array | None,
+        *,
+        layer: int | jax.Array | None,
+        scale: float,
+        soft_cap: float | None,
+        window: int | None,
+        visible: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]: ...
+
+
+BACKENDS: dict[str, Backend] = {"reference": _reference.attend, "xla": _xla.attend}
+
+
+def tree_attention(
+    q: jax.Array,
+    k_new: jax.Array | None,
+    v_new: jax.Array | None,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    length: jax.Array,
+    ancestors: jax.Array | None = None,
+    *,
+    layer: int | jax.Array | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    window: int | None = None,
+    visible: jax.Array | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attends from T new tokens to the live prefix of a KV cache and to the new tokens themselves.
+
+    The new keys and values are arguments and are not written to the cache, so that rejecting a draft
+    costs nothing. Cache slots at or past a row's `length` may hold anything, NaN included: they never
+    reach the output. Letters: B batch, T new tokens or tree nodes, N query heads, K KV heads with
+    N = K * G, D head width, S cache slots, L layers, W = ceil(T / 32).
+
+    Scores, softmax statistics and sums are float32 whatever the input dtype (float64 for float64
+    inputs); float32 inputs are multiplied at precision HIGHEST; with narrower inputs the attention
+    weights are rounded to the dtype of the values before they multiply them.
+
+    Args:
+        q: floating [B, T, N, D]. Query head n reads KV head n // G. All of q, keys, values and caches
+            have one dtype.
+        k_new: [B, T, K, D], keys of the new tokens, or None (with `v_new`) to attend to the cache only.
+        v_new: [B, T, K, D], or None with `k_new`.
+        k_cache: [B, K, S, D], or [L, B, K, S, D] together with `layer`.
+        v_cache: same shape as `k_cache`.
+        length: int32[B], how many slots of each row are valid; 0 <= length <= S.
+        ancestors: int32[B, T, W] bitmask (see `pallas_kernels.masks`): node i sees new key j iff bit
+            j % 32 of word j // 32 of row i is set. None is a chain: node i sees new keys 0..i.
+        layer: index into the stacked caches, a Python int or an int32 scalar array.
+        scale: factor on q @ k; default D ** -0.5.
+        soft_cap: if given, scaled scores become soft_cap * tanh(score / soft_cap).
+        window: if given, a query at position p sees keys at positions > p - window only. Cache slot s
+            is at position s, new token i at length + depth(i), where depth is the number of its proper
+            ancestors (i in a chain).
+        visible: int32[B, T], only without new keys: query t sees cache slots < visible[b, t] (and
+            < length[b]).
+        return_lse: also return the log-sum-exp of the scores.
+        backend: "reference" (dense, slow, readable) or "xla"; None picks by platform and shape, and
+            says which once, at logging level DEBUG.
+
+    Returns:
+        [B, T, N, D] in q's dtype; zeros for a query that sees nothing. With `return_lse`, also
+        float32[B, T, N]: the log-sum-exp of the scores (scaled and capped); -inf where nothing is
+        seen.
+
+    Raises:
+        ValueError: at trace time, for shapes, dtypes or options that do not fit together, or a
+            back-end that does not exist.
+    """
+    _validate(
+        q, k_new, v_new, k_cache, v_cache, length, ancestors, layer, soft_cap, window, visible
+    )
+    if backend is None:
+        backend = _pick(jax.default_backend(), q.shape, k_cache.shape)
+    if backend not in BACKENDS:
+        exist = ", ".join(repr(name) for name in BACKENDS)
+        raise ValueError(
+            f"backend {backend!r} does not exist; there are {exist} and None (automatic)"
+        )
+    out, lse = BACKENDS[backend](
+        q,
+        k_new,
+        v_new,
+        k_cache,
+        v_cache,
+        length,
+        ancestors,
+        layer=layer,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        soft_cap=soft_cap,
+        window=window,
+        visible=visible,
+    )
+    return (out, lse) if return_lse else out
+
+
+@functools.cache
+def _pick(platform: str, q_shape: tuple[int, ...], cache_shape: tuple[int, ...]) -> str:
+    # Cached, so that each platform and shape is logged once.
+    logger.debug("xla back-end for q %s, cache %s on %s", q_shape, cache_shape, platform)
+    return "xla"
+
+
+def _validate(
+    q, k_new, v_new, k_cache, v_cache, length, ancestors, layer, soft_cap, window, visible
+):
+    if q.ndim != 4:
+        raise ValueError(f"q must be [B, T, N, D], got {q.shape}")
+    b, t, n, d = q.shape
+    if k_cache.shape != v_cache.shape:
+        raise ValueError(f"k_cache {k_cache.shape} and v_cache {v_cache.shape} differ in shape")
+    rank = 4 if layer is None else 5
+    if k_cache.ndim != rank:
+        wanted = "[B, K, S, D]" if layer is None else "[L, B, K, S, D]"
+        given = "without" if layer is None else "with"
+        raise ValueError(f"{given} layer the caches must be {wanted}, got {k_cache.shape}")
+    if layer is not None:
+        if isinstance(layer, (int, np.integer)):
+            if not 0 <= layer < k_cache.shape[0]:
+                raise ValueError(
+                    f"layer {layer} is not one of the cache's {k_cache.shape[0]} layers"
+                )
+        elif jnp.shape(layer) != () or not jnp.issubdtype(layer.dtype, jnp.integer):
+            raise ValueError(
+                f"layer must be an int or an integer scalar array, got {layer.dtype}{layer.shape}"
+            )
+    k, s = k_cache.shape[-3:-1]
+    if (k_cache.shape[-4], k_cache.shape[-1]) != (b, d):
+        raise ValueError(f"q {q.shape} and cache {k_cache.shape} differ in batch or head width")
+    if n % k:
+        raise ValueError(
+            f"q {q.shape} has {n} heads, not a multiple of the cache's {k}, {k_cache.shape}"
+        )
+    if (k_new is None) != (v_new is None):
+        raise ValueError("k_new and v_new go together: give both or neither")
+    if k_new is not None:
+        for name, x in (("k_new", k_new), ("v_new", v_new)):
+            if x.shape != (b, t, k, d):
+                raise ValueError(
+                    f"{name} must be {(b, t, k, d)} for q {q.shape} and cache {k_cache.shape}, "
+                    f"got {x.shape}"
+                )
+        if visible is not None:
+            raise ValueError("visible is for attending to the cache alone, without k_new and v_new")
+    else:
+        if ancestors is not None:
+            raise ValueError("ancestors says which new keys are seen, and there is no k_new")
+        if window is not None:
+            raise ValueError("window needs the positions of the queries, unknown without k_new")
+    arrays = {"q": q, "k_new": k_new, "v_new": v_new, "k_cache": k_cache, "v_cache": v_cache}
+    dtypes = {name: x.dtype for name, x in arrays.items() if x is not None}
+    if len(set(dtypes.values())) > 1 or not jnp.issubdtype(q.dtype, jnp.floating):
+        listed = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise ValueError(f"q, keys, values and caches must have one floating dtype, got {listed}")
+    integers = {
+        "length": (length, (b,)),
+        "ancestors": (ancestors, (b, t, masks.num_words(t))),
+        "visible": (visible, (b, t)),
+    }
+    for name, (x, shape) in integers.items():
+        if x is not None and (x.shape != shape or x.dtype != jnp.int32):
+            raise ValueError(f"{name} must be int32{shape} for q {q.shape}, got {x.dtype}{x.shape}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap must be positive, got {soft_cap}")

@@ -1,0 +1,146 @@
+"""`config.json` in both directions: old and new spellings, round trips, refusals."""
+
+import json
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jax_specdec.errors import UserError
+from jax_specdec.models import ModelConfig, RopeConfig, config_from_hf, config_to_hf
+from jax_specdec.models.hf import FAMILIES
+
+make = runpy.run_path(str(Path(__file__).parents[1] / "goldens" / "make.py"))
+LLAMA = make["hf_config"]("llama")
+LLAMA3 = make["hf_config"]("llama3")["rope_parameters"]
+
+
+@pytest.mark.parametrize("case", make["CASES"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_round_trip(case, dtype):
+    config = config_from_hf(make["hf_config"](case))
+    hf = json.loads(json.dumps(config_to_hf(config, dtype)))
+    assert config_from_hf(hf) == config
+    assert hf["dtype"] == dtype
+    assert hf["architectures"] == [FAMILIES[config.family].architecture]
+
+
+@pytest.mark.parametrize("case", make["CASES"])
+def test_transformers_reads_the_same_config(case):
+    transformers = pytest.importorskip("transformers")
+    config = config_from_hf(make["hf_config"](case))
+    theirs = transformers.AutoConfig.for_model(**config_to_hf(config, "float32"))
+    assert config_from_hf(json.loads(theirs.to_json_string(use_diff=False))) == config
+
+
+@pytest.mark.parametrize(
+    "keys, rope",
+    [
+        ({}, RopeConfig()),
+        ({"rope_theta": 5e5}, RopeConfig(theta=5e5)),
+        ({"rope_theta": 5e5, "rope_scaling": None}, RopeConfig(theta=5e5)),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 4}},
+            RopeConfig(kind="linear", factor=4.0),
+        ),
+        (
+            {"rope_scaling": {"type": "wrong", "rope_type": "linear", "factor": 4.0}},
+            RopeConfig(kind="linear", factor=4.0),
+        ),
+        (
+            {"rope_theta": 1.0, "rope_parameters": {"rope_theta": 2.0, "rope_type": "default"}},
+            RopeConfig(theta=2.0),
+        ),
+        ({"rope_theta": 3.0, "rope_parameters": {"rope_type": "default"}}, RopeConfig(theta=3.0)),
+        (
+            {"rope_parameters": LLAMA3},
+            RopeConfig(kind="llama3", factor=8.0, original_context=64),
+        ),
+    ],
+)
+def test_rope_spellings(keys, rope):
+    assert config_from_hf({**LLAMA, **keys}).rope == rope
+
+
+def test_defaults_of_short_files():
+    """transformers leaves out what equals its defaults in some versions."""
+    sizes = {k: LLAMA[k] for k in LLAMA if k.endswith("size") or k.startswith("num_hidden")}
+    base = {**sizes, "num_attention_heads": 4}
+    llama = config_from_hf({**base, "model_type": "llama"})
+    assert (llama.num_kv_heads, llama.norm_eps, llama.eos_ids, llama.bos_id) == (4, 1e-6, (2,), 1)
+    assert (llama.head_dim, llama.tied_head, llama.context) == (8, False, 2048)
+    mistral = config_from_hf({**base, "num_attention_heads": 8, "model_type": "mistral"})
+    assert (mistral.windows, mistral.num_kv_heads) == ((4096, 4096), 8)
+    qwen3 = config_from_hf({**base, "num_key_value_heads": None, "model_type": "qwen3"})
+    assert (qwen3.head_dim, qwen3.num_kv_heads, qwen3.eos_ids) == (128, 4, ())
+
+
+def test_windows():
+    qwen = {**make["hf_config"]("qwen2_window"), "num_hidden_layers": 3}
+    assert config_from_hf(qwen).windows == (None, 6, 6)
+    assert config_from_hf({**qwen, "use_sliding_window": False}).windows == (None,) * 3
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert config_from_hf({**qwen, "layer_types": types}).windows == (6, None, 6)
+    mistral = make["hf_config"]("mistral")
+    assert config_from_hf(mistral).windows == (8, 8)
+    assert config_from_hf({**mistral, "sliding_window": None}).windows == (None, None)
+
+
+def test_end_of_text_ids():
+    assert config_from_hf({**LLAMA, "eos_token_id": [2, 5]}).eos_ids == (2, 5)
+    assert config_from_hf({**LLAMA, "eos_token_id": None}).eos_ids == ()
+    assert config_from_hf(LLAMA, {"eos_token_id": [7, 8]}).eos_ids == (7, 8)
+    assert config_from_hf(LLAMA, {"eos_token_id": 7}).eos_ids == (7,)
+    assert config_from_hf(LLAMA, {"temperature": 0.6}).eos_ids == (2,)
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"model_type": "gpt2"}, "'gpt2' are not supported; supported are llama, mistral, qwen2"),
+        ({"model_type": None}, "None are not supported"),
+        ({"hidden_act": "gelu"}, "'gelu' is not supported; only silu"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantized \(gptq\)"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' are not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic' are not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor and high"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "differ between layers"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"vocab_size": None}, "vocab_size as a positive integer, not None"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers as a positive integer, not 0"),
+        ({"hidden_size": "32"}, "hidden_size as a positive integer, not '32'"),
+        ({"num_attention_heads": 5}, "5 heads do not divide hidden_size 32"),
+        ({"num_key_value_heads": 3}, "4 query heads cannot share 3"),
+        ({"rms_norm_eps": None}, "does not describe a model"),
+    ],
+)
+def test_refused(keys, message):
+    with pytest.raises(UserError, match=message):
+        config_from_hf({**LLAMA, **keys})
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [({"layer_types": ["full_attention"]}, "1 layer_types for 2"), ({"layer_types": ["x"] * 2}, "x")],
+)
+def test_refused_layer_types(keys, message):
+    with pytest.raises(UserError, match=message):
+        config_from_hf({**make["hf_config"]("qwen2"), **keys})
+
+
+def test_what_a_family_cannot_express_is_not_written():
+    config = config_from_hf(LLAMA)
+    assert isinstance(config, ModelConfig)
+    for changes, lost in (
+        ({"qkv_bias": True}, "out_bias"),
+        ({"qk_norm": True}, "qk_norm"),
+        ({"windows": (8, 8)}, "windows"),
+        ({"family": "mistral", "windows": (None, 8)}, "windows"),
+    ):
+        with pytest.raises(UserError, match=f"cannot express this model's .*{lost}"):
+            config_to_hf(replace(config, **changes), "float32")
+    with pytest.raises(UserError, match="'gpt2' cannot be written"):
+        config_to_hf(replace(config, family="gpt2"), "float32")
