@@ -135,7 +135,5 @@ def reject(
     leaf = jnp.argmax(sibling, axis=1).astype(jnp.int32)
     after = draw(at(p, leaf), at(bonus_noise, count + 1))
     path = jnp.where(found[:, None] & (level == count[:, None] + 1), leaf[:, None], path)
-    emitted = jnp.where(
-        found[:, None] & (level == count[:, None] + 1), after[:, None], emitted
-    )
+    emitted = jnp.where(found[:, None] & (level == count[:, None] + 1), after[:, None], emitted)
     return Verdict(count + found.astype(jnp.int32), path, emitted)

@@ -52,8 +52,8 @@ TOKENIZER_FILES = (
 MAX_SHARD_BYTES = 2 * 10**9
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _MAX_LISTED = 20
-# Rows copied at a time: few enough that the strided side of a transposition stays in cache, which is
-# six times as fast as one assignment.
+# Rows copied at a time: few enough that the strided side of a transposition stays in cache, six
+# times as fast as one assignment.
 _ROWS = 32
 
 
@@ -131,7 +131,8 @@ def find_checkpoint(source: str | os.PathLike[str]) -> Path:
     except Exception as error:  # HTTP clients, proxies and caches fail in too many ways to list
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
-            f"{source} is no folder here and could not be fetched from the Hugging Face hub: {reason}"
+            f"{source} is no folder here and could not be fetched from the Hugging Face hub: "
+            f"{reason}"
         ) from error
     return Path(path)
 
@@ -206,8 +207,8 @@ def save_pretrained(
 ) -> None:
     """Writes a folder that transformers loads.
 
-    A folder that exists keeps its other files; its weights are replaced. Everything is written beside
-    it first, so that a failure leaves what was there.
+    A folder that exists keeps its other files; its weights are replaced. Everything is written
+    beside it first, so that a failure leaves what was there.
 
     Args:
       params: in either layer layout. dtype: of the file.
@@ -277,7 +278,8 @@ def memory_plan(
     """What a model takes, before anything is allocated.
 
     Args:
-      batch: rows. slots: cache slots of each. width: new tokens or tree nodes of each in one forward.
+      batch: rows. slots: cache slots of each row. width: new tokens or tree nodes of each row in one
+        forward.
     """
     size = jnp.dtype(dtype).itemsize
     cache = 2 * config.num_layers * batch * config.num_kv_heads * slots * config.head_dim * size
@@ -301,7 +303,7 @@ def available_memory(device: jax.Device | None = None) -> int | None:
 
 
 def check_fits(plan: MemoryPlan, available: int | None) -> None:
-    """Raises UserError where `plan` needs more than `available` bytes; None is unknown and passes."""
+    """Raises UserError where `plan` needs more than `available` bytes; None, unknown, passes."""
     if available is None or plan.total <= available:
         return
     parts = {"parameters": plan.parameters, "cache": plan.cache, "logits": plan.logits}
@@ -317,6 +319,8 @@ def _gib(size: int) -> str:
 
 
 def _make_decoder(config: ModelConfig, dtype: Any, layer_loop: LayerLoop) -> Decoder:
+    if layer_loop not in ("unroll", "scan"):
+        raise UserError(f"layer_loop is unroll or scan, not {layer_loop!r}.")
     try:
         return Decoder(config, dtype, layer_loop)
     except (TypeError, ValueError) as error:
@@ -342,9 +346,13 @@ def _open_tensors(folder: Path) -> dict[str, Any]:
     else:
         raise UserError(f"{folder} holds no weights: there is no model.safetensors.")
     absent = [name for name in files if not (folder / name).is_file()]
-    if absent or not files:
-        what = f"{len(absent)} of {len(files)} files that its index names, first {absent[0]}"
-        raise UserError(f"{folder} lacks {what if absent else 'any file in its index'}.")
+    if not files:
+        raise UserError(f"{index} names no files.")
+    if absent:
+        raise UserError(
+            f"{folder} lacks {len(absent)} of the {len(files)} files that its index names, first "
+            f"{absent[0]}."
+        )
     tensors = {}
     for name in files:
         try:

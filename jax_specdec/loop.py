@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_specdec import acceptance, cache as kv
+from jax_specdec import acceptance
+from jax_specdec import cache as kv
 from jax_specdec import sampling as laws
 from jax_specdec._types import Array, Float, Int, UInt
 from jax_specdec.drafters.base import Drafter, Outcome, States, TargetView
@@ -214,9 +215,7 @@ class DecodeLoop:
             return logits
         nodes = draft.tokens.shape[1]
         bits = masks.chain(nodes)[None] if draft.is_chain else draft.ancestors
-        on_path = jnp.broadcast_to(
-            masks.unpack(bits, nodes), (draft.tokens.shape[0], nodes, nodes)
-        )
+        on_path = jnp.broadcast_to(masks.unpack(bits, nodes), (draft.tokens.shape[0], nodes, nodes))
         history = History(
             state.text.tokens, state.text.length, state.prompt_length, draft.tokens, on_path
         )

@@ -83,7 +83,11 @@ def make_sampling(
     stops = np.broadcast_to(stops, (batch, stops.shape[-1]))
     return Sampling(
         temperature=rows(
-            "temperature", temperature, np.float32, lambda t: 0 <= t < np.inf, "finite and at least 0"
+            "temperature",
+            temperature,
+            np.float32,
+            lambda t: 0 <= t < np.inf,
+            "finite and at least 0",
         ),
         top_k=rows("top_k", top_k, np.int32, lambda k: k >= 0, "0 (off) or a positive count"),
         top_p=rows("top_p", top_p, np.float32, lambda p: 0 < p <= 1, "in (0, 1]"),

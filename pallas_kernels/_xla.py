@@ -1,6 +1,20 @@
-"""The XLA back-end: the live prefix in a few static sizes, the new tokens as a small block beside it."""
+"""The XLA back-end: the live prefix in a few static sizes, the new tokens as a small block beside it.
 
+The new tokens and the prefix are attended to apart, each giving a `Partial` softmax, and merged. The
+prefix goes one of three ways, chosen when it is traced:
+
+* `_bucketed`: one `lax.switch` over static prefix sizes; every batch row pays for the longest.
+* `_by_row`: on CPU, a loop over the rows of the batch, each with its own switch. A row's keys and
+  values then stay in the core's cache between their copy out of the KV cache and their use.
+* `_blocked`: a loop over the live blocks with a running softmax, where a score array over the whole
+  cache would be too large.
+
+Inside a switch or a loop XLA only reads the caches; nothing of a whole cache's size is copied.
+"""
+
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +22,41 @@ from jax import lax
 
 from pallas_kernels import masks
 
-# Prefix sizes that are compiled: powers of two from here up to the cache's own size.
-SMALLEST_BUCKET = 64
-# Above this many bytes of scores the keys are taken block by block with a running softmax.
+# Prefix sizes that are compiled: powers of two from here up to the cache's own size. Each costs about
+# 30 ms of compilation a layer on CPU; a smaller first one saved less than 5 microseconds a layer.
+SMALLEST_BUCKET = 128
+# Above this many bytes of scores the keys are taken block by block.
 MAX_SCORE_BYTES = 64 << 20
+SMALLEST_BLOCK = 64
+# Query rows (T * G) from which a loop over batch rows beats one batched product on CPU.
+MIN_ROWS_BY_ROW = 16
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["out", "top", "total"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Partial:
+    """A softmax over some of the keys: sums of exp(score - top), float32.
+
+    Attributes:
+        out: [B, K, T, G, D], the sum of the values so weighted.
+        top: [B, K, T, G, 1], the largest score, and finite where no key is seen.
+        total: [B, K, T, G, 1], the sum of the weights; 0 where no key is seen.
+    """
+
+    out: jax.Array
+    top: jax.Array
+    total: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """The static part of the call: how scores are made from products."""
+
+    scale: float
+    soft_cap: float | None
+    window: int | None
 
 
 def attend(
@@ -31,83 +76,24 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.tree_attention`; returns the output and the log-sum-exp."""
     b, t, n, d = q.shape
-    k, s = k_cache.shape[-3:-1]
-    g = n // k
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    # Narrow operands are exact in one pass; float32 would fall to bfloat16 or TF32 passes.
-    precision = lax.Precision.HIGHEST if q.dtype == wide else lax.Precision.DEFAULT
-    dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=wide)
-    rows = q.reshape(b, t, k, g, d).transpose(0, 2, 1, 3, 4).reshape(b, k, t * g, d)
+    k = k_cache.shape[-3]
+    spec = _Spec(scale, soft_cap, window)
+    q_bktgd = q.reshape(b, t, k, n // k, d).transpose(0, 2, 1, 3, 4)
 
-    def scores(keys, mask):  # [B, K, P, D], bool[B or 1, 1, T or 1, 1, P] -> [B, K, T, G, P]
-        x = dot(rows, keys, (((3,), (3,)), ((0, 1), (0, 1)))) * scale
-        if soft_cap is not None:
-            x = soft_cap * jnp.tanh(x / soft_cap)
-        return jnp.where(mask, x.reshape(b, k, t, g, keys.shape[2]), -jnp.inf)
-
-    def weigh(weights, values):  # [B, K, T, G, P], [B, K, P, D] -> [B, K, T * G, D]
-        weights = weights.astype(values.dtype).reshape(b, k, t * g, values.shape[2])
-        return dot(weights, values, (((3,), (2,)), ((0, 1), (0, 1))))
-
+    # Query t of row b sees the slots in [low, high).
+    low = high = None
+    if k_new is None:
+        high = visible
+    elif window is not None:
+        depth = _depth(ancestors, t)
+        low = length[:, None] + depth - (window - 1)
+    part = _prefix(spec, q_bktgd, k_cache, v_cache, length, low, high, layer)
     if k_new is not None:
-        depth = (
-            jnp.arange(t, dtype=jnp.int32)[None, :]
-            if ancestors is None
-            else masks.popcount(ancestors) - 1
-        )
-        tree = masks.unpack(masks.chain(t)[None] if ancestors is None else ancestors, t)
-        if window is not None:
-            tree &= depth[:, None, :] > depth[:, :, None] - window
-        tree_scores = scores(k_new.swapaxes(1, 2), tree[:, None, :, None, :])
+        part = _merge(part, _new_tokens(spec, q_bktgd, k_new, v_new, ancestors))
 
-    def prefix(size):
-        def branch():
-            start = (0, 0, 0, 0)
-            shape = (b, k, size, d)
-            if layer is None:
-                keys = lax.slice(k_cache, start, shape)
-                values = lax.slice(v_cache, start, shape)
-            else:
-                zero = jnp.zeros((), jnp.int32)
-                at = (jnp.asarray(layer, jnp.int32), zero, zero, zero, zero)
-                keys = lax.dynamic_slice(k_cache, at, (1, *shape)).reshape(shape)
-                values = lax.dynamic_slice(v_cache, at, (1, *shape)).reshape(shape)
-            slot = jnp.arange(size, dtype=jnp.int32)
-            live = slot[None, :] < length[:, None]
-            mask = live[:, None, None, None, :]
-            wide_slot = slot[None, None, None, None, :]
-            if visible is not None:
-                mask &= wide_slot < visible[:, None, :, None, None]
-            if window is not None:
-                position = length[:, None] + depth
-                mask &= wide_slot > position[:, None, :, None, None] - window
-            x = scores(keys, mask)
-            # 0 * NaN is NaN: dead slots must be zeroed, not only masked.
-            values = jnp.where(live[:, None, :, None], values, 0)
-            # A finite floor under the maximum keeps a query that sees nothing at exp(-inf) = 0.
-            top = jnp.max(x, axis=-1, keepdims=True, initial=jnp.finfo(wide).min)
-            if k_new is not None:
-                top = jnp.maximum(top, jnp.max(tree_scores, axis=-1, keepdims=True))
-            weights = jnp.exp(x - top)
-            total = jnp.sum(weights, axis=-1, keepdims=True)
-            out = weigh(weights, values)
-            if k_new is not None:
-                weights = jnp.exp(tree_scores - top)
-                total += jnp.sum(weights, axis=-1, keepdims=True)
-                out += weigh(weights, v_new.swapaxes(1, 2))
-            return out, top, total
-
-        return branch
-
-    sizes = buckets(s)
-    index = sum((jnp.max(length) > size).astype(jnp.int32) for size in sizes[:-1])
-    if len(sizes) == 1:
-        out, top, total = prefix(s)()
-    else:
-        out, top, total = lax.switch(index, [prefix(size) for size in sizes])
-    out = out.reshape(b, k, t, g, d) / jnp.where(total > 0, total, 1)
+    out = part.out / jnp.where(part.total > 0, part.total, 1)
     out = out.transpose(0, 2, 1, 3, 4).reshape(b, t, n, d).astype(q.dtype)
-    lse = (top + jnp.log(total)).astype(jnp.float32)
+    lse = (part.top + jnp.log(part.total)).astype(jnp.float32)
     return out, lse.transpose(0, 2, 1, 3, 4).reshape(b, t, n)
 
 
@@ -119,3 +105,202 @@ def buckets(slots: int) -> tuple[int, ...]:
         sizes.append(size)
         size *= 2
     return (*sizes, slots)
+
+
+# --- The softmax over one set of keys -----------------------------------------------------------
+
+
+def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """Products of [B, K, ., .] arrays, summed in at least float32."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    # Narrow operands are exact in one pass; float32 would fall to bfloat16 or TF32 passes.
+    precision = lax.Precision.HIGHEST if x.dtype == wide else lax.Precision.DEFAULT
+    dims = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
+    return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=wide)
+
+
+def _softmax(
+    spec: _Spec,
+    q: jax.Array,  # [B, K, T, G, D]
+    keys: jax.Array,  # [B, K, P, D]
+    values: jax.Array,  # [B, K, P, D]
+    mask: jax.Array,  # bool[B or 1, 1, T or 1, 1, P]
+) -> Partial:
+    b, k, t, g, d = q.shape
+    size = keys.shape[2]
+    scores = _dot(q.reshape(b, k, t * g, d), keys, (3, 3)) * spec.scale
+    if spec.soft_cap is not None:
+        scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
+    scores = jnp.where(mask, scores.reshape(b, k, t, g, size), -jnp.inf)
+    # A finite floor under the maximum keeps a query that sees nothing at exp(-inf) = 0.
+    top = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(scores.dtype).min)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = _dot(weights.astype(values.dtype).reshape(b, k, t * g, size), values, (3, 2))
+    return Partial(out.reshape(b, k, t, g, d), top, total)
+
+
+def _merge(x: Partial, y: Partial) -> Partial:
+    top = jnp.maximum(x.top, y.top)
+    x_scale, y_scale = jnp.exp(x.top - top), jnp.exp(y.top - top)
+    return Partial(x.out * x_scale + y.out * y_scale, top, x.total * x_scale + y.total * y_scale)
+
+
+def _nothing(q: jax.Array) -> Partial:
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    one = (*q.shape[:-1], 1)
+    floor = jnp.full(one, jnp.finfo(wide).min, wide)
+    return Partial(jnp.zeros(q.shape, wide), floor, jnp.zeros(one, wide))
+
+
+def _block_size(q: jax.Array, keys: int) -> int:
+    """Keys that fit under MAX_SCORE_BYTES of scores; `keys` if all do."""
+    b, k, t, g, _ = q.shape
+    itemsize = jnp.promote_types(q.dtype, jnp.float32).itemsize
+    fit = MAX_SCORE_BYTES // (b * k * t * g * itemsize)
+    if fit >= keys:
+        return keys
+    return min(keys, max(SMALLEST_BLOCK, fit // SMALLEST_BLOCK * SMALLEST_BLOCK))
+
+
+# --- The new tokens -----------------------------------------------------------------------------
+
+
+def _depth(ancestors: jax.Array | None, t: int) -> jax.Array:
+    """int32[B or 1, T]: how many proper ancestors each new token has."""
+    if ancestors is None:
+        return jnp.arange(t, dtype=jnp.int32)[None, :]
+    return masks.popcount(ancestors) - 1
+
+
+def _new_tokens(
+    spec: _Spec,
+    q: jax.Array,  # [B, K, T, G, D]
+    k_new: jax.Array,  # [B, T, K, D]
+    v_new: jax.Array,
+    ancestors: jax.Array | None,
+) -> Partial:
+    t = q.shape[2]
+    keys, values = k_new.swapaxes(1, 2), v_new.swapaxes(1, 2)
+    depth = _depth(ancestors, t)
+    bits = masks.chain(t)[None] if ancestors is None else ancestors
+    seen = masks.unpack(bits, t)  # [B or 1, T, T]
+    if spec.window is not None:
+        seen &= depth[:, None, :] > depth[:, :, None] - spec.window
+    size = _block_size(q, t)
+    part = None
+    for start in range(0, t, size):
+        block = slice(start, min(start + size, t))
+        mask = seen[:, None, :, None, block]
+        here = _softmax(spec, q, keys[:, :, block], values[:, :, block], mask)
+        part = here if part is None else _merge(part, here)
+    return part
+
+
+# --- The prefix ---------------------------------------------------------------------------------
+
+
+def _prefix(
+    spec: _Spec,
+    q: jax.Array,  # [B, K, T, G, D]
+    k_cache: jax.Array,  # [B, K, S, D] or [L, B, K, S, D]
+    v_cache: jax.Array,
+    length: jax.Array,  # int32[B]
+    low: jax.Array | None,  # int32[B, T]: the first slot that each query sees, or None for 0
+    high: jax.Array | None,  # int32[B, T]: the end of the slots that it sees, or None for `length`
+    layer: int | jax.Array | None,
+) -> Partial:
+    read = functools.partial(_read, k_cache, v_cache, layer)
+    slots = k_cache.shape[-2]
+    b, _, t, g, _ = q.shape
+
+    def whole_batch(q, length, low, high):
+        return _slots(spec, q, read, slots, 0, length, low, high)
+
+    def by_row(q, length, low, high):
+        def body(row, part):
+            # A row at a time, with the batch axis kept.
+            take = lambda x: lax.dynamic_slice_in_dim(x, row, 1)  # noqa: E731
+            args = jax.tree.map(take, (q, length, low, high))
+            here = _slots(spec, args[0], read, slots, row, *args[1:])
+            put = lambda x, y: lax.dynamic_update_slice_in_dim(x, y, row, 0)  # noqa: E731
+            return jax.tree.map(put, part, here)
+
+        return lax.fori_loop(0, b, body, _nothing(q))
+
+    if b == 1 or t * g < MIN_ROWS_BY_ROW:
+        return whole_batch(q, length, low, high)
+    # Resolved when lowered, so that a program compiled for another platform gets that one's form.
+    return lax.platform_dependent(q, length, low, high, cpu=by_row, default=whole_batch)
+
+
+Read = Callable[[int | jax.Array, int, int | jax.Array, int], tuple[jax.Array, jax.Array]]
+
+
+def _read(
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    layer: int | jax.Array | None,
+    row: int | jax.Array,
+    rows: int,
+    start: int | jax.Array,
+    size: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [rows, K, size, D] of the slots from `start`, of the batch rows from `row`."""
+    k, _, d = k_cache.shape[-3:]
+    shape = (rows, k, size, d)
+    at = (row, 0, start, 0)
+    if layer is not None:
+        at, shape = (layer, *at), (1, *shape)
+    if all(isinstance(i, int) for i in at):
+        end = [i + n for i, n in zip(at, shape, strict=True)]
+        keys, values = lax.slice(k_cache, at, end), lax.slice(v_cache, at, end)
+    else:
+        at = [jnp.asarray(i, jnp.int32) for i in at]
+        keys, values = (lax.dynamic_slice(x, at, shape) for x in (k_cache, v_cache))
+    return keys.reshape(shape[-4:]), values.reshape(shape[-4:])
+
+
+def _slots(
+    spec: _Spec,
+    q: jax.Array,  # [B, K, T, G, D]
+    read: Read,
+    slots: int,
+    row: int | jax.Array,  # the cache's batch row of q's first
+    length: jax.Array,  # int32[B]
+    low: jax.Array | None,
+    high: jax.Array | None,
+) -> Partial:
+    def some(start, size, first):
+        """The softmax over slots [start, start + size), less those before `first`."""
+        keys, values = read(row, q.shape[0], start, size)
+        slot = start + lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, size), 4)
+        end = length.reshape(-1, 1, 1, 1, 1)
+        live = slot < end
+        mask = live
+        if low is not None:
+            mask &= slot >= low[:, None, :, None, None]
+        if high is not None:
+            mask &= slot < high[:, None, :, None, None]
+        if first is not None:
+            mask &= slot >= first
+        # 0 * NaN is NaN: dead slots must be zeroed, not only masked.
+        values = jnp.where(live.reshape(-1, 1, size, 1), values, 0)
+        return _softmax(spec, q, keys, values, mask)
+
+    longest = jnp.max(length)
+    block = _block_size(q, slots)
+    if block == slots:
+        sizes = buckets(slots)
+        if len(sizes) == 1:
+            return some(0, slots, None)
+        index = sum((longest > size).astype(jnp.int32) for size in sizes[:-1])
+        return lax.switch(index, [functools.partial(some, 0, size, None) for size in sizes])
+
+    def body(i, part):
+        first = i * block
+        # The last block is moved back to end with the cache; what it repeats is masked.
+        return _merge(part, some(jnp.minimum(first, slots - block), block, first))
+
+    first = 0 if low is None else jnp.maximum(jnp.min(low), 0) // block
+    return lax.fori_loop(first, (longest + block - 1) // block, body, _nothing(q))

@@ -12,9 +12,7 @@ from jax_specdec.drafters.base import ChainDrafter, StatelessDrafter
 from jax_specdec.tree import chain
 
 
-def successors(
-    table: Int[Array, " V"], root: Int[Array, " B"], length: int
-) -> Int[Array, "B P"]:
+def successors(table: Int[Array, " V"], root: Int[Array, " B"], length: int) -> Int[Array, "B P"]:
     """The chain that follows `root` in a successor table."""
 
     def step(token, _):

@@ -204,12 +204,16 @@ def train(
     workdir = Path(workdir).absolute()
     state_dir, metrics_path = workdir / "state", workdir / "metrics.jsonl"
     settings = json.loads(
-        json.dumps({"train": dataclasses.asdict(config), "model": dataclasses.asdict(decoder.config)})
+        json.dumps(
+            {"train": dataclasses.asdict(config), "model": dataclasses.asdict(decoder.config)}
+        )
     )
     devices = jax.devices()
     micro = config.batch_size // config.accumulate
     if micro % len(devices):
-        raise UserError(f"A micro-batch of {micro} windows does not divide over {len(devices)} devices.")
+        raise UserError(
+            f"A micro-batch of {micro} windows does not divide over {len(devices)} devices."
+        )
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,))
     replicated = NamedSharding(mesh, PartitionSpec())
     by_row = NamedSharding(mesh, PartitionSpec("data"))

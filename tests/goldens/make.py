@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "llama3": {
         "model_type": "llama",
         "tie_word_embeddings": True,
+        "max_position_embeddings": 512,
         "rope_parameters": {
             "rope_type": "llama3",
             "rope_theta": 10_000.0,
@@ -67,7 +68,7 @@ def hf_config(case: str) -> dict[str, Any]:
 
 
 def weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The float32 weight called `name`, the same on every machine: RandomState's stream is frozen."""
+    """The float32 weight called `name`; RandomState's stream is the same in every version."""
     value = np.random.RandomState(zlib.crc32(name.encode())).rand(*shape) - 0.5
     value = value + 1 if "norm" in name else value  # layer, query and key norms
     return value.astype(np.float32)

@@ -1,4 +1,4 @@
-"""Logits of every family against transformers: golden files everywhere, PyTorch where it is there."""
+"""Logits of every family against transformers: golden files everywhere, PyTorch where it is."""
 
 import functools
 import importlib.util

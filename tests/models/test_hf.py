@@ -124,7 +124,10 @@ def test_refused(keys, message):
 
 @pytest.mark.parametrize(
     "keys, message",
-    [({"layer_types": ["full_attention"]}, "1 layer_types for 2"), ({"layer_types": ["x"] * 2}, "x")],
+    [
+        ({"layer_types": ["full_attention"]}, "1 layer_types for 2"),
+        ({"layer_types": ["x"] * 2}, "x"),
+    ],
 )
 def test_refused_layer_types(keys, message):
     with pytest.raises(UserError, match=message):

@@ -1,0 +1,163 @@
+"""From a `--drafter` specification and a checkpoint folder to a drafter with its parameters."""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jax_specdec.checkpoints import Target, load_target
+from jax_specdec.drafters.base import Drafter
+from jax_specdec.drafters.bigram import Bigram
+from jax_specdec.drafters.lm import LmDrafter
+from jax_specdec.drafters.max_gram import MaxGram
+from jax_specdec.drafters.none import NoDrafter
+from jax_specdec.drafters.prompt_lookup import PromptLookup
+from jax_specdec.errors import UserError
+from jax_specdec.tree import MAX_NODES
+
+NAMES = ("none", "lm", "max-gram", "prompt-lookup", "bigram")
+# Where nothing was measured for a checkpoint: see `jax-specdec tune`.
+FALLBACK_LENGTHS = {"lm": 4, "max-gram": 6, "prompt-lookup": 6, "bigram": 2}
+LENGTHS_FILE = "draft_lengths.json"
+BIGRAM_FILE = "bigram.safetensors"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedDrafter:
+    """A drafter and its parameters, `{name: ...}`."""
+
+    drafter: Drafter
+    params: dict[str, Any]
+    spec: str
+
+
+def parse_drafter(spec: str) -> tuple[str, int | None]:
+    """`name` or `name:length` -> `(name, length or None)`.
+
+    Raises:
+      UserError: an unknown name (the nearest ones are named) or a length outside 1..63.
+    """
+    found = re.fullmatch(r"\s*([a-z-]+)\s*(?::\s*(-?\d+)\s*)?", spec)
+    if not found or found[1] not in NAMES:
+        name = found[1] if found else spec.strip()
+        close = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(NAMES)}."
+        raise UserError(f"Unknown drafter {name!r}: {hint}")
+    name, length = found[1], None if found[2] is None else int(found[2])
+    if name == "none" and length is not None:
+        raise UserError("The drafter 'none' drafts nothing and takes no length.")
+    if length is not None and not 1 <= length < MAX_NODES:
+        raise UserError(f"A draft length must be in 1..{MAX_NODES - 1}, got {length}.")
+    return name, length
+
+
+def default_length(name: str, folder: Path | None) -> int:
+    """The measured draft length of a checkpoint folder, or a fallback."""
+    if folder is not None and (path := folder / LENGTHS_FILE).is_file():
+        lengths = json.loads(path.read_text())["lengths"]
+        if lengths.get(name):
+            return int(lengths[name])
+    return FALLBACK_LENGTHS[name]
+
+
+def load_drafter(
+    spec: str,
+    target: Target,
+    folder: str | Path | None = None,
+    *,
+    drafts: Mapping[str, str | Path] | None = None,
+    dtype: Any = None,
+) -> LoadedDrafter:
+    """Builds the drafter of a specification for a target.
+
+    Args:
+      spec: `none`, `lm`, `max-gram`, `prompt-lookup` or `bigram`, with a draft length after a colon.
+      folder: where drafters' checkpoints lie by name; default: the folder that the target's is in.
+      drafts: checkpoint folders by name, in place of `folder/name`.
+      dtype: of the drafter's parameters; default: the target's.
+
+    Raises:
+      UserError: an unknown drafter, a missing checkpoint, another vocabulary or tokenizer.
+    """
+    name, length = parse_drafter(spec)
+    if name == "none":
+        return LoadedDrafter(NoDrafter(), {}, "none")
+    home = Path(folder) if folder is not None else target.path.parent
+    where = Path((drafts or {}).get(name, home / name))
+    length = length or default_length(name, home)
+    spec = f"{name}:{length}"
+    if name == "max-gram":
+        return LoadedDrafter(MaxGram(length), {}, spec)
+    if name == "prompt-lookup":
+        return LoadedDrafter(PromptLookup(length), {}, spec)
+    if not where.is_dir():
+        raise UserError(
+            f"The drafter {name!r} has no checkpoint at {where}: say where it is with --draft {name}=DIR."
+        )
+    if name == "bigram":
+        table = load_bigram(where, target.vocab_size)
+        return LoadedDrafter(Bigram(length), {name: jnp.asarray(table)}, spec)
+    small = load_target(where, dtype=dtype or target.decoder.dtype)
+    check_vocabulary(target, small)
+    return LoadedDrafter(LmDrafter(small.decoder, length), {name: small.params}, spec)
+
+
+def check_vocabulary(target: Target, drafter: Target) -> None:
+    """Refuses a drafter whose token ids do not mean what the target's mean.
+
+    Raises:
+      UserError: another vocabulary size, or tokenizers that disagree, with the share that agrees.
+    """
+    if target.vocab_size != drafter.vocab_size:
+        raise UserError(
+            f"The drafter's vocabulary has {drafter.vocab_size} entries and the target's "
+            f"{target.vocab_size}: a drafter must share the target's tokenizer."
+        )
+    if target.tokenizer is None or drafter.tokenizer is None:
+        return
+    ours, theirs = target.tokenizer.get_vocab(), drafter.tokenizer.get_vocab()
+    same = sum(theirs.get(token) == index for token, index in ours.items())
+    if same < len(ours) or len(theirs) != len(ours):
+        raise UserError(
+            f"The drafter's tokenizer agrees with the target's on {same} of {len(ours)} tokens: a drafter "
+            "must share the target's tokenizer."
+        )
+
+
+def save_bigram(folder: str | Path, table: np.ndarray) -> None:
+    """Writes a successor table `int32[V]` as `bigram.safetensors`."""
+    from safetensors.numpy import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"successor": np.ascontiguousarray(table, np.int32)}, folder / BIGRAM_FILE)
+
+
+def load_bigram(folder: str | Path, vocab_size: int) -> np.ndarray:
+    """Reads a successor table and checks it against the vocabulary.
+
+    Raises:
+      UserError: no such file, not a table, or ids outside the vocabulary.
+    """
+    path = Path(folder) / BIGRAM_FILE
+    if not path.is_file():
+        raise UserError(f"There is no {BIGRAM_FILE} in {folder}.")
+    try:
+        with safe_open(path, framework="np") as file:
+            table = file.get_tensor("successor")
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a readable bigram table: {error}.") from None
+    if table.shape != (vocab_size,):
+        raise UserError(
+            f"The bigram table has {table.shape[0]} entries and the target's vocabulary {vocab_size}."
+        )
+    if table.min() < 0 or table.max() >= vocab_size:
+        raise UserError(f"The bigram table names tokens outside the vocabulary of {vocab_size}.")
+    return table
