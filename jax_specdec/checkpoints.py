@@ -261,7 +261,7 @@ def convert(
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that decoding needs; activations, a few MiB, are left out."""
+    """Bytes that decoding needs, activations left out."""
 
     parameters: int
     cache: int
@@ -278,7 +278,7 @@ def memory_plan(
     """What a model takes, before anything is allocated.
 
     Args:
-      batch: rows. slots: cache slots of each row. width: new tokens or tree nodes of each row in one
+      batch: rows. slots: cache slots of each row. width: new tokens or tree nodes of a row in one
         forward.
     """
     size = jnp.dtype(dtype).itemsize

@@ -2,8 +2,9 @@
 
     python checkpoints/demo/prepare.py DATA OUT
 
-DATA holds gsm8k/train.jsonl, tinystories/stories.jsonl, mbpp/mbpp.jsonl and books/books.jsonl.gz. The
-last 500 stories, MBPP tasks above 400 and every GSM8K test problem stay out of the training text.
+DATA holds gsm8k/{train,test}.jsonl, tinystories/stories.jsonl, mbpp/mbpp.jsonl, books/books.jsonl.gz
+and spec_bench/question.jsonl. The last 500 stories, MBPP tasks above 400, every GSM8K test problem and
+Spec-Bench stay out of the training text; their prompts are written to `prompts/`.
 """
 
 import argparse
@@ -28,6 +29,28 @@ def problem(record: dict) -> str:
 def task(record: dict) -> str:
     code = record["code"].replace("\r\n", "\n").replace("\t", "    ").strip()
     return f"Task: {record['text'].strip()}\nCode:\n{code}"
+
+
+def opening(story: str, words: int = 24) -> str:
+    return " ".join(story.split(" ")[:words])
+
+
+def held_out_prompts(data: Path) -> dict[str, list[str]]:
+    """Prompts by data set, from the splits that are not trained on."""
+    question = "Question: {}\nAnswer:"
+    stories = read(data / "tinystories/stories.jsonl")[-500:]
+    return {
+        "gsm8k": [
+            question.format(row["question"].strip()) for row in read(data / "gsm8k/test.jsonl")
+        ],
+        "mbpp": [
+            f"Task: {row['text'].strip()}\nCode:\n"
+            for row in read(data / "mbpp/mbpp.jsonl")
+            if row["task_id"] > 400
+        ],
+        "stories": [opening(row["text"].strip()) for row in stories],
+        "spec_bench": [row["turns"][0] for row in read(data / "spec_bench/question.jsonl")],
+    }
 
 
 def main() -> None:
@@ -64,6 +87,15 @@ def main() -> None:
             for text in rows:
                 file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         print(f"{name}: {len(rows)} documents, {sum(map(len, rows)):,} characters")
+
+    folder = args.out / "prompts"
+    folder.mkdir(exist_ok=True)
+    for name, prompts in held_out_prompts(args.data).items():
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for index, prompt in enumerate(prompts):
+                record = {"id": f"{name}/{index}", "prompt": prompt}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        print(f"prompts/{name}: {len(prompts)} prompts")
 
 
 if __name__ == "__main__":

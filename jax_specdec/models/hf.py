@@ -176,9 +176,9 @@ def config_from_hf(hf: Json, generation: Json | None = None) -> ModelConfig:
             pad_id=hf.get("pad_token_id"),
             **family.read(hf),
         )
-    except (TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:  # a value of the wrong type
         raise UserError(f"config.json does not describe a model: {error}.") from error
 
 

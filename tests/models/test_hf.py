@@ -115,6 +115,7 @@ def test_end_of_text_ids():
         ({"num_attention_heads": 5}, "5 heads do not divide hidden_size 32"),
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3"),
         ({"rms_norm_eps": None}, "does not describe a model"),
+        ({"rope_scaling": "linear"}, "does not describe a model"),
     ],
 )
 def test_refused(keys, message):

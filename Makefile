@@ -1,0 +1,43 @@
+# `make demo` and `make test` set up everything they need in .venv; nothing else has to be typed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA ?= data
+RUNS ?= runs
+WORKERS ?= 2
+
+.PHONY: demo test smoke check identity bench notebooks clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/jax-specdec demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+smoke: $(VENV)/.installed
+	$(BIN)/python -m pytest -m smoke
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+$(RUNS)/data/train.jsonl: $(VENV)/.installed
+	$(BIN)/python checkpoints/demo/prepare.py $(DATA) $(RUNS)/data
+
+# The large matrix, run once; DATA is a folder with gsm8k, mbpp, tinystories, books and spec_bench.
+identity: $(RUNS)/data/train.jsonl
+	$(BIN)/python benchmarks/identity.py --prompts $(RUNS)/data --out benchmarks/results/identity.json
+
+bench: $(RUNS)/data/train.jsonl
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	$(BIN)/python benchmarks/decode.py --prompts $(RUNS)/data --out benchmarks/results/decode.json
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
