@@ -1,22 +1,36 @@
 """Lossless speculative decoding of large language models in JAX."""
 
-from importlib.metadata import PackageNotFoundError, version
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from jax_specdec.checkpoints import Target, convert, load_target, memory_plan, save_pretrained
-from jax_specdec.drafters.base import Drafter, Outcome, TargetView
-from jax_specdec.drafters.loading import LoadedDrafter, load_drafter
 from jax_specdec.errors import RunError, UserError
-from jax_specdec.loop import DecodeLoop, make_generate
-from jax_specdec.models.config import ModelConfig, RopeConfig
-from jax_specdec.models.decoder import Decoder
-from jax_specdec.pipeline import Generation, SpeculativeDecoder
-from jax_specdec.sampling import Sampling, make_sampling
-from jax_specdec.tree import Draft, Text
 
-try:
-    __version__ = version("jax-specdec")
-except PackageNotFoundError:  # run from a source tree that is not installed
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    from jax_specdec.checkpoints import Target, convert, load_target, memory_plan, save_pretrained
+    from jax_specdec.drafters.base import Drafter, Outcome, TargetView
+    from jax_specdec.drafters.loading import LoadedDrafter, load_drafter
+    from jax_specdec.loop import DecodeLoop, make_generate
+    from jax_specdec.models.config import ModelConfig, RopeConfig
+    from jax_specdec.models.decoder import Decoder
+    from jax_specdec.pipeline import Generation, SpeculativeDecoder
+    from jax_specdec.sampling import Sampling, make_sampling
+    from jax_specdec.tree import Draft, Text
+
+    __version__: str
+
+# Where each public name lives. They are imported on first use, so that `jax-specdec --help` and its
+# errors of wrong use do not wait for jax.
+_HOMES = {
+    "checkpoints": ("Target", "convert", "load_target", "memory_plan", "save_pretrained"),
+    "drafters.base": ("Drafter", "Outcome", "TargetView"),
+    "drafters.loading": ("LoadedDrafter", "load_drafter"),
+    "loop": ("DecodeLoop", "make_generate"),
+    "models.config": ("ModelConfig", "RopeConfig"),
+    "models.decoder": ("Decoder",),
+    "pipeline": ("Generation", "SpeculativeDecoder"),
+    "sampling": ("Sampling", "make_sampling"),
+    "tree": ("Draft", "Text"),
+}
 
 __all__ = [
     "DecodeLoop",
@@ -43,3 +57,24 @@ __all__ = [
     "memory_plan",
     "save_pretrained",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            value: Any = version("jax-specdec")
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            value = "0+unknown"
+    else:
+        home = next((home for home, names in _HOMES.items() if name in names), None)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

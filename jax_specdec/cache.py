@@ -81,8 +81,20 @@ def write_rows(cache: Array, new: Array, start: Array) -> Array:
     return cache.at[:, row, :, slot, :].set(value, mode="drop")
 
 
+def _wait_for(start: Array, after: Array) -> Array:
+    """`start` unchanged, but not known to the compiler before `after` is."""
+    bits = lax.bitcast_convert_type(after.astype(jnp.float32), jnp.int32)
+    positive = lax.shift_right_logical(bits, jnp.ones_like(bits))
+    return start + jnp.minimum(positive, 0)
+
+
 def commit(
-    cache: KVCache, new_kv: tuple[Any, Any], count: Array, path: Array | None = None
+    cache: KVCache,
+    new_kv: tuple[Any, Any],
+    count: Array,
+    path: Array | None = None,
+    *,
+    after: Array | None = None,
 ) -> KVCache:
     """Appends the accepted path of a verified draft to every layer.
 
@@ -94,10 +106,15 @@ def commit(
         it is.
       path: `int32[B, P]`, node index at each depth, or None where the draft is a chain, whose path is
         contiguous already.
+      after: the forward's hidden states `[B, T, E]`. Inside a loop the write must wait for the last
+        layer: a layer's new keys are known before its old ones are read, and XLA, free to write first,
+        would copy every cache twice a round.
 
     The slots behind the accepted ones are overwritten with garbage, so a cache needs as many spare
     slots as the draft is wide: `dynamic_update_slice` would clamp, and move the write onto live keys.
     """
+
+    start = cache.length if after is None else _wait_for(cache.length, after[:, -1, 0])
 
     def rows(new: Array) -> Array:
         if path is not None:
@@ -107,7 +124,7 @@ def commit(
         return jnp.swapaxes(new, -3, -2)  # [..., B, K, P, D]
 
     def write(old: Array, new: Array) -> Array:
-        return write_rows(old, rows(new).astype(old.dtype), cache.length)
+        return write_rows(old, rows(new).astype(old.dtype), start)
 
     k, v = new_kv
     if cache.stacked:

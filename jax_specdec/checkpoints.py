@@ -172,6 +172,19 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
         raise UserError(f"The tokenizer in {folder} cannot be loaded: {reason}") from error
 
 
+def inspect_checkpoint(folder: str | os.PathLike[str]) -> tuple[ModelConfig, str]:
+    """The configuration and stored dtype of a checkpoint, checked against its headers.
+
+    Raises:
+      UserError: as `load_target`, except for what only the values show.
+    """
+    folder = Path(folder)
+    config = load_config(folder)
+    tensors = _open_tensors(folder)
+    _check_tensors(folder, tensors, config)
+    return config, _stored_dtype(folder, tensors)
+
+
 def load_params(
     folder: str | os.PathLike[str],
     config: ModelConfig,
@@ -290,8 +303,8 @@ def memory_plan(
     )
 
 
-def available_memory(device: jax.Device | None = None) -> int | None:
-    """Free bytes of `device` (default: the first one), or None where it does not say."""
+def available_memory(device: Any = None) -> int | None:
+    """Free bytes of a jax device (default: the first one), or None where it does not say."""
     device = device or jax.local_devices()[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:

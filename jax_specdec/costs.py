@@ -215,3 +215,73 @@ def measure_acceptance(
         temperature=temperature,
     )
     return acceptance_by_position(list(out))
+
+
+def tune(
+    target: Target,
+    make_drafter: Callable[[str, int], LoadedDrafter],
+    names: Sequence[str],
+    prompts: Sequence[str],
+    *,
+    longest: int = 12,
+    max_new_tokens: int = 64,
+    batch_size: int = 1,
+    repeats: int = 5,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measures v, d and acceptance, and chooses each drafter's length and the default drafter.
+
+    Args:
+      make_drafter: `(name, length) -> drafter`. names: the drafters to tune.
+      prompts: real ones; the first `batch_size` of them are the text that costs are measured on.
+      longest: lengths 1..longest are considered.
+
+    Returns:
+      A JSON-ready record: `lengths` by drafter (0: drafting does not pay), `default`, and under
+      `measured` the figures that decided.
+    """
+    names = [name for name in names if name != "none"]
+    ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts[:batch_size]]
+    widths = sorted({1, 2, 3, 4, 5, 6, 7, 9, 11, 1 + longest} & set(range(1, longest + 2)))
+    lengths = sorted({1, max(1, longest // 2), longest})
+    arms: dict[Any, Callable[[], float]] = {}
+    for nodes in widths:
+        arms["verify", nodes] = verify_arm(target, nodes, ids)
+        report(f"compiled a verification of {nodes} nodes")
+    for name in names:
+        for length in lengths:
+            arms[name, length] = draft_arm(target, make_drafter(name, length), ids)
+        report(f"compiled {name}")
+    seconds = {key: statistics.median(v) for key, v in medians(arms, repeats).items()}
+    verify = {t: seconds["verify", t] for t in widths}
+    chosen: dict[str, int] = {}
+    measured: dict[str, Any] = {}
+    for name in names:
+        costs = Costs(verify, {g: seconds[name, g] for g in lengths})
+        accepted = measure_acceptance(
+            target,
+            make_drafter(name, longest),
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
+        best = costs.best_length(accepted)
+        chosen[name] = best
+        measured[name] = {
+            "draft_s": costs.draft,
+            "accepted_per_pos": accepted,
+            "predicted_speedup": costs.speedup(accepted, best),
+        }
+        report(f"{name}: length {best}, predicted {costs.speedup(accepted, best):.2f} times plain")
+    best_name = max(names, key=lambda name: measured[name]["predicted_speedup"])
+    pays = chosen[best_name] > 0
+    return {
+        "lengths": chosen,
+        "default": f"{best_name}:{chosen[best_name]}" if pays else "none",
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "dtype": str(target.decoder.dtype),
+        "batch_size": batch_size,
+        "prompts": len(prompts),
+        "measured": {"verify_s": verify, "drafters": measured},
+    }

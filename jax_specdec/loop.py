@@ -157,13 +157,14 @@ class DecodeLoop:
         origins = len(self.drafter.proposers) + 1
         counts = jnp.zeros((batch, origins), jnp.int32)
         record = jnp.zeros((batch, columns), jnp.float32)
+        limit = jnp.minimum(lengths + sampling.max_new_tokens, capacity)
         stats = Stats(
             rounds=jnp.zeros((batch,), jnp.int32),
             drafted=counts,
             accepted=counts,
             calls=counts,
             accepted_per_pos=jnp.zeros((batch, self.drafter.depth), jnp.int32),
-            finish=jnp.where(sampling.max_new_tokens > 0, RUNNING, LENGTH).astype(jnp.int32),
+            finish=jnp.where(limit > lengths, RUNNING, LENGTH).astype(jnp.int32),
             logprobs=record,
             margins=record,
             origin=jnp.zeros((batch, columns), jnp.int32),
@@ -171,7 +172,7 @@ class DecodeLoop:
         return LoopState(
             text=text,
             prompt_length=lengths,
-            limit=jnp.minimum(lengths + sampling.max_new_tokens, capacity),
+            limit=limit,
             cache=cache,
             drafts=drafts,
             keys=laws.row_keys(sampling, request_ids),
@@ -339,7 +340,8 @@ class DecodeLoop:
             path=path,
             accepted=accepted,
         )
-        cache = kv.commit(state.cache, out.new_kv, count, None if draft.is_chain else path)
+        taken = None if draft.is_chain else path
+        cache = kv.commit(state.cache, out.new_kv, count, taken, after=out.hidden)
         return state.replace(
             text=Text(write_window(text.tokens, emitted, text.length), new_length),
             cache=cache,

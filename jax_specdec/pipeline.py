@@ -220,8 +220,15 @@ class SpeculativeDecoder:
             raise UserError("There are no prompts.")
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}.")
-        encoded = [self.encode(prompt) for prompt in prompts]
         names = list(range(count)) if ids is None else list(ids)
+        encoded = []
+        for name, prompt in zip(names, prompts, strict=True):
+            try:
+                encoded.append(self.encode(prompt))
+            except UserError as error:
+                if count == 1:
+                    raise
+                raise UserError(f"Prompt {name}: {error}") from None
         rows = {
             "max_new_tokens": _per_row(max_new_tokens, count),
             "temperature": _per_row(temperature, count),
@@ -232,6 +239,8 @@ class SpeculativeDecoder:
             "own_seed": _per_row(own_seed, count),
         }
         make_sampling(count, **{name: np.asarray(value) for name, value in rows.items()})
+        if isinstance(stop, str):
+            stop = (stop,)
         strings = list(stop) if isinstance(stop, list) else [tuple(stop)] * count
         if len(strings) != count:
             raise UserError(f"Got stop strings for {len(strings)} of {count} prompts.")

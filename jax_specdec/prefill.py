@@ -34,11 +34,10 @@ def read_text(
         start = jnp.minimum(cache.length, cache.slots - width)
         position = start[:, None] + line
         read = jnp.take_along_axis(tokens, jnp.minimum(position, tokens.shape[1] - 1), axis=1)
-        new_kv = decoder.apply(
-            params, read, position, cache.replace(length=start), logits=False
-        ).new_kv
+        old = cache.replace(length=start)
+        out = decoder.apply(params, read, position, old, logits=False)
         # The row's own length decides what counts; a row that does not lag has garbage written behind it.
         after = jnp.maximum(cache.length, jnp.minimum(start + width, upto))
-        return kv.commit(cache.replace(length=start), new_kv, after - start)
+        return kv.commit(old, out.new_kv, after - start, after=out.hidden)
 
     return lax.while_loop(lags, step, cache)

@@ -5,6 +5,7 @@ the target and to proposals alike. Thresholds are found by bisection over the 32
 floats, which is exact and needs no sort.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -75,8 +76,10 @@ def make_sampling(
     def rows(name: str, value, dtype, legal: Callable, expected: str) -> Array:
         array = np.broadcast_to(np.asarray(value), (batch,))
         for item in array.tolist():
-            if not legal(item):
-                raise UserError(f"{name} must be {expected}, got {item}.")
+            # In the array's dtype, too: 1e39 is infinite in float32, and 1e-50 is 0.
+            with np.errstate(over="ignore"):
+                if not (legal(item) and legal(dtype(item))):
+                    raise UserError(f"{name} must be {expected}, got {item}.")
         return jnp.asarray(array.astype(dtype))
 
     stops = np.asarray(stop_ids, np.int32)
@@ -89,13 +92,20 @@ def make_sampling(
             lambda t: 0 <= t < np.inf,
             "finite and at least 0",
         ),
-        top_k=rows("top_k", top_k, np.int32, lambda k: k >= 0, "0 (off) or a positive count"),
+        top_k=rows(
+            "top_k", top_k, np.int32, lambda k: 0 <= k < 2**31, "0 (off) or a positive count"
+        ),
         top_p=rows("top_p", top_p, np.float32, lambda p: 0 < p <= 1, "in (0, 1]"),
         min_p=rows("min_p", min_p, np.float32, lambda p: 0 <= p <= 1, "in [0, 1]"),
         seed=rows("seed", seed, np.uint32, lambda s: 0 <= s < 2**32, "in [0, 2^32)"),
         own_seed=jnp.asarray(np.broadcast_to(np.asarray(own_seed, bool), (batch,))),
         max_new_tokens=rows(
-            "max_new_tokens", max_new_tokens, np.int32, lambda n: n >= 1, "at least 1"
+            "max_new_tokens",
+            max_new_tokens,
+            np.int32,
+            # The prompt's length is added to it in int32.
+            lambda n: 1 <= n < 2**30,
+            "at least 1 and below 2^30",
         ),
         stop_ids=jnp.asarray(stops),
         stop_state=jnp.asarray(np.broadcast_to(np.asarray(stop_state, np.int32), (batch,))),
@@ -300,3 +310,23 @@ def seen_tokens(history: History, vocab: int) -> Bool[Array, "B T V"]:
     path = jnp.zeros((batch, nodes, vocab), bool)
     path = path.at[row[..., None], node, token].set(True, mode="drop")
     return path | base[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class RepetitionPenalty:
+    """Makes tokens that are in the text less likely (Keskar et al., arXiv 1909.05858, section 4.1).
+
+    As in transformers: the logit of every token seen in the prompt, the output or on the way to the node
+    is divided by `penalty` where it is positive and multiplied by it where it is not. 1 is off.
+    """
+
+    penalty: float
+
+    def __post_init__(self):
+        if not 0 < self.penalty < np.inf:
+            raise UserError(f"A repetition penalty must be finite and above 0, got {self.penalty}.")
+
+    def __call__(self, logits: Float[Array, "B T V"], history: History) -> Float[Array, "B T V"]:
+        penalty = jnp.float32(self.penalty)
+        lower = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        return jnp.where(seen_tokens(history, logits.shape[-1]), lower, logits)

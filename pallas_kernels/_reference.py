@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels import masks
@@ -51,11 +52,11 @@ def attend(
             key_position = jnp.concatenate([slots, position], axis=1)
             mask &= key_position[:, None, :] > position[:, :, None] - window
 
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    precision = lax.Precision.HIGHEST
-    grouped = q.reshape(b, t, k, n // k, d)
+    # Products of narrow operands are exact in the wide type.
+    wide = np.promote_types(q.dtype, np.float32)
+    grouped = q.astype(wide).reshape(b, t, k, n // k, d)
     scores = scale * jnp.einsum(
-        "btkgd,bksd->btkgs", grouped, keys, precision=precision, preferred_element_type=wide
+        "btkgd,bksd->btkgs", grouped, keys.astype(wide), precision="highest"
     )
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
@@ -64,13 +65,9 @@ def attend(
     top = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(wide).min)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum(
-        "btkgs,bksd->btkgd",
-        weights.astype(values.dtype),
-        values,
-        precision=precision,
-        preferred_element_type=wide,
-    )
+    # The weights are rounded to the values' type, as an accelerator multiplies them.
+    weights = weights.astype(values.dtype).astype(wide)
+    out = jnp.einsum("btkgs,bksd->btkgd", weights, values.astype(wide), precision="highest")
     out = out / jnp.where(total > 0, total, 1)
     lse = (top + jnp.log(total))[..., 0].astype(jnp.float32)
     return out.reshape(b, t, n, d).astype(q.dtype), lse.reshape(b, t, n)

@@ -1,15 +1,13 @@
-"""The XLA back-end: the live prefix in a few static sizes, the new tokens as a small block beside it.
+"""The XLA back-end: the live prefix in a few static sizes, and beside it the new tokens.
 
-The new tokens and the prefix are attended to apart, each giving a `Partial` softmax, and merged. The
-prefix goes one of three ways, chosen when it is traced:
+The new tokens and the prefix are attended to apart, each giving a `Partial` softmax, and merged.
+The prefix is read in one of a few static sizes by `lax.switch`; or, where scores over the whole
+cache would be too large, block by block with a running softmax. On CPU wide queries take the batch
+a row at a time: each row then pays for its own length, and its keys and values stay in the core's
+cache between their copy out of the KV cache and their use.
 
-* `_bucketed`: one `lax.switch` over static prefix sizes; every batch row pays for the longest.
-* `_by_row`: on CPU, a loop over the rows of the batch, each with its own switch. A row's keys and
-  values then stay in the core's cache between their copy out of the KV cache and their use.
-* `_blocked`: a loop over the live blocks with a running softmax, where a score array over the whole
-  cache would be too large.
-
-Inside a switch or a loop XLA only reads the caches; nothing of a whole cache's size is copied.
+The switch is also what keeps XLA from fusing the read of a cache into later operations, behind the
+write of the commit, where it would need a copy of the whole cache.
 """
 
 import dataclasses
@@ -18,18 +16,19 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels import masks
 
-# Prefix sizes that are compiled: powers of two from here up to the cache's own size. Each costs about
-# 30 ms of compilation a layer on CPU; a smaller first one saved less than 5 microseconds a layer.
+# Prefix sizes that are compiled: powers of two from here up to the cache's own size. Each costs
+# about 30 ms of compilation a layer on CPU.
 SMALLEST_BUCKET = 128
 # Above this many bytes of scores the keys are taken block by block.
 MAX_SCORE_BYTES = 64 << 20
 SMALLEST_BLOCK = 64
-# Query rows (T * G) from which a loop over batch rows beats one batched product on CPU.
-MIN_ROWS_BY_ROW = 16
+# Queries of a KV head (T * G) from which a loop over batch rows beats one batched product on CPU.
+MIN_QUERIES_BY_ROW = 16
 
 
 @functools.partial(
@@ -112,7 +111,7 @@ def buckets(slots: int) -> tuple[int, ...]:
 
 def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """Products of [B, K, ., .] arrays, summed in at least float32."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = np.promote_types(x.dtype, np.float32)
     # Narrow operands are exact in one pass; float32 would fall to bfloat16 or TF32 passes.
     precision = lax.Precision.HIGHEST if x.dtype == wide else lax.Precision.DEFAULT
     dims = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
@@ -147,7 +146,7 @@ def _merge(x: Partial, y: Partial) -> Partial:
 
 
 def _nothing(q: jax.Array) -> Partial:
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = np.promote_types(q.dtype, np.float32)
     one = (*q.shape[:-1], 1)
     floor = jnp.full(one, jnp.finfo(wide).min, wide)
     return Partial(jnp.zeros(q.shape, wide), floor, jnp.zeros(one, wide))
@@ -156,7 +155,7 @@ def _nothing(q: jax.Array) -> Partial:
 def _block_size(q: jax.Array, keys: int) -> int:
     """Keys that fit under MAX_SCORE_BYTES of scores; `keys` if all do."""
     b, k, t, g, _ = q.shape
-    itemsize = jnp.promote_types(q.dtype, jnp.float32).itemsize
+    itemsize = np.promote_types(q.dtype, np.float32).itemsize
     fit = MAX_SCORE_BYTES // (b * k * t * g * itemsize)
     if fit >= keys:
         return keys
@@ -215,20 +214,23 @@ def _prefix(
     b, _, t, g, _ = q.shape
 
     def whole_batch(q, length, low, high):
+        # One switch: every row pays for the longest.
         return _slots(spec, q, read, slots, 0, length, low, high)
 
     def by_row(q, length, low, high):
         def body(row, part):
-            # A row at a time, with the batch axis kept.
-            take = lambda x: lax.dynamic_slice_in_dim(x, row, 1)  # noqa: E731
-            args = jax.tree.map(take, (q, length, low, high))
-            here = _slots(spec, args[0], read, slots, row, *args[1:])
-            put = lambda x, y: lax.dynamic_update_slice_in_dim(x, y, row, 0)  # noqa: E731
-            return jax.tree.map(put, part, here)
+            def take(x):  # keeps the batch axis
+                return lax.dynamic_slice_in_dim(x, row, 1)
+
+            def put(x, y):
+                return lax.dynamic_update_slice_in_dim(x, y, row, 0)
+
+            q_1, *bounds = jax.tree.map(take, (q, length, low, high))
+            return jax.tree.map(put, part, _slots(spec, q_1, read, slots, row, *bounds))
 
         return lax.fori_loop(0, b, body, _nothing(q))
 
-    if b == 1 or t * g < MIN_ROWS_BY_ROW:
+    if b == 1 or t * g < MIN_QUERIES_BY_ROW:
         return whole_batch(q, length, low, high)
     # Resolved when lowered, so that a program compiled for another platform gets that one's form.
     return lax.platform_dependent(q, length, low, high, cpu=by_row, default=whole_batch)
@@ -246,7 +248,7 @@ def _read(
     start: int | jax.Array,
     size: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Keys and values [rows, K, size, D] of the slots from `start`, of the batch rows from `row`."""
+    """Keys and values [rows, K, size, D] of slots from `start`, of batch rows from `row`."""
     k, _, d = k_cache.shape[-3:]
     shape = (rows, k, size, d)
     at = (row, 0, start, 0)

@@ -1,7 +1,7 @@
 """Bitmasks of ancestors: 32 nodes to an int32 word.
 
 Bit ``j % 32`` of word ``j // 32`` of node i's row is set iff node j is an ancestor of node i or
-node i itself. 64 nodes take 512 bytes a batch row, where a dense mask over the keys takes megabytes.
+node i itself. 64 nodes take 512 bytes a batch row; a dense mask over the keys takes megabytes.
 """
 
 import jax
@@ -43,5 +43,5 @@ def popcount(bits: jax.Array) -> jax.Array:
 
 
 def chain(size: int) -> jax.Array:
-    """The ancestors of a chain of `size` nodes, each the child of the one before it: int32[T, W]."""
+    """The ancestors of a chain of `size` nodes, each the child of the one before: int32[T, W]."""
     return pack(jnp.tril(jnp.ones((size, size), bool)))

@@ -56,31 +56,32 @@ def tree_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attends from T new tokens to the live prefix of a KV cache and to the new tokens themselves.
 
-    The new keys and values are arguments and are not written to the cache, so that rejecting a draft
-    costs nothing. Cache slots at or past a row's `length` may hold anything, NaN included: they never
-    reach the output. Letters: B batch, T new tokens or tree nodes, N query heads, K KV heads with
-    N = K * G, D head width, S cache slots, L layers, W = ceil(T / 32).
+    The new keys and values are arguments and are not written to the cache, so that rejecting a
+    draft costs nothing. Cache slots at or past a row's `length` may hold anything, NaN included:
+    they never reach the output. Letters: B batch, T new tokens or tree nodes, N query heads, K KV
+    heads with N = K * G, D head width, S cache slots, L layers, W = ceil(T / 32).
 
     Scores, softmax statistics and sums are float32 whatever the input dtype (float64 for float64
     inputs); float32 inputs are multiplied at precision HIGHEST; with narrower inputs the attention
     weights are rounded to the dtype of the values before they multiply them.
 
     Args:
-        q: floating [B, T, N, D]. Query head n reads KV head n // G. All of q, keys, values and caches
-            have one dtype.
-        k_new: [B, T, K, D], keys of the new tokens, or None (with `v_new`) to attend to the cache only.
+        q: floating [B, T, N, D]. Query head n reads KV head n // G. All of q, keys, values and
+            caches have one dtype.
+        k_new: [B, T, K, D], keys of the new tokens, or None (with `v_new`) to attend to the cache
+            only.
         v_new: [B, T, K, D], or None with `k_new`.
         k_cache: [B, K, S, D], or [L, B, K, S, D] together with `layer`.
         v_cache: same shape as `k_cache`.
         length: int32[B], how many slots of each row are valid; 0 <= length <= S.
-        ancestors: int32[B, T, W] bitmask (see `pallas_kernels.masks`): node i sees new key j iff bit
-            j % 32 of word j // 32 of row i is set. None is a chain: node i sees new keys 0..i.
+        ancestors: int32[B, T, W] bitmask (see `pallas_kernels.masks`): node i sees new key j iff
+            bit j % 32 of word j // 32 of row i is set. None is a chain: node i sees keys 0..i.
         layer: index into the stacked caches, a Python int or an int32 scalar array.
         scale: factor on q @ k; default D ** -0.5.
         soft_cap: if given, scaled scores become soft_cap * tanh(score / soft_cap).
-        window: if given, a query at position p sees keys at positions > p - window only. Cache slot s
-            is at position s, new token i at length + depth(i), where depth is the number of its proper
-            ancestors (i in a chain).
+        window: if given, a query at position p sees keys at positions > p - window only. Cache
+            slot s is at position s, new token i at length + depth(i), where depth is the number
+            of its proper ancestors (i in a chain).
         visible: int32[B, T], only without new keys: query t sees cache slots < visible[b, t] (and
             < length[b]).
         return_lse: also return the log-sum-exp of the scores.

@@ -1,10 +1,65 @@
 """Every test runs with strict promotion, and with two CPU devices unless told otherwise."""
 
 import os
+from pathlib import Path
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if jax.config.jax_num_cpu_devices < 1 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_num_cpu_devices", 2)
+
+TINY_TEXTS = (
+    "Once upon a time, there was a little girl named Lily. She had a red ball.",
+    "One day, the cat saw a big dog. The dog was happy and the cat ran away.",
+    "Question: Tom has 3 apples and buys 4 more. How many apples has he?\nAnswer: 3 + 4 = 7",
+    "Task: Write a function to add two numbers.\nCode:\ndef add(a, b):\n    return a + b",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoints(tmp_path_factory) -> Path:
+    """A folder like the demo's: `target`, `lm` and `bigram`, from random weights; do not write to it.
+
+    The draft model is the target without its upper layers, which are scaled down, so that it is
+    often right. The head is scaled up, so that there are hardly any near ties.
+    """
+    import dataclasses
+
+    from jax_specdec.checkpoints import save_pretrained
+    from jax_specdec.drafters.bigram import count_bigrams
+    from jax_specdec.drafters.loading import save_bigram
+    from jax_specdec.models import Decoder, ModelConfig
+    from jax_specdec.training.data import encode_documents
+    from jax_specdec.training.tokenizer import train_tokenizer
+
+    home = tmp_path_factory.mktemp("tiny")
+    tokenizer = train_tokenizer(TINY_TEXTS, 300, home / "tokenizer", context=256)
+    config = ModelConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        mlp_size=96,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        context=256,
+        bos_id=tokenizer.bos_token_id,
+        eos_ids=(tokenizer.eos_token_id,),
+        pad_id=tokenizer.pad_token_id,
+    )
+    params = Decoder(config, "float32").init(jax.random.key(1))
+    lower, *upper = params["layers"]
+    for block in upper:
+        for name in ("out", "down"):
+            block[name] = block[name] * 0.3
+    params = {**params, "layers": (lower, *upper), "head": params["head"] * 16}
+    save_pretrained(home / "target", config, params, dtype="float32", tokenizer=tokenizer)
+    small = dataclasses.replace(config, num_layers=1, windows=())
+    params = {**params, "layers": (lower,)}
+    save_pretrained(home / "lm", small, params, dtype="float32", tokenizer=tokenizer)
+    documents = encode_documents(TINY_TEXTS, tokenizer)
+    save_bigram(home / "bigram", count_bigrams(documents, config.vocab_size))
+    return home

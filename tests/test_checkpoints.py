@@ -188,7 +188,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(RunError, match="m could not be written: .*No space left"):
+    with pytest.raises(RunError, match=r"m could not be written: .*No space left"):
         save_pretrained(tmp_path / "m", CONFIG, random_params(CONFIG), dtype="float32")
     assert list(tmp_path.iterdir()) == []
 
@@ -273,12 +273,12 @@ def test_convert_copies_the_tokenizer_as_it_is(tokenizer, tmp_path):
 
 def test_no_such_folder(tmp_path):
     for load in (load_target, checkpoints.load_config):
-        with pytest.raises(UserError, match="There is no folder .*nowhere"):
+        with pytest.raises(UserError, match=r"There is no folder .*nowhere"):
             load(tmp_path / "nowhere")
 
 
 def test_a_file_is_no_folder(folder):
-    with pytest.raises(UserError, match="model.safetensors is a file; name the folder"):
+    with pytest.raises(UserError, match=r"model.safetensors is a file; name the folder"):
         load_target(folder / "model.safetensors")
 
 
@@ -298,13 +298,13 @@ def test_hub(folder, monkeypatch):
         raise ConnectionError("Name or service not known\n\nlong explanation")
 
     monkeypatch.setattr(hub, "snapshot_download", fail)
-    with pytest.raises(UserError, match="someone/x is no folder here and .* not known$"):
+    with pytest.raises(UserError, match=r"someone/x is no folder here and .* not known$"):
         load_target("someone/x")
 
 
 def test_no_config(folder):
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match="it has no config.json"):
+    with pytest.raises(UserError, match=r"it has no config.json"):
         load_target(folder)
 
 
@@ -318,7 +318,7 @@ def test_broken_json(folder, name, text, message):
 
 def test_no_weights(folder):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="there is no model.safetensors"):
+    with pytest.raises(UserError, match=r"there is no model.safetensors"):
         load_target(folder)
 
 
@@ -332,7 +332,7 @@ def test_pickles_are_not_read(folder):
 def test_truncated_file(folder, keep):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(UserError, match="model.safetensors is truncated or damaged"):
+    with pytest.raises(UserError, match=r"model.safetensors is truncated or damaged"):
         load_target(folder, tokenizer=False)
 
 
@@ -344,7 +344,7 @@ def test_missing_shard(tmp_path):
     with pytest.raises(UserError, match=f"lacks 1 of the .* first {shard.name}"):
         load_target(path, tokenizer=False)
     (path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(UserError, match="index.json names no files"):
+    with pytest.raises(UserError, match=r"index.json names no files"):
         load_target(path, tokenizer=False)
 
 
@@ -369,13 +369,13 @@ def test_all_mismatches_are_listed(folder):
 
 def test_long_lists_are_trimmed(folder):
     rewrite(folder, lambda t: [t.pop(name) for name in list(t) if ".layers." in name])
-    with pytest.raises(UserError, match="missing model.layers.0.*; and 7 more"):
+    with pytest.raises(UserError, match=r"missing model.layers.0.*; and 7 more"):
         load_target(folder, tokenizer=False)  # 3 layers of 9 tensors
 
 
 def test_other_architectures(folder):
     rewrite(folder, lambda t: [t.pop(name) for name in list(t)] and t.update(x=np.zeros(1)))
-    with pytest.raises(UserError, match="lacks model.embed_tokens.weight"):
+    with pytest.raises(UserError, match=r"lacks model.embed_tokens.weight"):
         load_params(folder, CONFIG)
     hf = config_to_hf(CONFIG, "float32")
     (folder / "config.json").write_text(json.dumps({**hf, "model_type": "gpt2"}))
@@ -393,10 +393,12 @@ def test_unsupported_storage(folder):
 
 
 def test_missing_and_broken_tokenizer(folder):
-    with pytest.raises(UserError, match="no tokenizer: neither tokenizer.json nor tokenizer.model"):
+    with pytest.raises(
+        UserError, match=r"no tokenizer: neither tokenizer.json nor tokenizer.model"
+    ):
         load_target(folder)
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="The tokenizer in .* cannot be loaded"):
+    with pytest.raises(UserError, match=r"The tokenizer in .* cannot be loaded"):
         load_target(folder)
 
 
@@ -421,7 +423,7 @@ def test_bad_options(folder):
 
 def test_header_alone_is_read_before_memory_is_checked(folder, monkeypatch):
     monkeypatch.setattr(checkpoints, "available_memory", lambda: 1000)
-    with pytest.raises(UserError, match="parameters 0.00 GiB.* are free"):
+    with pytest.raises(UserError, match=r"parameters 0.00 GiB.* are free"):
         load_target(folder, tokenizer=False)
 
 

@@ -69,32 +69,45 @@ class LmDrafter(ChainDrafter):
         out = self.decoder.apply(weights, tokens, position, cache)
         last = (text.length - 1 - start)[:, None, None]
         logits = jnp.take_along_axis(out.logits, last, axis=1)  # [B, 1, V]
-        cache = kv.commit(cache, out.new_kv, text.length - start)
+        cache = kv.commit(cache, out.new_kv, text.length - start, after=out.hidden)
 
         def propose(logits, depth):
             scores = warp(logits, sampling)
             if self.proposal == "matched" or noise.return_q:
-                pick = scores + lax.dynamic_slice_in_dim(noise.gumbel, depth, 1, axis=1)
-            else:
-                pick = scores
-            token = jnp.argmax(pick, axis=-1).astype(jnp.int32)  # [B, 1]
-            return token, law(logits, sampling)
-
-        def step(carry, depth):
-            cache, logits = carry
-            token, q = propose(logits, depth)
+                scores = scores + lax.dynamic_slice_in_dim(noise.gumbel, depth, 1, axis=1)
+            token = jnp.argmax(scores, axis=-1).astype(jnp.int32)  # [B, 1]
+            q = law(logits, sampling)
             top_probs, top_ids = lax.top_k(q, min(TOP, q.shape[-1]))
             probability = jnp.take_along_axis(q, token[..., None], axis=-1)[..., 0]
             item = (token[:, 0], probability[:, 0], top_ids[:, 0], top_probs[:, 0])
-            item = (*item, q[:, 0]) if noise.return_q else item
+            return token, (*item, q[:, 0]) if noise.return_q else item
+
+        def step(carry, depth):
+            cache, token = carry
             out = self.decoder.apply(weights, token, cache.length[:, None], cache)
             one = jnp.ones((batch,), jnp.int32)
-            return (kv.commit(cache, out.new_kv, one), out.logits), item
+            cache = kv.commit(cache, out.new_kv, one, after=out.hidden)
+            token, item = propose(out.logits, depth)
+            return (cache, token), item
 
-        depth = jnp.arange(self.length, dtype=jnp.int32)
-        (cache, _), items = lax.scan(step, (cache, logits), depth)
-        items = [jnp.swapaxes(x, 0, 1) for x in items]
-        draft = chain(text, items[0], probability=items[1], q=items[4] if noise.return_q else None)
+        # The last drafted token is not read: it is among the two that the next round begins with.
+        token, item = propose(logits, 0)
+        depth = jnp.arange(1, self.length, dtype=jnp.int32)
+        (cache, _), rest = lax.scan(step, (cache, token), depth)
+        items = [
+            jnp.concatenate([first[:, None], jnp.swapaxes(more, 0, 1)], axis=1)
+            for first, more in zip(item, rest, strict=True)
+        ]
+        # The children of the last node are not known: its row is empty.
+        tops = [jnp.pad(x, ((0, 0), (0, 1), (0, 0))) for x in items[2:4]]
+        draft = chain(
+            text,
+            items[0],
+            probability=items[1],
+            top_ids=tops[0],
+            top_probs=tops[1],
+            q=items[4] if noise.return_q else None,
+        )
         return draft, {**states, self.name: cache}
 
     def commit(self, states, outcome, view):

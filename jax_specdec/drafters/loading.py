@@ -60,11 +60,38 @@ def parse_drafter(spec: str) -> tuple[str, int | None]:
 
 def default_length(name: str, folder: Path | None) -> int:
     """The measured draft length of a checkpoint folder, or a fallback."""
-    if folder is not None and (path := folder / LENGTHS_FILE).is_file():
-        lengths = json.loads(path.read_text())["lengths"]
-        if lengths.get(name):
-            return int(lengths[name])
-    return FALLBACK_LENGTHS[name]
+    length = _measured(folder).get("lengths", {}).get(name)
+    return int(length or FALLBACK_LENGTHS[name])
+
+
+def default_spec(target: Target | str | Path) -> str:
+    """The drafter that was measured to be the fastest for a target, or one that needs no checkpoint.
+
+    Args:
+      target: a loaded one, or its folder; the measurements lie beside it.
+    """
+    folder = target.path if isinstance(target, Target) else Path(target)
+    return _measured(folder.parent).get("default") or "prompt-lookup"
+
+
+def _measured(folder: Path | None) -> dict[str, Any]:
+    """What `jax-specdec tune` found for the checkpoints in a folder: `{}` where it never ran.
+
+    Raises:
+      UserError: the file is not what `tune` writes.
+    """
+    if folder is None or not (path := folder / LENGTHS_FILE).is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        lengths = found.get("lengths", {})
+        good = all(n is None or 0 <= n < MAX_NODES for n in lengths.values())
+        good = good and isinstance(found.get("default", ""), str)
+    except (OSError, ValueError, TypeError, AttributeError):
+        good = False
+    if not good:
+        raise UserError(f"{path} is damaged: write it again with `jax-specdec tune`, or delete it.")
+    return found
 
 
 def load_drafter(

@@ -266,7 +266,7 @@ def _read_rope(hf: Json) -> RopeConfig:
     missing = [key for key in keys if key not in rope]
     if missing:
         raise UserError(f"config.json's {kind} rotary embedding lacks {' and '.join(missing)}.")
-    fields = {key: float(rope[key]) for key in keys}
+    fields: Json = {key: float(rope[key]) for key in keys}
     if kind == "llama3":
         fields["original_context"] = int(
             rope.get("original_max_position_embeddings", hf["max_position_embeddings"])

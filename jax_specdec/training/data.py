@@ -3,40 +3,22 @@
 Every batch is a function of (seed, step) alone, which is what makes resuming exact.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import grain
 import numpy as np
 
 from jax_specdec.errors import UserError
-
-
-def read_jsonl(path: str | Path) -> Iterator[dict]:
-    """The objects of a JSONL file; a line that is not one is named by its number."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"There is no file {path}.")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON ({error}).") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{path}, line {number}: expected a JSON object.")
-            yield record
+from jax_specdec.jsonl import read_jsonl
 
 
 def read_texts(path: str | Path) -> list[str]:
     """The `text` field of every record of a JSONL file."""
     texts = []
-    for number, record in enumerate(read_jsonl(path), 1):
+    for number, record in read_jsonl(path):
         if not isinstance(record.get("text"), str):
-            raise UserError(f'{path}, record {number}: expected a string in "text".')
+            raise UserError(f'{path}, line {number}: expected a string in "text".')
         texts.append(record["text"])
     if not texts:
         raise UserError(f"{path} holds no records.")

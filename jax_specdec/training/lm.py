@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,51 +24,13 @@ from tqdm.auto import tqdm
 
 from jax_specdec.errors import RunError, UserError
 from jax_specdec.models.decoder import Decoder, Params
+from jax_specdec.training.config import TrainConfig
 from jax_specdec.training.data import heldout_windows, training_batches
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """What a run needs beside its model and data.
-
-    Attributes:
-      batch_size: windows per optimiser step, over all devices and accumulation steps.
-      accumulate: micro-batches per step, whose gradients are averaged.
-      learning_rate: peak; linear warm-up, then a cosine to `final_fraction` of it.
-      optimizer: `adamw`, or `muon` for the matrices of the layers (Liu et al., arXiv 2502.16982;
-        its update has AdamW's scale, so it takes the same learning rate) and AdamW for the rest.
-      remat: recompute each layer in the backward pass, for memory.
-    """
-
-    steps: int
-    batch_size: int = 16
-    sequence_length: int = 512
-    learning_rate: float = 2e-3
-    warmup_steps: int = 100
-    final_fraction: float = 0.05
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    accumulate: int = 1
-    remat: bool = False
-    seed: int = 0
-    eval_every: int = 200
-    save_every: int = 200
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "sequence_length", "accumulate"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.batch_size % self.accumulate:
-            raise UserError(
-                f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}."
-            )
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
     """Linear warm-up and cosine decay over `config.steps`."""
-    warmup = min(config.warmup_steps, max(1, config.steps // 10))
+    warmup = min(config.warmup_steps, max(1, config.steps // 10), config.steps - 1)
     return optax.warmup_cosine_decay_schedule(
         0.0,
         config.learning_rate,

@@ -1,0 +1,195 @@
+"""Decoding speed on real prompts: transformers, plain decoding and every drafter, in one run.
+
+    python benchmarks/decode.py --prompts runs/data --out benchmarks/results/decode.json
+
+All arms answer the same prompts with the same number of new tokens (end-of-text ignored), warm, greedy, at
+batch 1; the arms take turns prompt by prompt, and the whole is repeated. Times are from the start of the
+prefill to the last token.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from _common import machine, read_prompts, spread, write_json
+
+import jax_specdec as sd
+from jax_specdec.costs import Costs, acceptance_by_position, draft_arm, medians, verify_arm
+
+SETS = ("gsm8k", "mbpp", "stories", "spec_bench")
+
+
+class Arm:
+    """One way of decoding: `run(prompt ids) -> (token ids, seconds, prefill seconds)`."""
+
+    def __init__(self, target, drafter, tokens: int):
+        self.decoder = sd.SpeculativeDecoder(target, drafter)
+        self.tokens = tokens
+        self.answers: list = []
+
+    def run(self, ids):
+        (out,) = self.decoder.generate([ids], max_new_tokens=self.tokens, ignore_eos=True)
+        self.answers.append(out)
+        return out.token_ids, out.stats.wall_time_s, out.stats.prefill_time_s
+
+
+class Transformers:
+    """The peer: `generate` of transformers on PyTorch, on the same folder."""
+
+    def __init__(self, folder, tokens: int, dtype: str, threads: int):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(threads)
+        self.torch, self.tokens = torch, tokens
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.model.generation_config.eos_token_id = None
+
+    def run(self, ids):
+        inputs = self.torch.tensor([ids])
+        began = time.perf_counter()
+        with self.torch.inference_mode():
+            out = self.model.generate(
+                inputs,
+                attention_mask=self.torch.ones_like(inputs),
+                max_new_tokens=self.tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        return out[0, len(ids) :].tolist(), time.perf_counter() - began, float("nan")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="checkpoints/demo/target")
+    parser.add_argument("--prompts", required=True, help="folder written by prepare.py")
+    parser.add_argument("--drafters", default="auto,lm,max-gram,prompt-lookup,bigram")
+    parser.add_argument("--per-set", type=int, default=8)
+    parser.add_argument("--keep-last", type=int, default=256, help="prompt tokens kept")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", required=True)
+    args = parser.parse_args()
+
+    target = sd.load_target(args.model, dtype=args.dtype)
+    encode = sd.SpeculativeDecoder(target).encode
+    prompts = [
+        encode(record["prompt"])[-args.keep_last :]
+        for record in read_prompts(args.prompts, SETS, args.per_set)
+    ]
+    tokens = args.max_new_tokens
+
+    loaded = {"plain": None}
+    for spec in args.drafters.split(","):
+        wanted = sd.default_spec(target) if spec == "auto" else spec
+        drafter = sd.load_drafter(wanted, target)
+        loaded[f"default ({drafter.spec})" if spec == "auto" else drafter.spec] = drafter
+    arms: dict = {name: Arm(target, drafter, tokens) for name, drafter in loaded.items()}
+    if not args.no_peer:
+        try:
+            peer = Transformers(args.model, tokens, args.dtype, args.threads)
+            arms = {"transformers": peer, **arms}
+        except ImportError:
+            print(
+                "transformers on PyTorch is not installed here: its arm is left out",
+                file=sys.stderr,
+            )
+
+    for name, arm in arms.items():  # compile and warm every program
+        for ids in {len(i): i for i in prompts}.values():
+            arm.run(ids)
+        if isinstance(arm, Arm):
+            arm.answers.clear()
+        print(f"warm: {name}", file=sys.stderr)
+
+    # seconds[arm][repeat] = sum over prompts
+    seconds = {name: [0.0] * args.repeats for name in arms}
+    decode_only = {name: [0.0] * args.repeats for name in arms}
+    first: dict = {name: [] for name in arms}
+    for repeat in range(args.repeats):
+        for ids in prompts:
+            for name, arm in arms.items():
+                out, wall, prefill = arm.run(ids)
+                assert len(out) == tokens, (name, len(out))
+                seconds[name][repeat] += wall
+                decode_only[name][repeat] += wall - prefill
+                if repeat == 0:
+                    first[name].append(out)
+
+    # The parts, measured alone at the same kind of text, in this same run.
+    middle = sorted(prompts, key=len)[len(prompts) // 2]
+    used = {d.drafter.num_nodes + 1 for d in loaded.values() if d} | {1, 2, 4, 8, 16}
+    parts = {("verify", t): verify_arm(target, t, [middle], rounds=64) for t in sorted(used)}
+    parts |= {
+        ("draft", d.spec): draft_arm(target, d, [middle], rounds=64) for d in loaded.values() if d
+    }
+    cost = {key: spread(values) for key, values in medians(parts, 7).items()}
+    verify = {t: cost["verify", t]["median"] for t in sorted(used)}
+
+    count = len(prompts) * tokens
+    plain = seconds["plain"]
+    rows = {}
+    for name, arm in arms.items():
+        ratio = [p / s for p, s in zip(plain, seconds[name], strict=True)]
+        row = {
+            "seconds": seconds[name],
+            "tokens_per_second": spread([count / s for s in seconds[name]]),
+            "speed_over_plain": spread(ratio),
+            "same_tokens_as_plain": sum(
+                a == b for a, b in zip(first[name], first["plain"], strict=True)
+            ),
+        }
+        drafter = loaded.get(name)
+        if drafter is not None:
+            length = drafter.drafter.num_nodes
+            costs = Costs(verify, {length: cost["draft", drafter.spec]["median"]})
+            accepted = acceptance_by_position(arm.answers)
+            predicted = costs.speedup(accepted, length)
+            measured = statistics.median(
+                p / s for p, s in zip(decode_only["plain"], decode_only[name], strict=True)
+            )
+            rounds = sum(a.stats.num_spec_steps for a in arm.answers)
+            loop = sum(decode_only[name]) / rounds
+            row |= {
+                "tau": 1 + sum(accepted),
+                "accepted_per_pos": accepted,
+                "decode_speed_over_plain": measured,
+                "predicted_decode_speed_over_plain": predicted,
+                "measured_over_predicted": measured / predicted,
+                "round_s": loop,
+                "sum_of_parts_s": costs.round(length),
+                "loop_over_parts": loop / costs.round(length),
+            }
+        rows[name] = row
+
+    record = {
+        "machine": machine(),
+        "model": str(Path(args.model)),
+        "dtype": args.dtype,
+        "prompts": len(prompts),
+        "prompt_tokens": spread([len(p) for p in prompts]),
+        "new_tokens": tokens,
+        "v": {t: verify[t] / verify[1] for t in verify},
+        "parts_s": {" ".join(map(str, key)): value for key, value in cost.items()},
+        "arms": rows,
+    }
+    print(f"{'arm':28}{'tokens/s':>10}{'x plain':>9}{'tau':>7}{'predicted':>11}{'loop/parts':>12}")
+    for name, row in rows.items():
+        tau, predicted = row.get("tau"), row.get("predicted_decode_speed_over_plain")
+        print(
+            f"{name:28}{row['tokens_per_second']['median']:10.1f}"
+            f"{row['speed_over_plain']['median']:9.2f}"
+            + (f"{tau:7.2f}{predicted:11.2f}{row['loop_over_parts']:12.2f}" if tau else "")
+        )
+    print("v(T):", {t: round(float(np.round(v, 3)), 3) for t, v in record["v"].items()})
+    write_json(args.out, record)
+
+
+if __name__ == "__main__":
+    main()

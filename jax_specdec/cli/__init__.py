@@ -1,0 +1,103 @@
+"""The command line: one module per command, each with a `register`.
+
+Nothing here imports jax before a command runs, so that help and errors of wrong use come at once.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from jax_specdec.cli import convert, demo, generate, info, train
+from jax_specdec.errors import RunError, UserError
+
+REGISTER: tuple[Callable, ...] = (
+    generate.register,
+    demo.register,
+    train.register,
+    convert.register,
+    info.register,
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence; sub-commands inherit it."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+        # Without a default here, so that `--debug` before the command is not overwritten after it.
+        self.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="show the traceback of an error",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.rstrip('.')} (see `{self.prog} --help`).")
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="jax-specdec", description="Lossless speculative decoding of large language models."
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for register in REGISTER:
+        register(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status.
+
+    0: done. 1: failed at run time. 2: wrong use. 130: interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure:  # a terminal that cannot show a character shows another
+            reconfigure(errors="replace")
+    try:
+        args = make_parser().parse_args(argv)
+        if args.version:
+            import jax_specdec
+
+            print(jax_specdec.__version__)
+            return 0
+        if args.command is None:
+            raise UserError("Say which command to run (see `jax-specdec --help`).")
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, say `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        status, sentence = _describe(error)
+        print("error:", " ".join(sentence.split()), file=sys.stderr)
+        return status
+
+
+def _describe(error: Exception) -> tuple[int, str]:
+    """The exit status of an error, and its sentence."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, RunError):
+        return 1, str(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return 1, (
+            "The memory ran out: use a narrower --dtype, a smaller --batch-size or fewer "
+            "--max-new-tokens."
+        )
+    if isinstance(error, OSError) and error.strerror:
+        file = f" ({error.filename})" if error.filename else ""
+        return 1, f"{error.strerror}{file}."
+    first = (str(error).strip().splitlines() or [""])[0]
+    return 1, f"internal {type(error).__name__}: {first} (rerun with --debug for the traceback)"

@@ -1,0 +1,30 @@
+"""`demo`: plain and speculative decoding side by side."""
+
+import argparse
+from typing import Any
+
+from jax_specdec.cli import common
+from jax_specdec.errors import UserError
+
+
+def register(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="plain and speculative decoding side by side",
+        description="Decodes a few built-in prompts plainly and speculatively, shows who proposed each "
+        "token, checks that both give the same text, and compares the speeds.",
+    )
+    common.add_model(parser)
+    common.add_drafter(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}.")
+    from jax_specdec.demo import run_demo
+
+    target, drafter = common.load(args)
+    return run_demo(target, drafter, max_new_tokens=args.max_new_tokens, as_json=args.json)

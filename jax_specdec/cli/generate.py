@@ -1,0 +1,230 @@
+"""`generate`: answers prompts."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jax_specdec.cli import common
+from jax_specdec.errors import UserError
+from jax_specdec.prompts import PromptRecord, read_prompts
+
+if TYPE_CHECKING:
+    from jax_specdec.checkpoints import Target
+    from jax_specdec.pipeline import Chunk, Generation
+
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
+
+
+def register(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate", help="answer prompts", description="Answers prompts, as plain decoding would."
+    )
+    common.add_model(parser)
+    common.add_drafter(parser)
+    prompts = parser.add_argument_group("prompts (default: standard input is one prompt)")
+    prompts.add_argument(
+        "--prompt", metavar="TEXT", action="append", help="may be given several times"
+    )
+    prompts.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help='JSONL of {"id", "prompt"} or of Spec-Bench; a record may carry its own sampling '
+        "parameters, and one with a seed uses that seed alone",
+    )
+    prompts.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    prompts.add_argument(
+        "--keep-last", type=int, metavar="N", help="keep the last N tokens of each prompt"
+    )
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    sampling.add_argument(
+        "--temperature", type=float, default=0.0, help="0, the default, is greedy"
+    )
+    sampling.add_argument("--top-k", type=int, default=0, help="0, the default, is off")
+    sampling.add_argument("--top-p", type=float, default=1.0, help="1, the default, is off")
+    sampling.add_argument("--min-p", type=float, default=0.0, help="0, the default, is off")
+    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="may be given several times"
+    )
+    sampling.add_argument(
+        "--ignore-eos", action="store_true", help="decode past end-of-text tokens"
+    )
+    sampling.add_argument(
+        "--rule",
+        choices=("match", "reject"),
+        default="match",
+        help="match: the very tokens of plain decoding; reject: speculative sampling, the same law",
+    )
+    running = parser.add_argument_group("running and output")
+    running.add_argument("--batch-size", type=int, default=1, metavar="N")
+    running.add_argument("--stream", action="store_true", help="print the text as it is decoded")
+    running.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    running.add_argument(
+        "--logprobs", action="store_true", help="with --json: of each token, in nats"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.stream and (args.json or args.batch_size != 1):
+        raise UserError("--stream shows one text at a time: leave out --json and --batch-size.")
+    if args.logprobs and not args.json:
+        raise UserError("--logprobs needs --json.")
+    if args.keep_last is not None and args.keep_last < 1:
+        raise UserError(f"--keep-last must be at least 1, got {args.keep_last}.")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}.")
+    if any(not stop for stop in args.stop):
+        raise UserError("A stop string must not be empty.")
+    records = read_records(args)
+    settings: dict[str, Any] = {name: _rows(args, records, name) for name in SAMPLING}
+    _check(records, settings)
+
+    from jax_specdec.pipeline import SpeculativeDecoder
+
+    target, drafter = common.load(args)
+    decoder = SpeculativeDecoder(target, drafter, rule=args.rule)
+    stops = [record.settings.get("stop", tuple(args.stop)) for record in records]
+    streams = _Streams(target.tokenizer, stops) if args.stream else None
+    answers = decoder.generate(
+        [_prompt(record, target, args) for record in records],
+        **settings,
+        own_seed=["seed" in record.settings for record in records],
+        stop=stops,
+        ignore_eos=args.ignore_eos,
+        batch_size=args.batch_size,
+        ids=[record.id for record in records],
+        on_chunk=streams.show if streams else None,
+        rounds_per_chunk=2,
+    )
+    done = []
+    if streams:
+        streams.begin(records)
+    for record, answer in zip(records, answers, strict=True):
+        done.append(answer)
+        if args.json:
+            common.print_json(as_record(record, answer, args.logprobs))
+        elif streams:
+            streams.end(records)
+        else:
+            _head(records, record)
+            print(answer.text, flush=True)
+    if not args.json:
+        common.say(summary(done, args.batch_size))
+    return 0
+
+
+def read_records(args: argparse.Namespace) -> list[PromptRecord]:
+    """The prompts of `--prompt`, `--prompts` or standard input."""
+    if args.prompt is not None and args.prompts is not None:
+        raise UserError("Give --prompt or --prompts, not both.")
+    if args.prompts is not None:
+        return read_prompts(args.prompts)
+    if args.prompt is not None:
+        return [PromptRecord(i, text) for i, text in enumerate(args.prompt)]
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UserError("Give a prompt: --prompt TEXT, --prompts FILE or standard input.")
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"Standard input is not {sys.stdin.encoding} text ({error}).") from None
+    # The newline that ends a file, or that `echo` adds, is not part of the prompt.
+    return [PromptRecord(0, text.removesuffix("\n").removesuffix("\r"))]
+
+
+def as_record(record: PromptRecord, answer: "Generation", logprobs: bool = False) -> dict[str, Any]:
+    """The JSON object of an answer."""
+    value = {
+        "id": answer.id,
+        "prompt": record.prompt,
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": answer.finish_reason,
+        "stats": dataclasses.asdict(answer.stats),
+    }
+    return {**value, "logprobs": answer.logprobs} if logprobs else value
+
+
+def summary(answers: "Sequence[Generation]", batch_size: int) -> str:
+    """All answers in one line."""
+    tokens = sum(a.stats.num_tokens for a in answers)
+    steps = sum(a.stats.num_spec_steps for a in answers)
+    seconds = sum(
+        a.stats.wall_time_s for a in answers[::batch_size]
+    )  # rows of a batch share theirs
+    ties = sum(a.stats.near_ties for a in answers)
+    compiling = sum(a.stats.compile_time_s for a in answers[::batch_size])
+    return (
+        f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s, and {compiling:.1f} s of "
+        f"compilation), mean acceptance length {tokens / steps:.2f}, near ties {ties}"
+    )
+
+
+def _rows(args: argparse.Namespace, records: Sequence[PromptRecord], name: str) -> list[Any]:
+    """A sampling parameter of each record: its own, or the command line's."""
+    return [record.settings.get(name, getattr(args, name)) for record in records]
+
+
+def _check(records: Sequence[PromptRecord], settings: dict[str, Any]) -> None:
+    """Ranges, before a model is loaded; names the line of a record that is wrong."""
+    from jax_specdec.sampling import make_sampling
+
+    try:
+        make_sampling(len(records), **settings)
+    except UserError:
+        for i, record in enumerate(records):
+            try:
+                make_sampling(1, **{name: rows[i : i + 1] for name, rows in settings.items()})
+            except UserError as error:
+                if not record.where:
+                    raise
+                raise UserError(f"{record.where}: {error}") from None
+        raise
+
+
+def _prompt(record: PromptRecord, target: "Target", args: argparse.Namespace) -> str | list[int]:
+    """The text, or its token ids where more than tokenising is asked for."""
+    tokenizer = target.tokenizer
+    if args.chat:
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"The tokenizer of {target.path} has no chat template: leave out --chat."
+            )
+        message = [{"role": "user", "content": record.prompt}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    elif args.keep_last is None:
+        return record.prompt
+    else:
+        ids = tokenizer(record.prompt, verbose=False)["input_ids"]
+    return ids if args.keep_last is None else ids[-args.keep_last :]
+
+
+def _head(records: Sequence[PromptRecord], record: PromptRecord) -> None:
+    if len(records) > 1:
+        print(f"[{record.id}]", flush=True)
+
+
+class _Streams:
+    """Prints texts as they grow, one after the other."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[tuple[str, ...]]):
+        self._tokenizer, self._stops, self._index = tokenizer, stops, 0
+
+    def begin(self, records: Sequence[PromptRecord]) -> None:
+        from jax_specdec.detokenize import TextStream
+
+        if self._index < len(records):
+            self._text = TextStream(self._tokenizer, self._stops[self._index])
+            _head(records, records[self._index])
+
+    def show(self, chunk: "Chunk") -> None:
+        print(self._text.push(chunk.token_ids), end="", flush=True)
+
+    def end(self, records: Sequence[PromptRecord]) -> None:
+        print(self._text.finish(), flush=True)
+        self._index += 1
+        self.begin(records)

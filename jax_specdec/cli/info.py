@@ -1,0 +1,164 @@
+"""`info`: what a model is and what decoding with it takes, from its files' headers alone."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jax_specdec.cli import common
+from jax_specdec.errors import UserError
+
+
+def register(commands: Any) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="sizes and memory, before anything is loaded",
+        description="Shows the sizes of a model and what decoding with it takes in memory. Reads "
+        "config.json and the headers of the weights, and loads nothing.",
+    )
+    common.add_model(parser)
+    common.add_drafter(parser)
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N")
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="tokens of a row (default: all that the model takes)",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="of them new (default: 128)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    for name in ("batch_size", "max_new_tokens", "context"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+    found = describe(args)
+    if args.json:
+        common.print_json(found)
+    else:
+        print("\n".join(_lines(found)))
+    return 0
+
+
+def describe(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything `info` knows, as a JSON object."""
+    import jax
+
+    from jax_specdec.checkpoints import (
+        available_memory,
+        find_checkpoint,
+        inspect_checkpoint,
+        memory_plan,
+    )
+    from jax_specdec.drafters.loading import default_length, parse_drafter
+
+    folders = common.draft_folders(args.draft)
+    folder = find_checkpoint(common.model_source(args))
+    config, stored = inspect_checkpoint(folder)
+    name, length = parse_drafter(common.choose_drafter(args, folder, folders))
+    length = 0 if name == "none" else length or default_length(name, folder.parent)
+    context = args.context or config.context
+    if context > config.context:
+        raise UserError(f"The model's context is {config.context} tokens, fewer than {context}.")
+    if args.max_new_tokens >= context:
+        raise UserError(
+            f"{args.max_new_tokens} new tokens leave no room for a prompt in a context of {context}."
+        )
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else stored)
+    slots = context + length + 1
+    plan = memory_plan(config, dtype, args.batch_size, slots, width=length + 1)
+    total = plan.total
+    drafter: dict[str, Any] = {"name": name, "length": length}
+    if name == "lm":
+        where = folders.get(name, folder.parent / name)
+        if not where.is_dir():
+            raise UserError(
+                f"The drafter 'lm' has no checkpoint at {where}: say where it is with --draft lm=DIR."
+            )
+        small, small_stored = inspect_checkpoint(where)
+        small_plan = memory_plan(small, dtype, args.batch_size, slots)
+        drafter |= {"path": str(where), **_sizes(small), "stored_dtype": small_stored}
+        drafter["memory"] = {**dataclasses.asdict(small_plan), "total": small_plan.total}
+        total += small_plan.total
+    elif name == "bigram":
+        drafter["memory"] = {"parameters": 4 * config.vocab_size, "total": 4 * config.vocab_size}
+        total += 4 * config.vocab_size
+    available = available_memory()
+    return {
+        "model": str(folder),
+        **_sizes(config),
+        "stored_dtype": stored,
+        "tokenizer": _has_tokenizer(folder),
+        "dtype": dtype,
+        "batch_size": args.batch_size,
+        "context_used": context,
+        "longest_prompt": context - args.max_new_tokens,
+        "memory": {**dataclasses.asdict(plan), "total": plan.total},
+        "drafter": drafter,
+        "total_bytes": total,
+        "available_bytes": available,
+        "fits": None if available is None else total <= available,
+    }
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    return {
+        "family": config.family,
+        "num_parameters": config.parameter_count(),
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "mlp_size": config.mlp_size,
+        "num_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "context": config.context,
+        "tied_head": config.tied_head,
+    }
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def _shape(found: dict[str, Any]) -> str:
+    return (
+        f"{found['num_parameters']:,} parameters ({found['family']}, stored as {found['stored_dtype']}): "
+        f"{found['num_layers']} layers of {found['hidden_size']}, MLP {found['mlp_size']}, "
+        f"{found['num_heads']} heads on {found['num_kv_heads']} key heads of {found['head_dim']}, "
+        f"vocabulary {found['vocab_size']}, context {found['context']}"
+    )
+
+
+def _memory(plan: dict[str, int]) -> str:
+    parts = [f"{name} {common.gib(size)}" for name, size in plan.items() if name != "total"]
+    return f"{common.gib(plan['total'])} ({', '.join(parts)})"
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    drafter = found["drafter"]
+    lines = [f"model    {found['model']}", f"         {_shape(found)}"]
+    if not found["tokenizer"]:
+        lines.append("         no tokenizer")
+    if "num_parameters" in drafter:
+        lines += [f"drafter  {drafter['path']}", f"         {_shape(drafter)}"]
+    lines.append(
+        f"decoding {found['batch_size']} rows of {found['context_used']} tokens (prompts of up to "
+        f"{found['longest_prompt']}) in {found['dtype']}, drafter {drafter['name']}:{drafter['length']}"
+    )
+    lines.append(f"         model   {_memory(found['memory'])}")
+    if "memory" in drafter:
+        lines.append(f"         drafter {_memory(drafter['memory'])}")
+    free = found["available_bytes"]
+    fits = (
+        "unknown"
+        if free is None
+        else f"{common.gib(free)}, {'fits' if found['fits'] else 'too little'}"
+    )
+    lines.append(f"         total   {common.gib(found['total_bytes'])} (free: {fits})")
+    return lines

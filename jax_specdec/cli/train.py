@@ -1,0 +1,317 @@
+"""`train lm`, `train tokenizer` and `train bigram`."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from jax_specdec.cli import common
+from jax_specdec.errors import UserError
+from jax_specdec.training.config import TrainConfig
+
+# Flag, field of ModelConfig, help. Further fields can be set in the file of --config.
+SHAPE = (
+    ("layers", "num_layers", "default: 4"),
+    ("hidden-size", "hidden_size", "default: 256"),
+    ("mlp-size", "mlp_size", "default: 8/3 of the hidden size, a multiple of 64"),
+    ("heads", "num_heads", "default: hidden size / 64"),
+    ("kv-heads", "num_kv_heads", "default: as many as heads"),
+    ("head-dim", "head_dim", "default: hidden size / heads"),
+    ("context", "context", "default: 1024"),
+)
+
+
+def register(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train", help="train a model, a tokenizer or a bigram table", description="Trains."
+    )
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    register_lm(kinds)
+    register_tokenizer(kinds)
+    register_bigram(kinds)
+
+
+def register_lm(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "lm",
+        help="a language model, for example a draft model",
+        description="Trains a language model and writes it to OUT/checkpoint; the state to resume from, "
+        "metrics.jsonl and loss.png go to OUT.",
+    )
+    add_data(parser)
+    parser.add_argument("--tokenizer", metavar="DIR", help="default: the one of --init")
+    parser.add_argument("--out", metavar="DIR", required=True)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest state in OUT")
+    parser.add_argument("--init", metavar="DIR", help="start from this checkpoint")
+    parser.add_argument("--config", metavar="FILE", help='JSON {"train": {...}, "model": {...}}')
+    parser.add_argument("--save-dtype", choices=common.DTYPES, default="bfloat16")
+    shape = parser.add_argument_group("shape of a new model")
+    for flag, field, text in SHAPE:
+        shape.add_argument(f"--{flag}", dest=f"model.{field}", type=int, metavar="N", help=text)
+    shape.add_argument(
+        "--tied-head",
+        dest="model.tied_head",
+        action=argparse.BooleanOptionalAction,
+        help="use the embedding as the output matrix (default: no)",
+    )
+    add_dataclass(parser.add_argument_group("training"), TrainConfig, "train")
+    parser.set_defaults(run=run_lm)
+
+
+def register_tokenizer(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "tokenizer",
+        help="a byte-level BPE tokenizer",
+        description="Trains a byte-level BPE tokenizer on the texts of JSONL files.",
+    )
+    parser.add_argument("--data", metavar="FILE", action="append", required=True)
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N")
+    parser.add_argument("--context", type=int, default=1024, metavar="N", help="default: 1024")
+    parser.add_argument("--out", metavar="DIR", required=True)
+    parser.set_defaults(run=run_tokenizer)
+
+
+def register_bigram(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "bigram",
+        help="the table of the drafter 'bigram'",
+        description="Counts the most frequent successor of each token, for the drafter 'bigram'.",
+    )
+    parser.add_argument("--data", metavar="FILE", action="append", required=True)
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        required=True,
+        help="tokenizer or target folder; a config.json there says the vocabulary's size",
+    )
+    parser.add_argument("--out", metavar="DIR", required=True)
+    parser.set_defaults(run=run_bigram)
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        action="append",
+        required=True,
+        help='JSONL of {"text"}; may be given several times',
+    )
+    parser.add_argument("--heldout", metavar="FILE", help="JSONL to measure the loss on")
+    parser.add_argument(
+        "--heldout-share",
+        type=float,
+        default=0.02,
+        metavar="SHARE",
+        help="without --heldout: this share of the documents (default: 0.02)",
+    )
+
+
+def add_dataclass(group: Any, kind: type, prefix: str) -> None:
+    """A flag for each field; what is not given is None and leaves the field as it is."""
+    for field in dataclasses.fields(kind):
+        flag, dest = f"--{field.name.replace('_', '-')}", f"{prefix}.{field.name}"
+        default = "" if field.default is dataclasses.MISSING else f"default: {field.default}"
+        if field.type is bool:
+            group.add_argument(flag, dest=dest, action=argparse.BooleanOptionalAction, help=default)
+        elif get_origin(field.type) is Literal:
+            group.add_argument(flag, dest=dest, choices=get_args(field.type), help=default)
+        else:
+            group.add_argument(flag, dest=dest, type=field.type, metavar="N", help=default)
+
+
+def given(args: argparse.Namespace, prefix: str) -> dict[str, Any]:
+    """The fields that flags of `add_dataclass` set."""
+    found = {
+        key.removeprefix(f"{prefix}."): value
+        for key, value in vars(args).items()
+        if key.startswith(f"{prefix}.")
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def read_config(path: str | None, kinds: dict[str, type]) -> dict[str, dict[str, Any]]:
+    """The sections of a configuration file, their keys checked against dataclasses."""
+    if path is None:
+        return {name: {} for name in kinds}
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}).") from None
+    if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
+        raise UserError(f"{path} must hold a JSON object of {' and '.join(kinds)}, each an object.")
+    _known(path, found, list(kinds))
+    for name, section in found.items():
+        fields = {field.name: field.type for field in dataclasses.fields(kinds[name])}
+        _known(f"{path}, {name!r}", section, list(fields))
+        for key, value in section.items():
+            want: Any = fields[key]
+            fits = {
+                int: isinstance(value, int) and not isinstance(value, bool),
+                float: isinstance(value, (int, float)) and not isinstance(value, bool),
+                bool: isinstance(value, bool),
+                str: isinstance(value, str),
+            }.get(want, True)
+            if not fits:
+                raise UserError(f"{path}: {key!r} must be of type {want.__name__}, got {value!r}.")
+    return {name: found.get(name, {}) for name in kinds}
+
+
+def _known(where: str, section: dict[str, Any], names: list[str]) -> None:
+    for key in section:
+        if key not in names:
+            close = difflib.get_close_matches(key, names, n=1) or names
+            raise UserError(f"{where}: unknown key {key!r}; did you mean {' or '.join(close)}?")
+
+
+def run_lm(args: argparse.Namespace) -> int:
+    from jax_specdec.checkpoints import load_params, load_tokenizer, save_pretrained
+    from jax_specdec.models.config import ModelConfig
+    from jax_specdec.models.decoder import Decoder
+
+    sections = read_config(args.config, {"train": TrainConfig, "model": ModelConfig})
+    wanted = {**sections["train"], **given(args, "train")}
+    if "steps" not in wanted:
+        raise UserError("Say how long to train, with --steps N.")
+    config = TrainConfig(**wanted)
+    source = args.tokenizer or args.init
+    if source is None:
+        raise UserError("Name the tokenizer's folder with --tokenizer DIR.")
+    out = Path(args.out)
+    tokenizer = load_tokenizer(source)
+    shape = {**sections["model"], **given(args, "model")}
+    initial = None
+    if args.init is not None:
+        model = _initial_config(args.init, shape, len(tokenizer))
+    else:
+        model = make_model_config(shape, tokenizer)
+    if config.sequence_length > model.context:
+        raise UserError(
+            f"Windows of {config.sequence_length} tokens do not fit the model's context of "
+            f"{model.context}: lower --sequence-length or raise --context."
+        )
+    decoder = Decoder(model, "float32")
+    documents, heldout = _documents(args, tokenizer, config.sequence_length)
+    if args.init is not None:
+        initial = load_params(args.init, model, "float32")
+
+    from jax_specdec.training.lm import train
+
+    common.say(
+        f"{model.parameter_count():,} parameters, {sum(map(len, documents)):,} tokens of data, "
+        f"{config.steps * config.batch_size * config.sequence_length:,} tokens of training"
+    )
+    params = train(decoder, config, documents, heldout, out, initial=initial, resume=args.resume)
+    save_pretrained(
+        out / "checkpoint", model, params, dtype=args.save_dtype, tokenizer=Path(source)
+    )
+    common.say(f"Wrote {out / 'checkpoint'}.")
+    return 0
+
+
+def make_model_config(shape: dict[str, Any], tokenizer: Any) -> Any:
+    """A model's description from the fields that were given, the rest by proportion."""
+    from jax_specdec.models.config import ModelConfig, RopeConfig
+
+    shape = dict(shape)
+    for key, value in shape.items():
+        if (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and "_id" not in key
+            and value < 1
+        ):
+            raise UserError(f"{key} must be at least 1, got {value}.")
+    hidden = shape.setdefault("hidden_size", 256)
+    heads = shape.setdefault("num_heads", max(1, hidden // 64))
+    shape.setdefault("num_kv_heads", heads)
+    shape.setdefault("head_dim", hidden // heads)
+    shape.setdefault("mlp_size", max(64, round(hidden * 8 / 3 / 64) * 64))
+    shape.setdefault("num_layers", 4)
+    shape.setdefault("context", 1024)
+    shape.setdefault("vocab_size", len(tokenizer))
+    shape.setdefault("bos_id", tokenizer.bos_token_id)
+    shape.setdefault("eos_ids", () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
+    shape.setdefault("pad_id", tokenizer.pad_token_id)
+    if shape["vocab_size"] < len(tokenizer):
+        raise UserError(
+            f"vocab_size {shape['vocab_size']} is below the {len(tokenizer)} entries of the tokenizer."
+        )
+    if shape["head_dim"] < 2 or shape["head_dim"] % 2:
+        raise UserError(f"head_dim must be even, for rotary embeddings, got {shape['head_dim']}.")
+    try:
+        for key in ("eos_ids", "windows"):
+            if key in shape:
+                shape[key] = tuple(shape[key])
+        if "rope" in shape:
+            shape["rope"] = RopeConfig(**shape["rope"])
+        return ModelConfig(**shape)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"The model's shape is wrong: {error}.") from None
+
+
+def _initial_config(folder: str, shape: dict[str, Any], vocabulary: int) -> Any:
+    from jax_specdec.checkpoints import load_config
+
+    if shape:
+        raise UserError(f"{folder} fixes the model's shape: leave out {', '.join(sorted(shape))}.")
+    model = load_config(folder)
+    if model.vocab_size < vocabulary:
+        raise UserError(
+            f"The tokenizer has {vocabulary} entries and {folder} a vocabulary of {model.vocab_size}."
+        )
+    return model
+
+
+def _documents(args: argparse.Namespace, tokenizer: Any, length: int) -> tuple[list, list]:
+    """Token ids of the training documents and of the held-out ones."""
+    from jax_specdec.training.data import encode_documents, read_texts
+
+    if tokenizer.eos_token_id is None:
+        raise UserError("The tokenizer has no end-of-text token, which separates documents.")
+    texts = [text for path in args.data for text in read_texts(path)]
+    if args.heldout is not None:
+        held = read_texts(args.heldout)
+    else:
+        if not 0 < args.heldout_share <= 0.5:
+            raise UserError(f"--heldout-share must be in (0, 0.5], got {args.heldout_share}.")
+        every = round(1 / args.heldout_share)
+        held = texts[::every]
+        texts = [text for i, text in enumerate(texts) if i % every]
+        if not texts:
+            raise UserError("One document cannot be both data and held out: give --heldout.")
+    documents, heldout = encode_documents(texts, tokenizer), encode_documents(held, tokenizer)
+    if sum(map(len, heldout)) <= length:
+        raise UserError(
+            f"The held-out documents have {sum(map(len, heldout))} tokens, fewer than one window of "
+            f"{length + 1}: give more, or lower --sequence-length."
+        )
+    return documents, heldout
+
+
+def run_tokenizer(args: argparse.Namespace) -> int:
+    from jax_specdec.training.data import read_texts
+    from jax_specdec.training.tokenizer import train_tokenizer
+
+    texts = [text for path in args.data for text in read_texts(path)]
+    tokenizer = train_tokenizer(texts, args.vocab_size, args.out, context=args.context)
+    common.say(f"Wrote {args.out}: {len(tokenizer)} entries.")
+    return 0
+
+
+def run_bigram(args: argparse.Namespace) -> int:
+    from jax_specdec.checkpoints import load_config, load_tokenizer
+    from jax_specdec.drafters.bigram import count_bigrams
+    from jax_specdec.drafters.loading import BIGRAM_FILE, save_bigram
+    from jax_specdec.training.data import encode_documents, read_texts
+
+    tokenizer = load_tokenizer(args.tokenizer)
+    vocab_size = len(tokenizer)
+    if (Path(args.tokenizer) / "config.json").is_file():
+        vocab_size = load_config(args.tokenizer).vocab_size
+    texts = [text for path in args.data for text in read_texts(path)]
+    table = count_bigrams(encode_documents(texts, tokenizer), vocab_size)
+    save_bigram(args.out, table)
+    common.say(f"Wrote {Path(args.out) / BIGRAM_FILE}: {vocab_size} entries.")
+    return 0

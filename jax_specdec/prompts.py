@@ -1,0 +1,100 @@
+"""Prompts from the command line, a JSONL file or standard input."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax_specdec.errors import UserError
+from jax_specdec.jsonl import read_jsonl
+
+# Sampling parameters that a record may carry, and what they must be.
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "max_new_tokens": ((int,), "a whole number"),
+    "temperature": ((int, float), "a number"),
+    "top_k": ((int,), "a whole number"),
+    "top_p": ((int, float), "a number"),
+    "min_p": ((int, float), "a number"),
+    "seed": ((int,), "a whole number"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptRecord:
+    """One prompt.
+
+    Attributes:
+      settings: sampling parameters of its own, `stop` among them as a tuple.
+      where: its place in a file, for messages; empty elsewhere.
+    """
+
+    id: Any
+    prompt: str
+    category: str | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    where: str = ""
+
+    def __post_init__(self):
+        start = f"{self.where}: the" if self.where else "The"
+        if not self.prompt.strip():
+            raise UserError(f"{start} prompt is empty.")
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, or bytes of a terminal
+            raise UserError(f"{start} prompt is not valid Unicode text.") from None
+
+
+def read_prompts(path: str | Path) -> list[PromptRecord]:
+    """The prompts of a JSONL file.
+
+    A record is `{"id", "prompt"}`, or one of Spec-Bench, `{"question_id", "category", "turns"}`, whose
+    first turn counts. It may carry `max_new_tokens, temperature, top_k, top_p, min_p, seed, stop`.
+    Without an id it gets its number, from 0.
+
+    Raises:
+      UserError: no such file, no records, or a record that is wrong, with its line.
+    """
+    records = [
+        _record(f"{path}, line {line}", number, record)
+        for number, (line, record) in enumerate(read_jsonl(path))
+    ]
+    if not records:
+        raise UserError(f"{path} holds no prompts.")
+    return records
+
+
+def _record(where: str, number: int, record: dict[str, Any]) -> PromptRecord:
+    prompt = record.get("prompt")
+    if prompt is None and "turns" in record:
+        turns = record["turns"]
+        prompt = turns[0] if isinstance(turns, list) and turns else None
+        if not isinstance(prompt, str):
+            raise UserError(f'{where}: expected a list of strings in "turns".')
+    if not isinstance(prompt, str):
+        raise UserError(f'{where}: expected a string in "prompt" (or Spec-Bench\'s "turns").')
+    name = record.get("id", record.get("question_id"))
+    return PromptRecord(
+        id=number if name is None else name,
+        prompt=prompt,
+        category=record.get("category"),
+        settings=_settings(where, record),
+        where=where,
+    )
+
+
+def _settings(where: str, record: dict[str, Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for name, (kinds, expected) in _KINDS.items():
+        value = record.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise UserError(f'{where}: "{name}" must be {expected}, got {value!r}.')
+        settings[name] = value
+    stop = record.get("stop")
+    if stop is not None:
+        strings = [stop] if isinstance(stop, str) else stop
+        if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
+            raise UserError(f'{where}: "stop" must be a string or a list of non-empty strings.')
+        settings["stop"] = tuple(strings)
+    return settings

@@ -1,0 +1,67 @@
+"""What a training run needs to know; free of jax, so that the command line can offer it quickly."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from jax_specdec.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """What a run needs beside its model and data.
+
+    Attributes:
+      batch_size: windows per optimiser step, over all devices and accumulation steps.
+      accumulate: micro-batches per step, whose gradients are averaged.
+      learning_rate: peak; linear warm-up, then a cosine to `final_fraction` of it.
+      optimizer: `adamw`, or `muon` for the matrices of the layers (Liu et al., arXiv 2502.16982;
+        its update has AdamW's scale, so it takes the same learning rate) and AdamW for the rest.
+      remat: recompute each layer in the backward pass, for memory.
+    """
+
+    steps: int
+    batch_size: int = 16
+    sequence_length: int = 512
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
+    final_fraction: float = 0.05
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    accumulate: int = 1
+    remat: bool = False
+    seed: int = 0
+    eval_every: int = 200
+    save_every: int = 200
+
+    def __post_init__(self):
+        for name in (
+            "steps",
+            "batch_size",
+            "sequence_length",
+            "accumulate",
+            "eval_every",
+            "save_every",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("learning_rate", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be finite and above 0, got {getattr(self, name)}.")
+        for name in ("warmup_steps", "final_fraction", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be finite and at least 0, got {getattr(self, name)}.")
+        for name, known in (
+            ("optimizer", ("adamw", "muon")),
+            ("dtype", ("float32", "bfloat16")),
+        ):
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}."
+                )
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}."
+            )

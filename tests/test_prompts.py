@@ -1,0 +1,80 @@
+"""Reading prompts, and every record that is wrong."""
+
+import json
+
+import pytest
+
+from jax_specdec.errors import UserError
+from jax_specdec.prompts import PromptRecord, read_prompts
+
+
+def write(path, *lines):
+    path.write_text(
+        "".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines),
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_records(tmp_path):
+    file = write(
+        tmp_path / "p.jsonl",
+        {"id": "a", "prompt": "one", "answer": 3},
+        "",
+        {"question_id": 81, "category": "writing", "turns": ["two", "three"]},
+        {"prompt": "four", "temperature": 0, "top_k": 3, "seed": 5, "stop": "x", "min_p": None},
+        {"prompt": "five", "stop": ["x", "y"], "max_new_tokens": 7, "top_p": 0.5},
+    )
+    a, b, c, d = read_prompts(file)
+    assert (a.id, a.prompt, a.settings, a.where) == ("a", "one", {}, f"{file}, line 1")
+    assert (b.id, b.prompt, b.category, b.where) == (81, "two", "writing", f"{file}, line 3")
+    assert (c.id, c.settings) == (2, {"temperature": 0, "top_k": 3, "seed": 5, "stop": ("x",)})
+    assert (d.id, d.settings) == (3, {"stop": ("x", "y"), "max_new_tokens": 7, "top_p": 0.5})
+
+
+def test_byte_order_mark_and_line_ends(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"prompt": "a\\n"}\r\n{"prompt": "\xc3\xa9"}')
+    assert [record.prompt for record in read_prompts(file)] == ["a\n", "é"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not valid JSON"),
+        ("[1]", "line 2: expected a JSON object"),
+        ({"text": "a"}, 'line 2: expected a string in "prompt"'),
+        ({"prompt": 3}, 'line 2: expected a string in "prompt"'),
+        ({"turns": []}, 'line 2: expected a list of strings in "turns"'),
+        ({"turns": "no"}, 'line 2: expected a list of strings in "turns"'),
+        ({"prompt": " \n"}, "line 2: the prompt is empty"),
+        ({"prompt": "\ud800"}, "line 2: the prompt is not valid Unicode"),
+        ({"prompt": "a", "seed": 1.5}, 'line 2: "seed" must be a whole number, got 1.5'),
+        ({"prompt": "a", "top_k": True}, 'line 2: "top_k" must be a whole number, got True'),
+        ({"prompt": "a", "temperature": "0"}, "line 2: \"temperature\" must be a number, got '0'"),
+        ({"prompt": "a", "stop": [""]}, 'line 2: "stop" must be'),
+        ({"prompt": "a", "stop": 3}, 'line 2: "stop" must be'),
+    ],
+)
+def test_bad_record(line, message, tmp_path):
+    file = write(tmp_path / "p.jsonl", {"prompt": "fine"}, line)
+    with pytest.raises(UserError) as caught:
+        read_prompts(file)
+    assert f"{file}, {message}" in str(caught.value)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(UserError, match="There is no file"):
+        read_prompts(tmp_path / "absent.jsonl")
+    with pytest.raises(UserError, match="holds no prompts"):
+        read_prompts(write(tmp_path / "empty.jsonl", ""))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
+    with pytest.raises(UserError, match="line 1: not UTF-8"):
+        read_prompts(tmp_path / "latin.jsonl")
+
+
+def test_prompt_of_the_command_line():
+    with pytest.raises(UserError, match="The prompt is empty"):
+        PromptRecord(0, " ")
+    with pytest.raises(UserError, match="not valid Unicode"):
+        PromptRecord(0, "\udcff")
