@@ -8,7 +8,7 @@ from jax_specdec.errors import RunError, UserError
 if TYPE_CHECKING:
     from jax_specdec.checkpoints import Target, convert, load_target, memory_plan, save_pretrained
     from jax_specdec.drafters.base import Drafter, Outcome, TargetView
-    from jax_specdec.drafters.loading import LoadedDrafter, load_drafter
+    from jax_specdec.drafters.loading import LoadedDrafter, default_spec, load_drafter
     from jax_specdec.loop import DecodeLoop, make_generate
     from jax_specdec.models.config import ModelConfig, RopeConfig
     from jax_specdec.models.decoder import Decoder
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "checkpoints": ("Target", "convert", "load_target", "memory_plan", "save_pretrained"),
     "drafters.base": ("Drafter", "Outcome", "TargetView"),
-    "drafters.loading": ("LoadedDrafter", "load_drafter"),
+    "drafters.loading": ("LoadedDrafter", "default_spec", "load_drafter"),
     "loop": ("DecodeLoop", "make_generate"),
     "models.config": ("ModelConfig", "RopeConfig"),
     "models.decoder": ("Decoder",),
@@ -50,6 +50,7 @@ __all__ = [
     "Text",
     "UserError",
     "convert",
+    "default_spec",
     "load_drafter",
     "load_target",
     "make_generate",

@@ -108,6 +108,9 @@ def load_target(
     loaded = load_tokenizer(folder) if tokenizer else None  # first, because it is quick to fail
     check_fits(memory_plan(config, decoder.dtype, batch=0, slots=0), available_memory())
     params = _read_params(folder, tensors, decoder, None)
+    if config.tied_head and jax.default_backend() == "cpu":
+        # XLA's CPU products of a few rows take up to ten times as long with a transposed matrix.
+        params["head"] = jnp.array(params["embed"].T)
     return Target(decoder, params, loaded, folder)
 
 

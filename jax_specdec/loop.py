@@ -10,7 +10,7 @@ from typing import Any, Literal
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 
 from jax_specdec import acceptance
 from jax_specdec import cache as kv
@@ -196,7 +196,7 @@ class DecodeLoop:
             return acceptance.match(draft, token), margin
         batch, vocab = scores.shape[0], scores.shape[-1]
         start, depth = state.text.length, self.drafter.depth
-        p = laws.law(logits, state.sampling)
+        p = laws.law_of(scores, state.sampling)
         q = draft.q
         if q is None:  # a proposer without a distribution is certain of its token
             q = jax.nn.one_hot(draft.tokens[:, 1 : depth + 1], vocab, dtype=jnp.float32)
@@ -406,3 +406,13 @@ def make_generate(
         return state.text, state.stats
 
     return generate
+
+
+# An exported `generate` is serialised with the types of its arguments and results.
+for _type in (Sampling, Text, Stats):
+    export.register_pytree_node_serialization(
+        _type,
+        serialized_name=f"jax_specdec.{_type.__name__}",
+        serialize_auxdata=lambda aux: b"",
+        deserialize_auxdata=lambda data: (),
+    )

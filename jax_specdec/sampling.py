@@ -80,7 +80,7 @@ def make_sampling(
             with np.errstate(over="ignore"):
                 if not (legal(item) and legal(dtype(item))):
                     raise UserError(f"{name} must be {expected}, got {item}.")
-        return jnp.asarray(array.astype(dtype))
+        return jax.device_put(array.astype(dtype))  # jnp.asarray compiles a copy for each shape
 
     stops = np.asarray(stop_ids, np.int32)
     stops = np.broadcast_to(stops, (batch, stops.shape[-1]))
@@ -98,7 +98,7 @@ def make_sampling(
         top_p=rows("top_p", top_p, np.float32, lambda p: 0 < p <= 1, "in (0, 1]"),
         min_p=rows("min_p", min_p, np.float32, lambda p: 0 <= p <= 1, "in [0, 1]"),
         seed=rows("seed", seed, np.uint32, lambda s: 0 <= s < 2**32, "in [0, 2^32)"),
-        own_seed=jnp.asarray(np.broadcast_to(np.asarray(own_seed, bool), (batch,))),
+        own_seed=jax.device_put(np.broadcast_to(np.asarray(own_seed, bool), (batch,))),
         max_new_tokens=rows(
             "max_new_tokens",
             max_new_tokens,
@@ -107,11 +107,11 @@ def make_sampling(
             lambda n: 1 <= n < 2**30,
             "at least 1 and below 2^30",
         ),
-        stop_ids=jnp.asarray(stops),
-        stop_state=jnp.asarray(np.broadcast_to(np.asarray(stop_state, np.int32), (batch,))),
-        stop_table=jnp.zeros((0, 1), jnp.int32)
-        if stop_table is None
-        else jnp.asarray(stop_table, jnp.int32),
+        stop_ids=jax.device_put(stops),
+        stop_state=jax.device_put(np.broadcast_to(np.asarray(stop_state, np.int32), (batch,))),
+        stop_table=jax.device_put(
+            np.zeros((0, 1), np.int32) if stop_table is None else np.asarray(stop_table, np.int32)
+        ),
     )
 
 
@@ -193,7 +193,8 @@ def shared_noise(
 
 def _order_key(x: Float[Array, "*s"]) -> UInt[Array, "*s"]:
     """float32 to uint32 with the same order, so that a bisection over bits is one over values."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    # -0.0 and 0.0 are equal, and so must their keys be.
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, jnp.float32(0), x), jnp.uint32)
     sign = jnp.uint32(0x80000000)
     return jnp.where((bits & sign) != 0, ~bits, bits | sign)
 
@@ -247,10 +248,12 @@ def warp(logits: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T
     logits: only their argmax matters. Work that no row asks for is skipped at run time.
     """
     hot = sampling.temperature > 0
-    scale = jnp.where(hot, sampling.temperature, jnp.float32(1))[:, None, None]
+    # The best score is taken off first: 0 / T stays 0 where x / T would overflow.
+    floor = jnp.finfo(jnp.float32).tiny
+    scale = jnp.where(hot, jnp.maximum(sampling.temperature, floor), jnp.float32(1))[:, None, None]
 
     def sampled(x: Array) -> Array:
-        x = x / scale
+        x = (x - jnp.max(x, axis=-1, keepdims=True)) / scale
         for active, apply in (
             (sampling.top_k > 0, lambda s: _top_k(s, sampling.top_k)),
             (sampling.top_p < 1, lambda s: _top_p(s, sampling.top_p)),
@@ -265,8 +268,13 @@ def warp(logits: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T
 
 def law(logits: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T V"]:
     """Probabilities of the sampling law; one-hot at temperature 0."""
-    soft = jax.nn.softmax(warp(logits, sampling), axis=-1)
-    best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=soft.dtype)
+    return law_of(warp(logits, sampling), sampling)
+
+
+def law_of(warped: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T V"]:
+    """`law`, from logits that are warped already."""
+    soft = jax.nn.softmax(warped, axis=-1)
+    best = jax.nn.one_hot(jnp.argmax(warped, axis=-1), warped.shape[-1], dtype=soft.dtype)
     return jnp.where((sampling.temperature > 0)[:, None, None], soft, best)
 
 

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from jax_specdec.cli import convert, demo, generate, info, train
+from jax_specdec.cli import convert, demo, generate, info, train, tune
 from jax_specdec.errors import RunError, UserError
 
 REGISTER: tuple[Callable, ...] = (
@@ -19,6 +19,7 @@ REGISTER: tuple[Callable, ...] = (
     train.register,
     convert.register,
     info.register,
+    tune.register,
 )
 
 

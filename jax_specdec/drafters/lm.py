@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -10,7 +11,7 @@ from jax_specdec import cache as kv
 from jax_specdec.drafters.base import ChainDrafter, rollback
 from jax_specdec.models.decoder import Decoder
 from jax_specdec.prefill import read_text
-from jax_specdec.sampling import law, warp
+from jax_specdec.sampling import law_of, warp
 from jax_specdec.tree import TOP, chain
 
 # A drafter lags by one or two tokens after a normal round; the first step of a draft reads that many.
@@ -60,7 +61,7 @@ class LmDrafter(ChainDrafter):
         batch = text.length.shape[0]
 
         # First step: the two last tokens. A row with a single token reads it twice at position 0 and
-        # keeps the second answer, whose own key is then the only one it sees.
+        # keeps the first answer, which sees its own key alone.
         start = jnp.maximum(text.length - CATCH_UP, 0)
         cache = cache.replace(length=start)
         position = start[:, None] + jnp.arange(CATCH_UP, dtype=jnp.int32)[None]
@@ -72,15 +73,18 @@ class LmDrafter(ChainDrafter):
         cache = kv.commit(cache, out.new_kv, text.length - start, after=out.hidden)
 
         def propose(logits, depth):
-            scores = warp(logits, sampling)
+            scores = pick = warp(logits, sampling)
             if self.proposal == "matched" or noise.return_q:
-                scores = scores + lax.dynamic_slice_in_dim(noise.gumbel, depth, 1, axis=1)
-            token = jnp.argmax(scores, axis=-1).astype(jnp.int32)  # [B, 1]
-            q = law(logits, sampling)
-            top_probs, top_ids = lax.top_k(q, min(TOP, q.shape[-1]))
-            probability = jnp.take_along_axis(q, token[..., None], axis=-1)[..., 0]
+                pick = scores + lax.dynamic_slice_in_dim(noise.gumbel, depth, 1, axis=1)
+            token = jnp.argmax(pick, axis=-1).astype(jnp.int32)  # [B, 1]
+            # At temperature 0 too this says how sure the drafter is; the law it draws from is one-hot.
+            soft = jax.nn.softmax(scores, axis=-1)
+            top_probs, top_ids = lax.top_k(soft, min(TOP, soft.shape[-1]))
+            probability = jnp.take_along_axis(soft, token[..., None], axis=-1)[..., 0]
             item = (token[:, 0], probability[:, 0], top_ids[:, 0], top_probs[:, 0])
-            return token, (*item, q[:, 0]) if noise.return_q else item
+            if noise.return_q:
+                item = (*item, law_of(scores, sampling)[:, 0])
+            return token, item
 
         def step(carry, depth):
             cache, token = carry

@@ -7,7 +7,8 @@ Parameters are one tree for both layer loops:
 
     {"embed": [V, E], "layers": (block, ...) or a stacked block, "norm": [E], "head": [E, V]}
 
-with `head` absent where it is tied. Projections that read the same input are stored and multiplied as
+with `head` absent where it is tied, or a transposed copy of `embed` where that is faster (CPU).
+Projections that read the same input are stored and multiplied as
 one matrix (`qkv`, `gate_up`).
 """
 
@@ -269,7 +270,7 @@ class Decoder:
     def head(self, params: Params, hidden: Array) -> Array:
         """`hidden [B, T, E]` before the final norm -> `float32[B, T, V]`."""
         x = rms_norm(hidden, params["norm"], self.config.norm_eps)
-        if self.config.tied_head:
+        if "head" not in params:
             out = jnp.einsum(
                 "BTE,VE->BTV",
                 x,

@@ -1,0 +1,397 @@
+"""Sampling laws against a sorting float64 reference, the shared noise, and plain sampling's law."""
+
+import functools
+
+import helpers as h
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from jax_specdec import make_generate, make_sampling
+from jax_specdec import sampling as laws
+from jax_specdec.drafters.base import TargetView
+from jax_specdec.drafters.lm import LmDrafter
+from jax_specdec.drafters.max_gram import MaxGram
+from jax_specdec.errors import UserError
+from jax_specdec.sampling import RepetitionPenalty
+from jax_specdec.tree import Text
+
+VOCAB = 50
+
+
+# The reference: sort, in float64
+
+
+def reference_law(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
+    """Probabilities of one row; ties at a threshold are all kept, as in the library."""
+    logits = np.asarray(logits, np.float64)
+    if temperature == 0:
+        return np.eye(len(logits))[logits.argmax()]
+    x = logits / temperature
+    if top_k > 0:
+        x = np.where(x >= np.sort(x)[::-1][min(top_k, len(x)) - 1], x, -np.inf)
+    p = np.exp(x - x.max())
+    if top_p < 1:
+        order = np.sort(p)[::-1]
+        cut = order[np.searchsorted(np.cumsum(order), top_p * p.sum())]
+        p = np.where(p >= cut, p, 0)
+    if min_p > 0:
+        p = np.where(p >= min_p * p.max(), p, 0)
+    return p / p.sum()
+
+
+law = jax.jit(laws.law)
+warp = jax.jit(laws.warp)
+
+ROWS = {
+    "temperature": [0.0, 1.0, 0.3, 1.7, 1.0, 1.0, 0.3, 1.7],
+    "top_k": [3, 0, 5, 1, 400, 0, 10, 0],
+    "top_p": [0.5, 1.0, 1.0, 1.0, 0.9, 1e-6, 0.7, 0.95],
+    "min_p": [0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.02, 0.1],
+}
+
+
+def rows_of(values, index):
+    return {name: np.asarray(v)[index] for name, v in values.items()}
+
+
+def sampling_of(**fields):
+    return make_sampling(len(fields["temperature"]), max_new_tokens=1, **fields)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_laws_against_sorting(ties):
+    """Each row with its own parameters; scores with ties, large, tiny and equal ones."""
+    rng = np.random.default_rng(ties)
+    for _ in range(40):
+        logits = rng.normal(size=(8, 3, VOCAB)) * rng.choice([0.01, 1.0, 10.0, 80.0])
+        if ties:
+            logits = np.round(logits)
+        logits = logits.astype(np.float32)
+        got = np.asarray(law(jnp.asarray(logits), sampling_of(**ROWS)))
+        for b in range(8):
+            for t in range(3):
+                fields = {name: values[b] for name, values in ROWS.items()}
+                want = reference_law(logits[b, t], **fields)
+                # A token whose inclusion hangs on the last bit of a sum may go either way.
+                kept = (got[b, t] > 1e-30) != (want > 1e-30)
+                if kept.any():
+                    nudged = [
+                        reference_law(logits[b, t], **{**fields, "top_p": fields["top_p"] + e})
+                        for e in (-3e-7, 3e-7)
+                    ]
+                    want = min(nudged, key=lambda w: abs(w - got[b, t]).sum())
+                np.testing.assert_allclose(got[b, t], want, rtol=2e-4, atol=1e-7)
+
+
+def test_rows_of_a_batch_are_each_row_alone():
+    """Bit by bit: no row sees another's parameters or whether another samples at all."""
+    rng = np.random.default_rng(3)
+    logits = (rng.normal(size=(8, 2, VOCAB)) * 4).astype(np.float32)
+    together = warp(jnp.asarray(logits), sampling_of(**ROWS))
+    for b in range(8):
+        for copies in (1, 8):  # a batch of one, and the same program
+            fields = {name: [values[b]] * copies for name, values in ROWS.items()}
+            alone = warp(jnp.asarray(logits[[b] * copies]), sampling_of(**fields))
+            np.testing.assert_array_equal(alone[0], together[b])
+
+
+def test_filters_keep_what_they_say():
+    """The nucleus is the smallest set that reaches top_p; min-p is relative to the best."""
+    p = np.array([0.5, 0.25, 0.15, 0.06, 0.04])
+    logits = jnp.asarray(np.log(p), jnp.float32)[None, None]
+
+    def kept(**fields):
+        return int((law(logits, sampling_of(temperature=[1.0], **fields)) > 0).sum())
+
+    assert [kept(top_p=[x]) for x in (1e-9, 0.49, 0.51, 0.74, 0.76, 0.91, 0.97)] == [
+        1,
+        1,
+        2,
+        2,
+        3,
+        4,
+        5,
+    ]
+    assert [kept(min_p=[x]) for x in (1.0, 0.6, 0.4, 0.2, 0.1, 0.01)] == [1, 1, 2, 3, 4, 5]
+    assert [kept(top_k=[x]) for x in (0, 1, 2, 5, 6, 2**31 - 1)] == [5, 1, 2, 5, 5, 5]
+
+
+def test_all_ties_are_kept():
+    logits = jnp.zeros((1, 1, VOCAB), jnp.float32)
+    for fields in ({"top_k": [3]}, {"top_p": [0.1]}, {"min_p": [1.0]}):
+        got = law(logits, sampling_of(temperature=[1.0], **fields))
+        np.testing.assert_allclose(got, 1 / VOCAB, rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1.2e-38])
+def test_temperatures_near_zero(temperature):
+    """No overflow and no NaN: the law tends to the argmax, equally good tokens share it."""
+    logits = jnp.asarray([[[3.0, -80.0, 7.5, 7.5, -7.5, 0.0]]], jnp.float32)
+    got = np.asarray(law(logits, sampling_of(temperature=[temperature])))
+    np.testing.assert_allclose(got[0, 0], [0, 0, 0.5, 0.5, 0, 0], atol=1e-6)
+    filtered = law(logits, sampling_of(temperature=[temperature], top_p=[0.9], min_p=[0.1]))
+    np.testing.assert_allclose(filtered[0, 0], [0, 0, 0.5, 0.5, 0, 0], atol=1e-6)
+
+
+def test_impossible_tokens_stay_impossible():
+    """A processor's -inf survives every temperature and filter."""
+    logits = np.zeros((4, 1, VOCAB), np.float32)
+    logits[:, :, 7:] = -np.inf
+    fields = {"temperature": [0.0, 0.3, 1.0, 1.7], "top_k": [0, 20, 0, 0], "top_p": [1, 1, 0.9, 1]}
+    got = np.asarray(law(jnp.asarray(logits), sampling_of(**fields)))
+    assert np.isfinite(got).all() and (got[..., 7:] == 0).all()
+    np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-6)
+
+
+# Noise
+
+
+def test_noise_is_a_function_of_key_role_and_position():
+    keys = jnp.asarray([[1, 2], [3, 4], [1, 2]], jnp.uint32)
+    start = jnp.asarray([5, 9, 7], jnp.int32)
+    noise = laws.position_noise(keys, start, 6, 8)
+    np.testing.assert_array_equal(noise[0, 2:], noise[2, :4])  # the same key and positions
+    assert (noise[0] != noise[1]).any()
+    longer = laws.position_noise(keys, start - 2, 9, 8)
+    np.testing.assert_array_equal(longer[:, 2:8], noise)
+    one = laws.position_noise(keys[1:2], start[1:2], 6, 8)
+    np.testing.assert_array_equal(one[0], noise[1])
+    flat = [laws.position_noise(keys[:1], start[:1], 6, 8, role).ravel() for role in range(5)]
+    assert len(np.unique(np.concatenate(flat))) == 5 * 48
+
+
+def test_noise_is_zero_for_greedy_rows_only():
+    keys = jnp.asarray([[1, 2], [3, 4]], jnp.uint32)
+    start = jnp.asarray([5, 9], jnp.int32)
+    mixed = laws.shared_noise(keys, sampling_of(temperature=[0.0, 1e-20]), start, 3, 8)
+    assert (mixed[0] == 0).all()
+    np.testing.assert_array_equal(mixed[1], laws.position_noise(keys, start, 3, 8)[1])
+    cold = laws.shared_noise(keys, sampling_of(temperature=[0.0, 0.0]), start, 3, 8)
+    assert (cold == 0).all()
+
+
+def test_row_keys():
+    ids = jnp.asarray([0, 1, 1, 5], jnp.int32)
+    sampling = make_sampling(4, max_new_tokens=1, seed=[3, 3, 4, 2**32 - 1])
+    keys = laws.row_keys(sampling, ids)
+    assert len({tuple(k) for k in np.asarray(keys).tolist()}) == 4
+    own = make_sampling(4, max_new_tokens=1, seed=3, own_seed=[True, True, False, False])
+    keys = np.asarray(laws.row_keys(own, ids))
+    assert (keys[0] == keys[1]).all() and (keys[2] != keys[0]).any()
+
+
+# What users may pass
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", float("nan")),
+        ("temperature", -0.1),
+        ("temperature", float("inf")),
+        ("temperature", 1e39),
+        ("top_k", -1),
+        ("top_k", 2**31),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_p", -1.0),
+        ("top_p", float("nan")),
+        ("top_p", 1e-60),
+        ("min_p", -0.01),
+        ("min_p", 1.01),
+        ("min_p", float("nan")),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", -3),
+    ],
+)
+def test_values_out_of_range(field, value):
+    for given in (value, [1, value]):
+        with pytest.raises(UserError, match=f"{field} must be .*, got"):
+            make_sampling(2, **{"max_new_tokens": 4, field: given})
+
+
+def test_values_at_the_edge():
+    got = make_sampling(
+        2, max_new_tokens=1, top_p=1.0, min_p=[0.0, 1.0], seed=2**32 - 1, temperature=[0, 1e6]
+    )
+    assert got.seed.dtype == jnp.uint32 and got.seed.tolist() == [2**32 - 1] * 2
+    assert got.stop_ids.shape == (2, 0) and got.stop_table.shape == (0, 1)
+
+
+@pytest.mark.parametrize("penalty", [0.0, -1.0, float("nan"), float("inf")])
+def test_repetition_penalty_out_of_range(penalty):
+    with pytest.raises(UserError, match="repetition penalty"):
+        RepetitionPenalty(penalty)
+
+
+# What the lm drafter reports
+
+
+@jax.jit
+def forward(params, tokens):
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    return h.SMALL.apply(params, tokens, positions).logits
+
+
+def test_reported_q_is_what_was_drawn_from():
+    """After all warpers, and with the tokens being the argmax of it and the noise."""
+    drafter = LmDrafter(h.SMALL, 3)
+    params = {"lm": h.small_params()}
+    tokens, lengths = h.pad(h.prompts_of([4, 9, 1, 12]), 24)
+    text, view = Text(tokens, lengths), TargetView(None)
+    sampling = make_sampling(
+        4,
+        max_new_tokens=9,
+        temperature=[0.0, 1.0, 0.3, 1.7],
+        top_k=[0, 4, 0, 9],
+        top_p=[1.0, 1.0, 0.8, 0.9],
+    )
+    keys = laws.row_keys(sampling, jnp.arange(4, dtype=jnp.int32))
+    gumbel = laws.shared_noise(keys, sampling, lengths, 4, h.VOCAB)
+    noise = laws.Noise(gumbel, return_q=True)
+    active, room = jnp.ones(4, bool), jnp.full(4, 9, jnp.int32)
+
+    @jax.jit
+    def draw(params):
+        states = drafter.extend(params, drafter.init(4, 24), text, view)
+        return drafter.draft(params, states, text, view, sampling, noise, active, room)[0]
+
+    draft = jax.device_get(draw(params))
+    for b in range(4):
+        row = np.asarray(tokens[b, : lengths[b]]).tolist()
+        for d in range(3):
+            path = row + np.asarray(draft.tokens[b, 1 : d + 1]).tolist()
+            padded = jnp.asarray([path + [0] * (24 - len(path))], jnp.int32)
+            logits = forward(params["lm"], padded)[0, len(path) - 1]
+            want = reference_law(
+                logits,
+                *(float(getattr(sampling, n)[b]) for n in ("temperature",)),
+                int(sampling.top_k[b]),
+                float(sampling.top_p[b]),
+            )
+            np.testing.assert_allclose(draft.q[b, d], want, atol=2e-5)
+            token = int(draft.tokens[b, d + 1])
+            with np.errstate(divide="ignore"):
+                assert token == (np.log(np.asarray(draft.q[b, d])) + gumbel[b, d]).argmax()
+            # At temperature 0 the reported probabilities are those of the logits as they are.
+            soft = want if sampling.temperature[b] > 0 else reference_law(logits, 1.0)
+            assert abs(draft.probability[b, d + 1] - soft[token]) < 2e-5
+            best = np.sort(soft)[::-1][:8]
+            np.testing.assert_allclose(draft.top_probs[b, d], best, atol=2e-5)
+            np.testing.assert_allclose(soft[draft.top_ids[b, d]], best, atol=2e-5)
+
+
+# Chi-square: the first two tokens of whole generations against the exact law
+
+BATCH, RANGES = 512, 40
+PROMPT = [3, 1, 4, 1, 5]
+CASES = {  # one row in four each, mixed in every batch
+    "temperature": [0.3, 1.0, 1.7, 1.0],
+    "top_k": [0, 0, 6, 0],
+    "top_p": [1.0, 0.8, 1.0, 1.0],
+    "min_p": [0.0, 0.0, 0.0, 0.1],
+}
+SMALLEST_EXPECTED = 5
+LEVEL = 1e-6  # of a false alarm, per test
+
+
+@functools.cache
+def exact_law(case: int) -> np.ndarray:
+    """P(first, second token), `[V, V]`, in float64 from the model's logits."""
+    fields = {name: values[case] for name, values in CASES.items()}
+    after = np.tile(np.asarray([*PROMPT, 0]), (h.VOCAB, 1))
+    after[:, -1] = np.arange(h.VOCAB)
+    positions = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32)[None], (h.VOCAB, 6))
+    logits = np.asarray(
+        h.TARGET.apply(h.target_params(), jnp.asarray(after, jnp.int32), positions).logits
+    )
+    first = reference_law(logits[0, -2], **fields)
+    second = np.stack([reference_law(x[-1], **fields) for x in logits])
+    return first[:, None] * second
+
+
+def chi_square(counts: np.ndarray, law: np.ndarray) -> float:
+    """p-value; cells that are expected less than five times are put together."""
+    total = counts.sum()
+    counts, expected = counts.ravel(), law.ravel() * total
+    if counts[expected == 0].any():
+        return 0.0
+    rare = expected < SMALLEST_EXPECTED
+    observed = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    keep = expected > 0
+    return stats.chisquare(observed[keep], expected[keep] * (total / expected[keep].sum())).pvalue
+
+
+def sample(drafter=None, rule="match", ranges=RANGES, shift=0, **drafts):
+    """Counts of the first two tokens by case, `[4, V, V]`, from BATCH * ranges generations."""
+    generate = jax.jit(make_generate(h.TARGET, drafter, max_new_tokens=3, rule=rule))
+    sampling = make_sampling(
+        BATCH,
+        max_new_tokens=3,
+        stop_ids=(-1,),
+        seed=11,
+        **{name: np.tile(values, BATCH // 4) for name, values in CASES.items()},
+    )
+    tokens, lengths = h.pad([PROMPT] * BATCH, len(PROMPT))
+    counts = np.zeros((4, h.VOCAB, h.VOCAB), np.int64)
+    params = h.all_params(**drafts)
+    for i in range(ranges):
+        ids = jnp.arange(i * BATCH, (i + 1) * BATCH, dtype=jnp.int32)
+        text, _ = generate(params, tokens, lengths, sampling, ids)
+        pair = np.asarray(text.tokens)[:, len(PROMPT) : len(PROMPT) + 2]
+        np.add.at(counts, (np.arange(BATCH) % 4, pair[:, 0], (pair[:, 1] + shift) % h.VOCAB), 1)
+    return counts
+
+
+SAMPLERS = {
+    "plain": lambda: sample(),
+    "match lm": lambda: sample(LmDrafter(h.TARGET, 2), lm=h.close_params()),
+    "match max-gram": lambda: sample(MaxGram(2)),
+    "reject lm": lambda: sample(LmDrafter(h.TARGET, 2), "reject", lm=h.close_params()),
+    "reject max-gram": lambda: sample(MaxGram(2), "reject"),
+    "reject siblings": lambda: sample(
+        h.Siblings(LmDrafter(h.TARGET, 2)), "reject", lm=h.close_params()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_chi_square(name):
+    """More than 20,000 generations, temperatures and filters mixed in each batch."""
+    counts = SAMPLERS[name]()
+    assert counts.sum() >= 20_000
+    for case in range(4):
+        assert chi_square(counts[case], exact_law(case)) > LEVEL
+
+
+def test_chi_square_finds_a_wrong_sampler(monkeypatch):
+    """The negative controls: temperature left out, one key for all positions, tokens shifted."""
+    right = laws.position_noise
+
+    def frozen(keys, start, depth, vocab, role=laws.ROLE_MATCH):
+        return right(keys, jnp.zeros_like(start), 1, vocab, role).repeat(depth, axis=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(laws, "position_noise", frozen)
+        counts = sample()
+        assert all(chi_square(counts[c], exact_law(c)) < LEVEL for c in range(4))
+        # The first token alone is right, so a test of marginals would not see it.
+        marginal = chi_square(counts[1].sum(1), exact_law(1).sum(1))
+        assert marginal > LEVEL
+    with monkeypatch.context() as patch:
+        patch.setattr(laws, "warp", lambda logits, sampling: logits)
+        counts = sample()
+        assert all(chi_square(counts[c], exact_law(c)) < LEVEL for c in range(4))
+
+
+def test_chi_square_finds_a_shared_uniform(monkeypatch):
+    """Residual draws from the key of the draft: the rejection rule is then biased."""
+    monkeypatch.setattr(laws, "ROLE_RESIDUAL", laws.ROLE_DRAFT)
+    counts = sample(LmDrafter(h.TARGET, 2), "reject", lm=h.close_params())
+    assert min(chi_square(counts[c], exact_law(c)) for c in range(4)) < LEVEL
