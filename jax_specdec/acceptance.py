@@ -39,7 +39,7 @@ def match(draft: Draft, target: Int[Array, "B T"]) -> Verdict:
       target: the target's own token after each node, `int32[B, T]`.
     """
     nodes = draft.tokens.shape[1]
-    if draft.is_chain:
+    if draft.ancestors is None:  # a chain
         agree = draft.valid[:, 1:] & (draft.tokens[:, 1:] == target[:, :-1])
         accepted = jnp.sum(jnp.cumprod(agree.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
         path = jnp.broadcast_to(jnp.arange(nodes, dtype=jnp.int32)[None], target.shape)

@@ -18,8 +18,7 @@ Array = jax.Array
 _MAX_UPDATE_SLICES = 16
 
 
-@flax.struct.dataclass
-class KVCache:
+class KVCache(flax.struct.PyTreeNode):
     """Keys and values of the committed tokens.
 
     Attributes:

@@ -28,8 +28,7 @@ STRING_COMPLETE = -2  # state of the stop-string automaton
 FINISH_REASONS = {RUNNING: None, STOP: "stop", LENGTH: "length"}
 
 
-@flax.struct.dataclass
-class Stats:
+class Stats(flax.struct.PyTreeNode):
     """Counts and per-token records of a run.
 
     Attributes:
@@ -55,8 +54,7 @@ class Stats:
     origin: Int[Array, "B C"]
 
 
-@flax.struct.dataclass
-class LoopState:
+class LoopState(flax.struct.PyTreeNode):
     """Everything a round reads and writes.
 
     Attributes:
@@ -215,7 +213,7 @@ class DecodeLoop:
         if not self.processors:
             return logits
         nodes = draft.tokens.shape[1]
-        bits = masks.chain(nodes)[None] if draft.is_chain else draft.ancestors
+        bits = masks.chain(nodes)[None] if draft.ancestors is None else draft.ancestors
         on_path = jnp.broadcast_to(masks.unpack(bits, nodes), (draft.tokens.shape[0], nodes, nodes))
         history = History(
             state.text.tokens, state.text.length, state.prompt_length, draft.tokens, on_path
@@ -290,6 +288,7 @@ class DecodeLoop:
             state.cache,
             draft.ancestors,
         )
+        assert out.logits is not None
         logits = self._process(state, draft, out.logits)
         verdict, margin = self._verify(state, draft, logits, noise)
 

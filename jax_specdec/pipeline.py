@@ -246,6 +246,10 @@ class SpeculativeDecoder:
             raise UserError(f"Got stop strings for {len(strings)} of {count} prompts.")
         if any(isinstance(item, str) for item in strings):
             raise UserError("Give stop strings as a tuple, or as a list with one tuple per prompt.")
+        if any("" in item for item in strings):
+            raise UserError("A stop string must not be empty.")
+        if any(strings) and self.target.tokenizer is None:
+            raise UserError("Stop strings need a tokenizer: load the target with one.")
         return self._generate(
             prompts,
             encoded,
@@ -321,8 +325,6 @@ class SpeculativeDecoder:
         config = self.target.config
         table, start = None, -1
         if any(strings[i] for i in padded):
-            if self.target.tokenizer is None:
-                raise UserError("Stop strings need a tokenizer: load the target with one.")
             if self._pieces is None:
                 self._pieces = stopping.token_bytes(self.target.tokenizer, self.target.vocab_size)
             table, start = stopping.stop_automaton([strings[i] for i in padded], self._pieces)

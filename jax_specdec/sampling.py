@@ -19,14 +19,14 @@ from jax_specdec._types import Array, Bool, Float, Int, UInt
 from jax_specdec.errors import UserError
 
 NEG_INF = float("-inf")
+PerRow = float | Sequence[float] | np.ndarray  # one value for all rows, or one for each
 
 # Roles of random bits (rejection rule). Each draws from a key of its own: a uniform shared by drafting
 # and accepting is biased.
 ROLE_MATCH, ROLE_DRAFT, ROLE_ACCEPT, ROLE_RESIDUAL, ROLE_BONUS = range(5)
 
 
-@flax.struct.dataclass
-class Sampling:
+class Sampling(flax.struct.PyTreeNode):
     """Sampling parameters, one entry per row.
 
     Attributes:
@@ -56,15 +56,15 @@ class Sampling:
 def make_sampling(
     batch: int,
     *,
-    max_new_tokens,
-    temperature=0.0,
-    top_k=0,
-    top_p=1.0,
-    min_p=0.0,
-    seed=0,
-    own_seed=False,
+    max_new_tokens: PerRow,
+    temperature: PerRow = 0.0,
+    top_k: PerRow = 0,
+    top_p: PerRow = 1.0,
+    min_p: PerRow = 0.0,
+    seed: PerRow = 0,
+    own_seed: PerRow = False,
     stop_ids: Sequence[int] | np.ndarray = (),
-    stop_state=-1,
+    stop_state: PerRow = -1,
     stop_table: np.ndarray | None = None,
 ) -> Sampling:
     """Host values, scalars or one per row, to checked arrays.
@@ -156,8 +156,7 @@ def position_uniform(
     return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(keys, positions)
 
 
-@flax.struct.dataclass
-class Noise:
+class Noise(flax.struct.PyTreeNode):
     """The noise that drafting and verification share in one round.
 
     Attributes:
@@ -200,7 +199,7 @@ def _order_key(x: Float[Array, "*s"]) -> UInt[Array, "*s"]:
 
 
 def _largest_threshold(
-    holds: Callable[[UInt[Array, "B T"]], Bool[Array, "B T"]], shape: tuple[int, int]
+    holds: Callable[[UInt[Array, "B T"]], Bool[Array, "B T"]], shape: tuple[int, ...]
 ) -> UInt[Array, "B T"]:
     """The largest uint32 for which `holds` is true; `holds` must be true at 0 and falling."""
 
@@ -278,8 +277,7 @@ def law_of(warped: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B
     return jnp.where((sampling.temperature > 0)[:, None, None], soft, best)
 
 
-@flax.struct.dataclass
-class History:
+class History(flax.struct.PyTreeNode):
     """What a processor may read: the committed text and the drafted path down to each node.
 
     Attributes:

@@ -1,9 +1,12 @@
 """A conformance test for drafters: does any object keep the contract of `jax_specdec.Drafter`?
 
+In a test of your own:
+
     from jax_specdec.testing import check_drafter
     check_drafter(MyDrafter(...), {"my-drafter": params}, target.decoder, target.params)
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,9 +73,9 @@ def check_draft(draft: Draft, drafter: Drafter, text: Text, vocab: int, wants_q:
 
     def array(name: str, shape: tuple[int, ...], dtype: str, optional: bool = False) -> Any:
         value = getattr(draft, name)
-        if value is None and optional:
+        if value is None:
+            _require(optional, f"Draft.{name} must be an array, not None")
             return None
-        _require(value is not None, f"Draft.{name} must be an array, not None")
         _require(
             value.shape == shape and value.dtype == jnp.dtype(dtype),
             f"Draft.{name} must be {dtype}{shape}, got {value.dtype}{value.shape}",
@@ -125,7 +128,9 @@ def check_draft(draft: Draft, drafter: Drafter, text: Text, vocab: int, wants_q:
 
     _require((ids is None) == (top_probs is None), "top_ids and top_probs must be given together")
     if ids is not None:
-        _require(((ids >= 0) & (ids < vocab)).all(), f"top_ids must be in the vocabulary of {vocab}")
+        _require(
+            ((ids >= 0) & (ids < vocab)).all(), f"top_ids must be in the vocabulary of {vocab}"
+        )
         _require((np.diff(top_probs, axis=-1) <= 0).all(), "top_probs must be in falling order")
     if not wants_q:
         _require(q is None, "q must be None where noise.return_q is false")
@@ -172,7 +177,14 @@ def _check_static(drafter: Any) -> None:
     missing = [
         name
         for name in (
-            "name num_nodes depth proposers init extend draft commit".split()
+            "name",
+            "num_nodes",
+            "depth",
+            "proposers",
+            "init",
+            "extend",
+            "draft",
+            "commit",
         )
         if not hasattr(drafter, name)
     ]
@@ -205,6 +217,36 @@ def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda x: (x.shape, jnp.asarray(x).dtype.name), tree)
 
 
+@functools.cache
+def _programs(target: Decoder, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Any, Any]:
+    """`(read, noise, decode)`: what does not depend on the drafter is compiled once for all."""
+
+    def jit(function, *static: int):
+        return jax.jit(function, static_argnums=static, compiler_options=dict(options))
+
+    def read(params, text, slots):
+        c = target.config
+        cache = kv.init_cache(
+            c.num_layers,
+            text.length.shape[0],
+            c.num_kv_heads,
+            slots,
+            c.head_dim,
+            target.dtype,
+            stacked=target.layer_loop == "scan",
+        )
+        return read_text(target, params, cache, text.tokens, text.length - 1)
+
+    def noise(keys, sampling, start, depth):
+        return laws.shared_noise(keys, sampling, start, depth, target.config.vocab_size)
+
+    def decode(loop, capacity, params, *args):
+        state = loop.start(params, *args, capacity=capacity)
+        return loop.run(params, state, 2 * capacity)
+
+    return jit(read, 2), jit(noise, 3), jit(decode, 0, 1)
+
+
 class _Run:
     """One drafter, its text, and compiled pieces."""
 
@@ -212,22 +254,13 @@ class _Run:
         self.drafter, self.params, self.target = drafter, params, target
         self.all_params = {"target": target_params, "drafters": params}
 
-        def jit(function, **fields):
-            return jax.jit(function, compiler_options=compiler_options, **fields)
-
-        self.init = jit(drafter.init, static_argnums=(0, 1))
-        self.extend = jit(drafter.extend)
-        self.commit = jit(drafter.commit)
-        self.draft = jit(drafter.draft)
-
-        def read(cache, tokens, upto):
-            return read_text(target, target_params, cache, tokens, upto)
-
-        def decode(loop, *args, capacity):
-            state = loop.start(self.all_params, *args, capacity=capacity)
-            return loop.run(self.all_params, state, 2 * capacity)
-
-        self.read, self.decode = jit(read), jit(decode, static_argnums=0, static_argnames="capacity")
+        options = tuple(sorted((compiler_options or {}).items()))
+        self.read, self.noise, self.decode = _programs(target, options)
+        self.init = jax.jit(drafter.init, static_argnums=(0, 1))
+        self.extend, self.commit, self.draft = (
+            jax.jit(function, compiler_options=compiler_options)
+            for function in (drafter.extend, drafter.commit, drafter.draft)
+        )
 
     def prepare(self, prompts, max_new_tokens: int, seed: int) -> None:
         """Decodes plainly: the text that everything below is measured against."""
@@ -247,9 +280,15 @@ class _Run:
         ids = jnp.arange(batch, dtype=jnp.int32)
         self.keys = laws.row_keys(self.sampling, ids)
         self.capacity = longest + max_new_tokens
-        self.args = (jnp.asarray(tokens), jnp.asarray(self.lengths), self.sampling, ids)
+        self.args = (
+            self.all_params,
+            jnp.asarray(tokens),
+            jnp.asarray(self.lengths),
+            self.sampling,
+            ids,
+        )
         loop = DecodeLoop(self.target, NoDrafter())
-        self.plain = jax.device_get(self.decode(loop, *self.args, capacity=self.capacity))
+        self.plain = jax.device_get(self.decode(loop, self.capacity, *self.args))
         # The drafter's buffers are wider than plain decoding's by its depth.
         self.columns = self.capacity + self.drafter.depth + 1
         wide = np.zeros((batch, self.columns), np.int32)
@@ -260,18 +299,9 @@ class _Run:
         """The text of these lengths, other tokens behind it, and the target's cache of it."""
         place = np.arange(self.columns)[None]
         tokens = np.where(place < lengths[:, None], self.tokens, 1).astype(np.int32)
-        c, target = self.target.config, self.target
-        cache = kv.init_cache(
-            c.num_layers,
-            len(lengths),
-            c.num_kv_heads,
-            self.capacity + self.drafter.num_nodes + 1,
-            c.head_dim,
-            target.dtype,
-            stacked=target.layer_loop == "scan",
-        )
         text = Text(jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32))
-        return text, TargetView(self.read(cache, text.tokens, text.length - 1))
+        slots = self.capacity + self.drafter.num_nodes + 1
+        return text, TargetView(self.read(self.all_params["target"], text, slots))
 
     def fresh(self, text: Text, view: TargetView) -> dict[str, Any]:
         """States that have read the text at once, beside those of another drafter."""
@@ -301,9 +331,7 @@ class _Run:
         """A checked draft, on the host, and the states after it."""
         batch = text.length.shape[0]
         vocab = self.target.config.vocab_size
-        gumbel = laws.shared_noise(
-            self.keys, self.sampling, text.length, self.drafter.depth + 1, vocab
-        )
+        gumbel = self.noise(self.keys, self.sampling, text.length, self.drafter.depth + 1)
         active = np.ones((batch,), bool) if active is None else active
         room = jnp.full((batch,), self.drafter.depth + 1, jnp.int32)
         draft, after = self.draft(
@@ -382,7 +410,9 @@ class _Run:
             got, _ = self.propose(states, text, view, wants_q=True)
             caught_up = self.same(states, self.extend(self.params, states, text, view), "extend")
             again, _ = self.propose(caught_up, text, view, wants_q=True)
-            sentence = "a draft must not depend on how the text was read: by lags, by extend or draft"
+            sentence = (
+                "a draft must not depend on how the text was read: by lags, by extend or draft"
+            )
             self.equal(got, want, lengths > 0, sentence)
             self.equal(again, want, lengths > 0, sentence)
 
@@ -401,9 +431,8 @@ class _Run:
 
     def check_text(self) -> None:
         """The whole loop, ragged, greedy and sampled rows: the text is plain decoding's."""
-        got = jax.device_get(
-            self.decode(DecodeLoop(self.target, self.drafter), *self.args, capacity=self.capacity)
-        )
+        loop = DecodeLoop(self.target, self.drafter)
+        got = jax.device_get(self.decode(loop, self.capacity, *self.args))
         for b, start in enumerate(self.lengths):
             ours = got.text.tokens[b, start : got.text.length[b]]
             plain = self.tokens[b, start : self.ends[b]]

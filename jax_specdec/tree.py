@@ -14,8 +14,7 @@ MAX_NODES = 64
 TOP = 8  # ids and probabilities that a proposer with a distribution reports per node
 
 
-@flax.struct.dataclass
-class Text:
+class Text(flax.struct.PyTreeNode):
     """Committed tokens of every row; what lies behind `length` is garbage.
 
     Attributes:
@@ -31,8 +30,7 @@ class Text:
         return jnp.take_along_axis(self.tokens, self.length[:, None] - 1, axis=1)[:, 0]
 
 
-@flax.struct.dataclass
-class Draft:
+class Draft(flax.struct.PyTreeNode):
     """A batch of token trees.
 
     Attributes:

@@ -41,6 +41,7 @@ def attend(
     keys = k_cache
 
     if k_new is not None:
+        assert v_new is not None
         if ancestors is None:
             ancestors = jnp.broadcast_to(masks.chain(t)[None], (b, t, masks.num_words(t)))
         mask = jnp.concatenate([mask, masks.unpack(ancestors, t)], axis=-1)

@@ -88,6 +88,7 @@ def attend(
         low = length[:, None] + depth - (window - 1)
     part = _prefix(spec, q_bktgd, k_cache, v_cache, length, low, high, layer)
     if k_new is not None:
+        assert v_new is not None
         part = _merge(part, _new_tokens(spec, q_bktgd, k_new, v_new, ancestors))
 
     out = part.out / jnp.where(part.total > 0, part.total, 1)
@@ -193,6 +194,7 @@ def _new_tokens(
         mask = seen[:, None, :, None, block]
         here = _softmax(spec, q, keys[:, :, block], values[:, :, block], mask)
         part = here if part is None else _merge(part, here)
+    assert part is not None
     return part
 
 
@@ -254,9 +256,10 @@ def _read(
     at = (row, 0, start, 0)
     if layer is not None:
         at, shape = (layer, *at), (1, *shape)
-    if all(isinstance(i, int) for i in at):
-        end = [i + n for i, n in zip(at, shape, strict=True)]
-        keys, values = lax.slice(k_cache, at, end), lax.slice(v_cache, at, end)
+    static = [i for i in at if isinstance(i, int)]
+    if len(static) == len(at):
+        end = [i + n for i, n in zip(static, shape, strict=True)]
+        keys, values = lax.slice(k_cache, static, end), lax.slice(v_cache, static, end)
     else:
         at = [jnp.asarray(i, jnp.int32) for i in at]
         keys, values = (lax.dynamic_slice(x, at, shape) for x in (k_cache, v_cache))

@@ -154,7 +154,7 @@ def _validate(
             raise ValueError(
                 f"layer must be an int or an integer scalar array, got {layer.dtype}{layer.shape}"
             )
-    k, s = k_cache.shape[-3:-1]
+    k = k_cache.shape[-3]
     if (k_cache.shape[-4], k_cache.shape[-1]) != (b, d):
         raise ValueError(f"q {q.shape} and cache {k_cache.shape} differ in batch or head width")
     if n % k:

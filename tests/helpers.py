@@ -78,9 +78,7 @@ def small_params() -> Any:
 QUICK = {"xla_backend_optimization_level": 0}
 
 
-@functools.partial(
-    jax.jit, static_argnums=0, static_argnames="capacity", compiler_options=QUICK
-)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="capacity", compiler_options=QUICK)
 def start(loop, params, tokens, lengths, sampling, ids, *, capacity):
     return loop.start(params, tokens, lengths, sampling, ids, capacity=capacity)
 
@@ -90,9 +88,7 @@ def run(loop, params, state, rounds):
     return loop.run(params, state, rounds)
 
 
-@functools.partial(
-    jax.jit, static_argnums=0, static_argnames="capacity", compiler_options=QUICK
-)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="capacity", compiler_options=QUICK)
 def _decode(loop, params, tokens, lengths, sampling, ids, *, capacity):
     state = loop.start(params, tokens, lengths, sampling, ids, capacity=capacity)
     return loop.run(params, state, 2 * capacity)
@@ -118,8 +114,7 @@ class Result:
 def result(state) -> Result:
     state = jax.device_get(state)
     spans = [
-        slice(int(a), int(b))
-        for a, b in zip(state.prompt_length, state.text.length, strict=True)
+        slice(int(a), int(b)) for a, b in zip(state.prompt_length, state.text.length, strict=True)
     ]
     return Result(
         [state.text.tokens[i, s].tolist() for i, s in enumerate(spans)],
@@ -175,7 +170,9 @@ def assert_identical(got: Result, want: Result, ties: int = 1) -> None:
         first = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
         assert first is not None, f"row {row}: one text ends early: {a} and {b}"
         margin = want.margins[row][first]
-        assert margin < NEAR_TIE, f"row {row} differs at token {first}, margin {margin}: {a} and {b}"
+        assert margin < NEAR_TIE, (
+            f"row {row} differs at token {first}, margin {margin}: {a} and {b}"
+        )
         near += 1
     assert near <= ties, f"{near} near-ties"
 
@@ -355,9 +352,7 @@ class Siblings(StatelessDrafter):
                 tokens=leaves(draft.tokens, ids.astype(jnp.int32)),
                 valid=leaves(draft.valid, leaf_valid),
                 origin=leaves(draft.origin, jnp.full(ids.shape, 2, jnp.int32)),
-                probability=leaves(
-                    draft.probability, jnp.take_along_axis(draft.q, ids, axis=-1)
-                ),
+                probability=leaves(draft.probability, jnp.take_along_axis(draft.q, ids, axis=-1)),
                 parent=parent,
                 depth=level,
                 ancestors=ancestor_bits(parent, depth),

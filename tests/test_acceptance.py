@@ -107,9 +107,7 @@ def enumerate_reject(p, q, vocab, depth, siblings=0, drafted=None, draw=None):
         p_at = [p[chain[:d]] for d in range(depth + 1)]
         q_at = [q[chain[:d]] for d in range(depth)]
         ratio = [
-            1.0
-            if p_at[d][chain[d]] >= q_at[d][chain[d]]
-            else p_at[d][chain[d]] / q_at[d][chain[d]]
+            1.0 if p_at[d][chain[d]] >= q_at[d][chain[d]] else p_at[d][chain[d]] / q_at[d][chain[d]]
             for d in range(depth)
         ]
         sib = [sibling_ids(q_at[d], chain[d], siblings) for d in range(depth)]
@@ -147,9 +145,7 @@ def enumerate_reject(p, q, vocab, depth, siblings=0, drafted=None, draw=None):
                     weight.append(w * law[last] * (after[bonus] if found else 1.0))
     verdict = drive_reject(p, q, rows, vocab, depth, siblings, drafted)
     joint = Joint(p, vocab, depth + 1)
-    for tokens, accepted, w in zip(
-        verdict.tokens, verdict.accepted, weight, strict=True
-    ):
+    for tokens, accepted, w in zip(verdict.tokens, verdict.accepted, weight, strict=True):
         joint.add(tokens[: accepted + 1], w)
     assert abs(sum(weight) - 1) < 1e-9
     return joint, verdict

@@ -50,7 +50,9 @@ def called(instruction: str) -> list[str]:
         r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)",
         instruction,
     )
-    for group in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", instruction):
+    for group in re.findall(
+        r"(?:branch_computations|called_computations)=\{([^}]*)\}", instruction
+    ):
         names += [n.strip().lstrip("%") for n in group.split(",")]
     return names
 
@@ -58,7 +60,9 @@ def called(instruction: str) -> list[str]:
 def loop_instructions(text: str) -> list[str]:
     """Instructions of every while body, and of what it calls, fusions included."""
     every = computations(text)
-    bodies = [b for lines in every.values() for x in lines for b in re.findall(r"body=%?([\w.\-]+)", x)]
+    bodies = [
+        b for lines in every.values() for x in lines for b in re.findall(r"body=%?([\w.\-]+)", x)
+    ]
     seen, queue = set(), list(bodies)
     while queue:
         name = queue.pop()

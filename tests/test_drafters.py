@@ -78,9 +78,7 @@ SEARCHES = [
 @pytest.mark.parametrize(("ties", "min_match", "max_match"), SEARCHES)
 def test_search(ties, min_match, max_match):
     search = jax.jit(
-        lambda text: longest_suffix_match(
-            text, min_match=min_match, max_match=max_match, ties=ties
-        )
+        lambda text: longest_suffix_match(text, min_match=min_match, max_match=max_match, ties=ties)
     )
     texts, packed = random_texts(min_match)
     match, end = map(np.asarray, search(packed))
@@ -189,9 +187,7 @@ CONFORMING = {
 def test_contract(name):
     drafter, params = CONFORMING[name]
     assert isinstance(drafter, Drafter)
-    check_drafter(
-        drafter, params(), h.TARGET, h.target_params(), compiler_options=h.QUICK
-    )
+    check_drafter(drafter, params(), h.TARGET, h.target_params(), compiler_options=h.QUICK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,9 +212,7 @@ class Broken(Bigram):
         return states
 
     def draft(self, params, states, text, view, sampling, noise, active, room):
-        draft, states = super().draft(
-            params, states, text, view, sampling, noise, active, room
-        )
+        draft, states = super().draft(params, states, text, view, sampling, noise, active, room)
         tokens = draft.tokens
         if self.how == "stateful":  # what was drafted before is never forgotten
             shift = states["bigram"][:, None].at[:, 0].add(0)

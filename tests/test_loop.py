@@ -119,9 +119,7 @@ def plain_single():
 def test_ragged_batch_is_plain_decoding(name, plain):
     drafter, params = DRAFTERS[name]
     loop = DecodeLoop(h.TARGET, drafter)
-    got = h.decode(
-        loop, h.all_params(**params()), h.prompts_of(RAGGED), h.sampling_of(4, **MIXED)
-    )
+    got = h.decode(loop, h.all_params(**params()), h.prompts_of(RAGGED), h.sampling_of(4, **MIXED))
     h.assert_identical(got, plain)
     check_stats(got, loop)
     accepted = got.stats.accepted.sum()
@@ -302,12 +300,8 @@ def test_rows_do_not_depend_on_the_batch(plain):
     """Every row alone, with its own request id, gives the same text."""
     for row, prompt in enumerate(h.prompts_of(RAGGED)):
         one = {name: values[row] for name, values in MIXED.items()}
-        got = h.decode(
-            h.plain_loop(), h.all_params(), [prompt], h.sampling_of(1, **one), ids=[row]
-        )
-        want = dataclasses.replace(
-            plain, tokens=[plain.tokens[row]], margins=[plain.margins[row]]
-        )
+        got = h.decode(h.plain_loop(), h.all_params(), [prompt], h.sampling_of(1, **one), ids=[row])
+        want = dataclasses.replace(plain, tokens=[plain.tokens[row]], margins=[plain.margins[row]])
         h.assert_identical(got, want)
 
 
@@ -411,7 +405,9 @@ def test_log_probabilities_and_margins(how, plain):
         span = slice(len(prompt), len(logits))
         text = got.text[row, span]
         before = logits[len(prompt) - 1 : -1]
-        log_p = before - np.log(np.exp(before - before.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        log_p = before - np.log(
+            np.exp(before - before.max(-1, keepdims=True)).sum(-1, keepdims=True)
+        )
         log_p = log_p - before.max(-1, keepdims=True)
         want = np.take_along_axis(log_p, text[:, None], 1)[:, 0]
         np.testing.assert_allclose(got.stats.logprobs[row, span], want, atol=2e-4)
@@ -496,9 +492,7 @@ def test_speculation_with_a_processor(shape, plain):
 def test_reject_runs(name, plain):
     drafter, params = DRAFTERS[name]
     loop = DecodeLoop(h.TARGET, drafter, rule="reject")
-    got = h.decode(
-        loop, h.all_params(**params()), h.prompts_of(RAGGED), h.sampling_of(4, **MIXED)
-    )
+    got = h.decode(loop, h.all_params(**params()), h.prompts_of(RAGGED), h.sampling_of(4, **MIXED))
     check_stats(got, loop)
     assert got.tokens[0] == plain.tokens[0], "at temperature 0 the rule is the greedy one"
     assert [len(t) for t in got.tokens] == [24] * 4

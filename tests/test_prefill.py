@@ -77,9 +77,7 @@ def test_garbage_is_not_read():
     tokens = text_of()
     upto = jnp.asarray([6, 20, 9], jnp.int32)
     cache = empty(3)
-    dirty = jax.tree.map(
-        lambda x: x if x.ndim == 1 else jnp.full_like(x, jnp.nan), cache
-    )
+    dirty = jax.tree.map(lambda x: x if x.ndim == 1 else jnp.full_like(x, jnp.nan), cache)
     place = jnp.arange(SLOTS, dtype=jnp.int32)[None]
     junk = jnp.where(place < upto[:, None], tokens, 1)
     got = read(dirty, junk, upto, chunk=7)

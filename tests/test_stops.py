@@ -32,9 +32,7 @@ def test_automaton_is_a_search(seed):
     """Random pieces of up to four letters, empty ones too; strings that overlap and contain others."""
     rng = np.random.default_rng(seed)
     letters = "ab" if seed % 2 else "abé"
-    pieces = [
-        "".join(rng.choice(list(letters), rng.integers(0, 5))).encode() for _ in range(12)
-    ]
+    pieces = ["".join(rng.choice(list(letters), rng.integers(0, 5))).encode() for _ in range(12)]
     rows = [
         tuple(
             "".join(rng.choice(list(letters), rng.integers(1, 7)))

@@ -18,8 +18,7 @@ from jax_specdec.tree import Draft, Text
 States = dict[str, Any]
 
 
-@flax.struct.dataclass
-class TargetView:
+class TargetView(flax.struct.PyTreeNode):
     """Read access to the target: its committed keys and values.
 
     Attributes:

@@ -68,6 +68,7 @@ class LmDrafter(ChainDrafter):
         position = jnp.minimum(position, text.length[:, None] - 1)
         tokens = jnp.take_along_axis(text.tokens, position, axis=1)
         out = self.decoder.apply(weights, tokens, position, cache)
+        assert out.logits is not None
         last = (text.length - 1 - start)[:, None, None]
         logits = jnp.take_along_axis(out.logits, last, axis=1)  # [B, 1, V]
         cache = kv.commit(cache, out.new_kv, text.length - start, after=out.hidden)

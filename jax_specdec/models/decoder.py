@@ -14,7 +14,7 @@ one matrix (`qkv`, `gate_up`).
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -228,14 +228,14 @@ class Decoder:
         angles = rope_angles(c.rope, c.head_dim, positions)
         block = Block(c, self.dtype)
 
-        def layer(weights: Params, x: Array, index: Any, window: int | None):
+        def layer(weights: Params, x: Array, index: Any, window: int | None) -> Any:
             def attend(q: Array, k: Array, v: Array) -> Array:
                 if cache is None:
                     return causal_attention(q, k, v, window)
                 old_k, old_v = (
                     (cache.k, cache.v) if cache.stacked else (cache.k[index], cache.v[index])
                 )
-                return tree_attention(
+                out = tree_attention(
                     q,
                     k,
                     v,
@@ -246,6 +246,7 @@ class Decoder:
                     layer=index if cache.stacked else None,
                     window=window,
                 )
+                return cast(Array, out)  # a pair only with return_lse
 
             return block.apply({"params": weights}, x, angles, attend)
 

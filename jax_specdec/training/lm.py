@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         )
     else:
 
-        def muon_axes(params: Params) -> Any:
+        def muon_axes(params: Any) -> Any:
             numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
             stacked = not isinstance(params["layers"], tuple)
             inner = jax.tree.map(
@@ -76,6 +76,7 @@ def next_token_loss(decoder: Decoder, params: Params, tokens: jax.Array, remat: 
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     positions = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32)[None], inputs.shape)
     logits = decoder.apply(params, inputs, positions, remat=remat).logits
+    assert logits is not None
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
@@ -101,8 +102,8 @@ def make_step(
             total, _ = lax.scan(add, zero, micro)
             loss, grads = jax.tree.map(lambda x: x / config.accumulate, total)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
-        return optax.apply_updates(params, updates), opt_state, metrics
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        return cast(Params, optax.apply_updates(params, updates)), opt_state, metrics
 
     return step
 
@@ -270,7 +271,7 @@ def train(
                     "tokens": step * tokens_per_step,
                     "loss": loss,
                     "grad_norm": float(metrics["grad_norm"]),
-                    "learning_rate": float(schedule(index)),
+                    "learning_rate": float(np.asarray(schedule(index))),
                     "tokens_per_second": tokens_per_step / (time.perf_counter() - began),
                 }
                 final = step == config.steps
