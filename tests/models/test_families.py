@@ -32,6 +32,9 @@ def golden(case):
         return json.loads(str(file["config"])), file["tokens"], file["logits"]
 
 
+pytestmark = pytest.mark.smoke
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """case -> a checkpoint folder with the golden's weights."""
