@@ -6,6 +6,8 @@ import pytest
 from jax_specdec.errors import UserError
 from jax_specdec.stops import COMPLETE, stop_automaton, token_bytes, truncate
 
+pytestmark = pytest.mark.smoke
+
 
 def walk(table, state, tokens):
     """How many tokens complete a stop string, or None."""

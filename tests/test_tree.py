@@ -9,6 +9,8 @@ import pytest
 from jax_specdec.tree import MAX_NODES, Draft, Text, ancestor_bits, chain, paths, root_only
 from pallas_kernels import masks
 
+pytestmark = pytest.mark.smoke
+
 TEXT = Text(jnp.asarray([[5, 6, 7, 0], [8, 9, 1, 2]], jnp.int32), jnp.asarray([3, 1], jnp.int32))
 
 
