@@ -83,12 +83,10 @@ def write_window(buffer: Array, values: Array, start: Int[Array, " B"]) -> Array
 
 def _best_two(scores: Float[Array, "B T V"]) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
     """The argmax, and how far it is ahead of the second best."""
-    best = jnp.max(scores, axis=-1, keepdims=True)
+    token = laws.argmax(scores)
     index = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, None]
-    # Two plain reductions vectorise; a reduction over (value, index) pairs does not.
-    token = jnp.min(jnp.where(scores == best, index, scores.shape[-1]), axis=-1)
     second = jnp.max(jnp.where(index == token[..., None], laws.NEG_INF, scores), axis=-1)
-    return token, best[..., 0] - second
+    return token, jnp.max(scores, axis=-1) - second
 
 
 @dataclasses.dataclass(frozen=True)

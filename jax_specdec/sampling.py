@@ -163,10 +163,13 @@ class Noise(flax.struct.PyTreeNode):
       gumbel: `float32[B, P+1, V]`; entry d is added to the scores at depth d, that is for the token at
         position `length + d`. Zero in rows at temperature 0.
       return_q: static; the proposer must hand over the law it drew from (rejection rule).
+      return_top: static; a proposer with a distribution must report its probability of every node and
+        the best children. They cost a softmax and a sort a step, so only who reads them asks.
     """
 
     gumbel: Float[Array, "B Q V"]
     return_q: bool = flax.struct.field(pytree_node=False, default=False)
+    return_top: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def shared_noise(
@@ -265,6 +268,17 @@ def warp(logits: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T
     return jnp.where(hot[:, None, None], warped, logits)
 
 
+def argmax(scores: Float[Array, "*s V"]) -> Int[Array, "*s"]:
+    """The first index of the maximum of the last axis.
+
+    Two plain reductions vectorise; XLA's reduction over (value, index) pairs does not.
+    """
+    best = jnp.max(scores, axis=-1, keepdims=True)
+    index = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    found = jnp.min(jnp.where(scores == best, index, scores.shape[-1]), axis=-1)
+    return jnp.minimum(found, scores.shape[-1] - 1)  # scores that are NaN equal nothing
+
+
 def law(logits: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T V"]:
     """Probabilities of the sampling law; one-hot at temperature 0."""
     return law_of(warp(logits, sampling), sampling)
@@ -273,7 +287,7 @@ def law(logits: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T 
 def law_of(warped: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T V"]:
     """`law`, from logits that are warped already."""
     soft = jax.nn.softmax(warped, axis=-1)
-    best = jax.nn.one_hot(jnp.argmax(warped, axis=-1), warped.shape[-1], dtype=soft.dtype)
+    best = jax.nn.one_hot(argmax(warped), warped.shape[-1], dtype=soft.dtype)
     return jnp.where((sampling.temperature > 0)[:, None, None], soft, best)
 
 

@@ -340,7 +340,7 @@ class _Run:
             text,
             view,
             self.sampling,
-            laws.Noise(gumbel, return_q=wants_q),
+            laws.Noise(gumbel, return_q=wants_q, return_top=True),
             jnp.asarray(active),
             room,
         )

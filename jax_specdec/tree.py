@@ -38,12 +38,13 @@ class Draft(flax.struct.PyTreeNode):
       valid: `bool[B, T]`; a node below an invalid one is invalid. The root is always valid.
       origin: `int32[B, T]`, which proposer drafted the node: 0 the root, i the i-th of
         `Drafter.proposers`.
-      probability: `float32[B, T]`, the proposer's probability of the node, 1 where it has none.
+      probability: `float32[B, T]`, the proposer's probability of the node, 1 where it has none or
+        `Noise.return_top` was not set.
       parent, depth: `int32[B, T]`, or None for a chain. The root is its own parent.
       ancestors: `int32[B, T, W]`, or None for a chain: bit j of row i is set iff node j is node i or
         above it.
       top_ids, top_probs: `[B, T, TOP]`, the best children of each node by its proposer's distribution,
-        or None where no proposer has one.
+        or None where no proposer has one or `Noise.return_top` was not set.
       q: `float32[B, P, V]`, the law each chain token was drawn from, or None. Row d is that of node
         d + 1. Present under the rejection rule only.
       depth_limit: static, P.

@@ -322,7 +322,7 @@ class Siblings(StatelessDrafter):
             text,
             view,
             sampling,
-            noise.replace(return_q=True),
+            noise.replace(return_q=True, return_top=True),
             active,
             room,
         )

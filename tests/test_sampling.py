@@ -253,7 +253,7 @@ def test_reported_q_is_what_was_drawn_from():
     )
     keys = laws.row_keys(sampling, jnp.arange(4, dtype=jnp.int32))
     gumbel = laws.shared_noise(keys, sampling, lengths, 4, h.VOCAB)
-    noise = laws.Noise(gumbel, return_q=True)
+    noise = laws.Noise(gumbel, return_q=True, return_top=True)
     active, room = jnp.ones(4, bool), jnp.full(4, 9, jnp.int32)
 
     @jax.jit

@@ -11,7 +11,7 @@ from jax_specdec import cache as kv
 from jax_specdec.drafters.base import ChainDrafter, rollback
 from jax_specdec.models.decoder import Decoder
 from jax_specdec.prefill import read_text
-from jax_specdec.sampling import law_of, warp
+from jax_specdec.sampling import argmax, law_of, warp
 from jax_specdec.tree import TOP, chain
 
 # A drafter lags by one or two tokens after a normal round; the first step of a draft reads that many.
@@ -77,14 +77,16 @@ class LmDrafter(ChainDrafter):
             scores = pick = warp(logits, sampling)
             if self.proposal == "matched" or noise.return_q:
                 pick = scores + lax.dynamic_slice_in_dim(noise.gumbel, depth, 1, axis=1)
-            token = jnp.argmax(pick, axis=-1).astype(jnp.int32)  # [B, 1]
-            # At temperature 0 too this says how sure the drafter is; the law it draws from is one-hot.
-            soft = jax.nn.softmax(scores, axis=-1)
-            top_probs, top_ids = lax.top_k(soft, min(TOP, soft.shape[-1]))
-            probability = jnp.take_along_axis(soft, token[..., None], axis=-1)[..., 0]
-            item = (token[:, 0], probability[:, 0], top_ids[:, 0], top_probs[:, 0])
+            token = argmax(pick)  # [B, 1]
+            item = {"token": token[:, 0]}
+            if noise.return_top:
+                # At temperature 0 too this says how sure the drafter is; its own law is one-hot there.
+                soft = jax.nn.softmax(scores, axis=-1)
+                item["probability"] = jnp.take_along_axis(soft, token[..., None], axis=-1)[:, 0, 0]
+                top_probs, top_ids = lax.top_k(soft[:, 0], min(TOP, soft.shape[-1]))
+                item |= {"top_ids": top_ids, "top_probs": top_probs}
             if noise.return_q:
-                item = (*item, law_of(scores, sampling)[:, 0])
+                item["q"] = law_of(scores, sampling)[:, 0]
             return token, item
 
         def step(carry, depth):
@@ -99,20 +101,14 @@ class LmDrafter(ChainDrafter):
         token, item = propose(logits, 0)
         depth = jnp.arange(1, self.length, dtype=jnp.int32)
         (cache, _), rest = lax.scan(step, (cache, token), depth)
-        items = [
-            jnp.concatenate([first[:, None], jnp.swapaxes(more, 0, 1)], axis=1)
-            for first, more in zip(item, rest, strict=True)
-        ]
-        # The children of the last node are not known: its row is empty.
-        tops = [jnp.pad(x, ((0, 0), (0, 1), (0, 0))) for x in items[2:4]]
-        draft = chain(
-            text,
-            items[0],
-            probability=items[1],
-            top_ids=tops[0],
-            top_probs=tops[1],
-            q=items[4] if noise.return_q else None,
-        )
+        fields = {
+            key: jnp.concatenate([first[:, None], jnp.swapaxes(rest[key], 0, 1)], axis=1)
+            for key, first in item.items()
+        }
+        for key in ("top_ids", "top_probs"):
+            if key in fields:  # the children of the last node are not known: its row is empty
+                fields[key] = jnp.pad(fields[key], ((0, 0), (0, 1), (0, 0)))
+        draft = chain(text, fields.pop("token"), **fields)
         return draft, {**states, self.name: cache}
 
     def commit(self, states, outcome, view):
