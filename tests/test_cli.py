@@ -17,6 +17,7 @@ from jax_specdec import checkpoints, pipeline
 from jax_specdec.cli import main
 from jax_specdec.cli.common import DEMO_TARGET
 from jax_specdec.drafters.loading import load_bigram
+from jax_specdec.training.data import read_documents
 
 PROMPT = "Once upon a time"
 SHORT = ["--max-new-tokens", "12"]
@@ -516,6 +517,41 @@ def test_no_memory(model, capsys, monkeypatch):
     )
 
 
+@pytest.mark.usefixtures("relaxed_promotion")
+def test_regenerate(model, capsys, tmp_path):
+    """Documents are prompt and answer; a run that was cut off goes on as if it had not been."""
+    prompts = lines(
+        tmp_path / "p.jsonl", *({"id": i, "prompt": PROMPT + " a" * i} for i in range(5))
+    )
+    out = tmp_path / "out.jsonl"
+    args = ["train", "regenerate", "--model", model, "--drafter", "none", "--prompts", prompts]
+    args += ["--batch-size", 2, "--max-new-tokens", 6, "--temperature", 0, "--temperature", 1]
+    ok(capsys, *args, "--out", out)
+    whole = out.read_bytes()
+    documents = [json.loads(line) for line in whole.splitlines()]
+    greedy = records(capsys, "generate", "--model", model, "--drafter", "none", "--prompt", PROMPT)
+    ids = documents[0]["token_ids"]
+    assert ids[-6:] == greedy[0]["token_ids"][:6] and len(documents) == 5
+    assert documents[0]["text"].startswith(PROMPT)
+
+    assert "pass --resume" in fails(capsys, *args, "--out", out)
+    out.write_bytes(whole[: len(whole) // 2])
+    ok(capsys, *args, "--out", out, "--resume")
+    assert out.read_bytes() == whole
+    ok(capsys, *args, "--out", out, "--resume")
+    assert out.read_bytes() == whole
+    assert "--keep-last" in fails(capsys, *args, "--out", out, "--keep-last", 0)
+    one = lines(tmp_path / "one.jsonl", {"id": 0, "prompt": PROMPT})
+    args[args.index(prompts)] = one
+    assert "only 1 prompts" in fails(capsys, *args, "--out", out, "--resume")
+
+    # What was written is training data, its ids taken as they are.
+    tokenizer = checkpoints.load_tokenizer(model)
+    assert [d.tolist() for d in read_documents([out], tokenizer)] == [
+        d["token_ids"] for d in documents
+    ]
+
+
 def test_training_mistakes(tiny_checkpoints, data, capsys, tmp_path):
     args = ["train", "lm", "--data", data, "--out", tmp_path / "run"]
     assert "--steps" in fails(capsys, *args)
@@ -549,6 +585,11 @@ def test_training_mistakes(tiny_checkpoints, data, capsys, tmp_path):
     assert 'line 2: expected a string in "text"' in fails(
         capsys, "train", "tokenizer", "--data", bad, "--vocab-size", 300, "--out", tmp_path / "t"
     )
+    bad = lines(tmp_path / "ids.jsonl", {"text": "a"}, {"token_ids": [0, 10**6]})
+    assert "line 2: \"token_ids\" must be" in fails(
+        capsys, "train", "lm", "--data", bad, "--steps", 1, "--out", tmp_path / "r",
+        "--tokenizer", tiny_checkpoints / "tokenizer",
+    )  # fmt: skip
     assert "at least 259" in fails(
         capsys, "train", "tokenizer", "--data", data, "--vocab-size", 9, "--out", tmp_path / "t"
     )

@@ -4,7 +4,8 @@
 
 DATA holds gsm8k/{train,test}.jsonl, tinystories/stories.jsonl, mbpp/mbpp.jsonl, books/books.jsonl.gz
 and spec_bench/question.jsonl. The last 500 stories, MBPP tasks above 400, every GSM8K test problem and
-Spec-Bench stay out of the training text; their prompts are written to `prompts/`.
+Spec-Bench stay out of the training text; their prompts are written to `prompts/`, with the beginnings of
+the training texts as `train`.
 """
 
 import argparse
@@ -33,6 +34,14 @@ def task(record: dict) -> str:
 
 def opening(story: str, words: int = 24) -> str:
     return " ".join(story.split(" ")[:words])
+
+
+def beginning(text: str, rng: random.Random) -> str:
+    """What a model would be asked to continue so as to write such a text."""
+    for mark in ("\nAnswer:", "\nCode:\n"):
+        if mark in text:
+            return text.partition(mark)[0] + mark
+    return opening(text, rng.randrange(4, 32))
 
 
 def held_out_prompts(data: Path) -> dict[str, list[str]]:
@@ -90,7 +99,9 @@ def main() -> None:
 
     folder = args.out / "prompts"
     folder.mkdir(exist_ok=True)
-    for name, prompts in held_out_prompts(args.data).items():
+    # For `train regenerate`: beginnings of training documents.
+    prompts_of = {**held_out_prompts(args.data), "train": [beginning(t, rng) for t in train]}
+    for name, prompts in prompts_of.items():
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             for index, prompt in enumerate(prompts):
                 record = {"id": f"{name}/{index}", "prompt": prompt}

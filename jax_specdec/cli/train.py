@@ -1,4 +1,4 @@
-"""`train lm`, `train tokenizer` and `train bigram`."""
+"""`train lm`, `train tokenizer`, `train bigram` and `train regenerate`."""
 
 import argparse
 import dataclasses
@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from jax_specdec.cli import common
+from jax_specdec.cli import common, regenerate
 from jax_specdec.errors import UserError
 from jax_specdec.training.config import TrainConfig
 
@@ -31,6 +31,7 @@ def register(commands: Any) -> None:
     register_lm(kinds)
     register_tokenizer(kinds)
     register_bigram(kinds)
+    regenerate.register(kinds)
 
 
 def register_lm(kinds: Any) -> None:
@@ -96,7 +97,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         action="append",
         required=True,
-        help='JSONL of {"text"}; may be given several times',
+        help='JSONL of {"text"} or {"token_ids"}; may be given several times',
     )
     parser.add_argument("--heldout", metavar="FILE", help="JSONL to measure the loss on")
     parser.add_argument(
@@ -266,22 +267,21 @@ def _initial_config(folder: str, shape: dict[str, Any], vocabulary: int) -> Any:
 
 def _documents(args: argparse.Namespace, tokenizer: Any, length: int) -> tuple[list, list]:
     """Token ids of the training documents and of the held-out ones."""
-    from jax_specdec.training.data import encode_documents, read_texts
+    from jax_specdec.training.data import read_documents
 
     if tokenizer.eos_token_id is None:
         raise UserError("The tokenizer has no end-of-text token, which separates documents.")
-    texts = [text for path in args.data for text in read_texts(path)]
+    documents = read_documents(args.data, tokenizer)
     if args.heldout is not None:
-        held = read_texts(args.heldout)
+        heldout = read_documents([args.heldout], tokenizer)
     else:
         if not 0 < args.heldout_share <= 0.5:
             raise UserError(f"--heldout-share must be in (0, 0.5], got {args.heldout_share}.")
         every = round(1 / args.heldout_share)
-        held = texts[::every]
-        texts = [text for i, text in enumerate(texts) if i % every]
-        if not texts:
+        heldout = documents[::every]
+        documents = [ids for i, ids in enumerate(documents) if i % every]
+        if not documents:
             raise UserError("One document cannot be both data and held out: give --heldout.")
-    documents, heldout = encode_documents(texts, tokenizer), encode_documents(held, tokenizer)
     if sum(map(len, heldout)) <= length:
         raise UserError(
             f"The held-out documents have {sum(map(len, heldout))} tokens, fewer than one window of "
@@ -304,14 +304,13 @@ def run_bigram(args: argparse.Namespace) -> int:
     from jax_specdec.checkpoints import load_config, load_tokenizer
     from jax_specdec.drafters.bigram import count_bigrams
     from jax_specdec.drafters.loading import BIGRAM_FILE, save_bigram
-    from jax_specdec.training.data import encode_documents, read_texts
+    from jax_specdec.training.data import read_documents
 
     tokenizer = load_tokenizer(args.tokenizer)
     vocab_size = len(tokenizer)
     if (Path(args.tokenizer) / "config.json").is_file():
         vocab_size = load_config(args.tokenizer).vocab_size
-    texts = [text for path in args.data for text in read_texts(path)]
-    table = count_bigrams(encode_documents(texts, tokenizer), vocab_size)
+    table = count_bigrams(read_documents(args.data, tokenizer), vocab_size)
     save_bigram(args.out, table)
     common.say(f"Wrote {Path(args.out) / BIGRAM_FILE}: {vocab_size} entries.")
     return 0

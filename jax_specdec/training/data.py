@@ -31,6 +31,44 @@ def encode_documents(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
     return [np.asarray([*row, tokenizer.eos_token_id], np.int32) for row in ids]
 
 
+def read_documents(paths: Sequence[str | Path], tokenizer) -> list[np.ndarray]:
+    """Documents of JSONL files as token ids, `int32[n]`.
+
+    A record's `token_ids` are taken as they are (what a target wrote, ended or not); a `text` alone is
+    tokenised and ended with the end-of-text token.
+
+    Raises:
+      UserError: a record with neither, or ids outside the vocabulary, named by its line.
+    """
+    documents: list[np.ndarray] = []
+    for path in paths:
+        texts: list[str] = []
+        places: list[int] = []
+        before = len(documents)
+        for number, record in read_jsonl(path):
+            ids = record.get("token_ids")
+            if ids is None:
+                if not isinstance(record.get("text"), str):
+                    raise UserError(f'{path}, line {number}: expected a string in "text".')
+                places.append(len(documents))
+                texts.append(record["text"])
+                documents.append(np.zeros((0,), np.int32))
+                continue
+            good = isinstance(ids, list) and all(type(i) is int for i in ids)
+            if not good or not all(0 <= i < len(tokenizer) for i in ids):
+                raise UserError(
+                    f'{path}, line {number}: "token_ids" must be a list of ids in the vocabulary of '
+                    f"{len(tokenizer)}."
+                )
+            documents.append(np.asarray(ids, np.int32))
+        if len(documents) == before:
+            raise UserError(f"{path} holds no records.")
+        if texts:
+            for place, ids in zip(places, encode_documents(texts, tokenizer), strict=True):
+                documents[place] = ids
+    return documents
+
+
 class PackedWindows:
     """Documents concatenated and cut into windows of `length + 1` tokens, shuffled every epoch.
 

@@ -1,0 +1,111 @@
+"""`train regenerate`: what a target writes, as training data for its drafters."""
+
+import argparse
+import json
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from jax_specdec.cli import common
+from jax_specdec.errors import UserError
+from jax_specdec.jsonl import read_jsonl
+from jax_specdec.prompts import read_prompts
+
+
+def register(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "regenerate",
+        help="training data for drafters: the target's own answers",
+        description="Answers a prompt file with the target and writes one document per prompt, prompt and "
+        "answer together, to train its drafters on (sequence-level distillation, arXiv 1606.07947 and "
+        "2310.08461).",
+    )
+    common.add_model(parser)
+    common.add_drafter(parser)
+    parser.add_argument(
+        "--prompts", metavar="FILE", required=True, help='JSONL of {"id", "prompt"}'
+    )
+    parser.add_argument("--out", metavar="FILE", required=True, help="JSONL to write")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what OUT holds and go on behind it"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=160, metavar="N")
+    parser.add_argument("--keep-last", type=int, default=256, metavar="N", help="of each prompt")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        action="append",
+        help="0, the default, is greedy; given several times, the prompts take them in turn",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.keep_last < 1 or args.batch_size < 1:
+        raise UserError("--keep-last and --batch-size must be at least 1.")
+    records = read_prompts(args.prompts)
+    temperatures = list(islice(cycle(args.temperature or [0.0]), len(records)))
+    out = Path(args.out)
+    done = _written(out, args.resume)
+    if done > len(records):
+        raise UserError(
+            f"{out} holds {done} documents and {args.prompts} only {len(records)} prompts."
+        )
+
+    from jax_specdec.pipeline import SpeculativeDecoder
+    from jax_specdec.sampling import make_sampling
+
+    make_sampling(
+        len(records), max_new_tokens=args.max_new_tokens, temperature=temperatures, seed=args.seed
+    )
+    from tqdm.auto import tqdm
+
+    target, drafter = common.load(args)
+    decoder = SpeculativeDecoder(target, drafter)
+    todo = records[done:]
+    if not todo:
+        common.say(f"{out} is complete: {done} documents.")
+        return 0
+    prompts = [decoder.encode(record.prompt)[-args.keep_last :] for record in todo]
+    answers = decoder.generate(
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        temperature=temperatures[done:],
+        # A seed of its own for each prompt: a resumed run writes what an uninterrupted one would.
+        seed=[(args.seed + index) % 2**32 for index in range(done, len(records))],
+        own_seed=True,
+        batch_size=min(args.batch_size, len(todo)),
+        ids=[record.id for record in todo],
+    )
+    tokens = 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as file:
+        bar = tqdm(total=len(records), initial=done, unit="prompt")
+        for record, prompt, answer in zip(todo, prompts, answers, strict=True):
+            document = {
+                "id": record.id,
+                "text": record.prompt + answer.text,
+                "token_ids": prompt + answer.token_ids,
+            }
+            file.write(json.dumps(document, ensure_ascii=False) + "\n")
+            file.flush()
+            tokens += len(answer.token_ids)
+            bar.update()
+        bar.close()
+    common.say(f"Wrote {out}: {len(todo)} answers, {tokens:,} tokens.")
+    return 0
+
+
+def _written(out: Path, resume: bool) -> int:
+    """Documents that OUT holds already; a last line that was cut off is taken away."""
+    if not out.exists():
+        return 0
+    if not resume:
+        raise UserError(f"{out} exists: pass --resume to go on behind it, or name another file.")
+    content = out.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        out.write_bytes(whole)
+    return sum(1 for _ in read_jsonl(out))
