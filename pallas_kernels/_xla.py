@@ -1,10 +1,13 @@
 """The XLA back-end: the live prefix in a few static sizes, and beside it the new tokens.
 
-The new tokens and the prefix are attended to apart, each giving a `Partial` softmax, and merged.
 The prefix is read in one of a few static sizes by `lax.switch`; or, where scores over the whole
-cache would be too large, block by block with a running softmax. On CPU wide queries take the batch
-a row at a time: each row then pays for its own length, and its keys and values stay in the core's
-cache between their copy out of the KV cache and their use.
+cache would be too large, block by block with a running softmax. The new tokens are attended to
+apart, each part giving a `Partial` softmax, and merged.
+
+On CPU small operations count: there, two or more new tokens are copied behind the copy of the prefix,
+and one softmax goes over both. Wide queries take the batch a row at a
+time: each row then pays for its own length, and its keys and values stay in the core's cache between
+their copy and their use.
 
 The switch is also what keeps XLA from fusing the read of a cache into later operations, behind the
 write of the commit, where it would need a copy of the whole cache.
@@ -86,10 +89,25 @@ def attend(
     elif window is not None:
         depth = _depth(ancestors, t)
         low = length[:, None] + depth - (window - 1)
-    part = _prefix(spec, q_bktgd, k_cache, v_cache, length, low, high, layer)
-    if k_new is not None:
-        assert v_new is not None
-        part = _merge(part, _new_tokens(spec, q_bktgd, k_new, v_new, ancestors))
+
+    def apart(q):
+        part = _prefix(spec, q, k_cache, v_cache, length, low, high, layer)
+        if k_new is not None:
+            assert v_new is not None
+            part = _merge(part, _new_tokens(spec, q, k_new, v_new, ancestors))
+        return part
+
+    def joined(q):
+        assert k_new is not None and v_new is not None
+        return _joined(spec, q, k_new, v_new, k_cache, v_cache, length, ancestors, low, layer)
+
+    slots = k_cache.shape[-2]
+    by_row = b == 1 or t * (n // k) >= MIN_QUERIES_BY_ROW
+    if k_new is None or t == 1 or not by_row or _block_size(q_bktgd[:1], slots + t) < slots + t:
+        part = apart(q_bktgd)
+    else:
+        # Resolved when lowered, so that a program compiled for another platform gets that one's form.
+        part = lax.platform_dependent(q_bktgd, cpu=joined, default=apart)
 
     out = part.out / jnp.where(part.total > 0, part.total, 1)
     out = out.transpose(0, 2, 1, 3, 4).reshape(b, t, n, d).astype(q.dtype)
@@ -173,6 +191,16 @@ def _depth(ancestors: jax.Array | None, t: int) -> jax.Array:
     return masks.popcount(ancestors) - 1
 
 
+def _seen_new(spec: _Spec, ancestors: jax.Array | None, t: int) -> jax.Array:
+    """bool[B or 1, T, T]: which new tokens each new token sees."""
+    bits = masks.chain(t)[None] if ancestors is None else ancestors
+    seen = masks.unpack(bits, t)
+    if spec.window is not None:
+        depth = _depth(ancestors, t)
+        seen &= depth[:, None, :] > depth[:, :, None] - spec.window
+    return seen
+
+
 def _new_tokens(
     spec: _Spec,
     q: jax.Array,  # [B, K, T, G, D]
@@ -182,11 +210,7 @@ def _new_tokens(
 ) -> Partial:
     t = q.shape[2]
     keys, values = k_new.swapaxes(1, 2), v_new.swapaxes(1, 2)
-    depth = _depth(ancestors, t)
-    bits = masks.chain(t)[None] if ancestors is None else ancestors
-    seen = masks.unpack(bits, t)  # [B or 1, T, T]
-    if spec.window is not None:
-        seen &= depth[:, None, :] > depth[:, :, None] - spec.window
+    seen = _seen_new(spec, ancestors, t)
     size = _block_size(q, t)
     part = None
     for start in range(0, t, size):
@@ -196,6 +220,70 @@ def _new_tokens(
         part = here if part is None else _merge(part, here)
     assert part is not None
     return part
+
+
+# --- The new tokens behind a copy of the prefix --------------------------------------------------
+
+
+def _joined(
+    spec: _Spec,
+    q: jax.Array,  # [B, K, T, G, D]
+    k_new: jax.Array,  # [B, T, K, D]
+    v_new: jax.Array,
+    k_cache: jax.Array,  # [B, K, S, D] or [L, B, K, S, D]
+    v_cache: jax.Array,
+    length: jax.Array,  # int32[B]
+    ancestors: jax.Array | None,
+    low: jax.Array | None,  # int32[B, T]: the first slot that each query sees, or None for 0
+    layer: int | jax.Array | None,
+) -> Partial:
+    """One softmax a batch row, over a copy of its prefix with the new tokens behind it."""
+    b, t, slots = q.shape[0], q.shape[2], k_cache.shape[-2]
+    read = functools.partial(_read, k_cache, v_cache, layer)
+    seen = _seen_new(spec, ancestors, t)  # [B or 1, T, T]
+
+    def row_of(row, q, k_row, v_row, end, low, seen):
+        """q [1, K, T, G, D]; k_row, v_row [1, K, T, D]; end [1]; low [1, T]; seen [1, T, T]."""
+
+        def some(size):
+            keys, values = read(row, 1, 0, size)
+            slot = lax.iota(jnp.int32, size)[None, None]
+            live = slot < end[:, None, None]  # [1, 1, size]
+            # 0 * NaN is NaN: dead slots must be zeroed, not only masked.
+            values = jnp.where(live[..., None], values, 0)
+            mask = jnp.broadcast_to(live, (1, t, size))
+            if low is not None:
+                mask &= slot >= low[..., None]
+            parts = (keys, k_row), (values, v_row), (mask, seen)
+            if size == slots:  # read where it lies: a copy of a whole layer costs more than a merge
+                old, new = (
+                    _softmax(spec, q, k, v, m[:, None, :, None])
+                    for k, v, m in zip(*parts, strict=True)
+                )
+                return _merge(old, new)
+            keys, values, mask = (jnp.concatenate(pair, axis=2) for pair in parts)
+            return _softmax(spec, q, keys, values, mask[:, None, :, None])
+
+        sizes = buckets(slots)
+        index = sum((end[0] > size).astype(jnp.int32) for size in sizes[:-1])
+        return lax.switch(index, [functools.partial(some, size) for size in sizes])
+
+    k_rows, v_rows = k_new.swapaxes(1, 2), v_new.swapaxes(1, 2)
+    if b == 1:
+        return row_of(0, q, k_rows, v_rows, length, low, seen)
+    seen = jnp.broadcast_to(seen, (b, t, t))
+
+    def body(row, part):
+        def take(x):  # keeps the batch axis
+            return lax.dynamic_slice_in_dim(x, row, 1)
+
+        def put(x, y):
+            return lax.dynamic_update_slice_in_dim(x, y, row, 0)
+
+        here = row_of(row, *jax.tree.map(take, (q, k_rows, v_rows, length, low, seen)))
+        return jax.tree.map(put, part, here)
+
+    return lax.fori_loop(0, b, body, _nothing(q))
 
 
 # --- The prefix ---------------------------------------------------------------------------------
