@@ -122,14 +122,23 @@ def main() -> None:
                 if repeat == 0:
                     first[name].append(out)
 
-    # The parts, measured alone at the same kind of text, in this same run.
-    middle = sorted(prompts, key=len)[len(prompts) // 2]
+    # The parts, measured alone in this same run, on prompts short, middling and long.
+    by_length = sorted(prompts, key=len)
+    texts = [by_length[len(prompts) * sixths // 6] for sixths in (1, 3, 5)]
     used = {d.drafter.num_nodes + 1 for d in loaded.values() if d} | {1, 2, 4, 8, 16}
-    parts = {("verify", t): verify_arm(target, t, [middle], rounds=64) for t in sorted(used)}
-    parts |= {
-        ("draft", d.spec): draft_arm(target, d, [middle], rounds=64) for d in loaded.values() if d
+    parts: dict = {}
+    for i, text in enumerate(texts):
+        parts |= {("verify", t, i): verify_arm(target, t, [text], rounds=64) for t in used}
+        for d in filter(None, loaded.values()):
+            parts["draft", d.spec, i] = draft_arm(target, d, [text], rounds=64)
+    taken = medians(parts, 7)
+    cost = {
+        (kind, what): spread(
+            np.mean([taken[kind, what, i] for i in range(len(texts))], axis=0).tolist()
+        )
+        for kind, what, i in sorted(parts, key=str)
+        if i == 0
     }
-    cost = {key: spread(values) for key, values in medians(parts, 7).items()}
     verify = {t: cost["verify", t]["median"] for t in sorted(used)}
 
     count = len(prompts) * tokens

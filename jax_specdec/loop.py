@@ -18,7 +18,7 @@ from jax_specdec import sampling as laws
 from jax_specdec._types import Array, Float, Int, UInt
 from jax_specdec.drafters.base import Drafter, Outcome, States, TargetView
 from jax_specdec.models.decoder import Decoder
-from jax_specdec.prefill import CHUNK, read_text
+from jax_specdec.prefill import read_text
 from jax_specdec.sampling import History, Noise, Processor, Sampling
 from jax_specdec.tree import Draft, Text
 from pallas_kernels import masks
@@ -123,7 +123,7 @@ class DecodeLoop:
         request_ids: Int[Array, " B"],
         *,
         capacity: int,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
     ) -> LoopState:
         """Reads the prompts into all caches.
 

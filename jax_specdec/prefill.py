@@ -1,5 +1,6 @@
 """Reading text into a cache, in chunks of a fixed width and by any lag."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -7,7 +8,10 @@ from jax_specdec import cache as kv
 from jax_specdec._types import Array, Int
 from jax_specdec.models.decoder import Decoder, Params
 
-CHUNK = 256
+
+def default_chunk() -> int:
+    """Tokens of a prompt read at a time: enough to be bound by arithmetic, little to waste on padding."""
+    return 64 if jax.default_backend() == "cpu" else 256
 
 
 def read_text(
@@ -16,14 +20,14 @@ def read_text(
     cache: kv.KVCache,
     tokens: Int[Array, "B C"],
     upto: Int[Array, " B"],
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> kv.KVCache:
     """Feeds `tokens[b, cache.length[b] : upto[b]]` of every row, `chunk` tokens at a time.
 
     A row that is further along already is left as it is. Costs nothing where no row lags. A row's last
     chunk is moved back to end inside the cache, so the cache needs no spare slots for it.
     """
-    width = min(chunk, cache.slots, tokens.shape[1])
+    width = min(chunk or default_chunk(), cache.slots, tokens.shape[1])
     line = jnp.arange(width, dtype=jnp.int32)[None]
 
     def lags(cache: kv.KVCache) -> Array:
