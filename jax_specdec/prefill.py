@@ -1,17 +1,35 @@
 """Reading text into a cache, in chunks of a fixed width and by any lag."""
 
+from typing import Protocol
+
 import jax.numpy as jnp
 from jax import lax
 
 from jax_specdec import cache as kv
 from jax_specdec._types import Array, Int
-from jax_specdec.models.decoder import Decoder, Params
+from jax_specdec.models.decoder import Output, Params
 
 CHUNK = 256
 
 
+class Reader(Protocol):
+    """Anything that reads tokens as `models.Decoder` does."""
+
+    def apply(
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        cache: kv.KVCache,
+        *,
+        logits: bool = True,
+    ) -> Output: ...
+
+    def head(self, params: Params, hidden: Array) -> Array: ...
+
+
 def read_text(
-    decoder: Decoder,
+    decoder: Reader,
     params: Params,
     cache: kv.KVCache,
     tokens: Int[Array, "B C"],
