@@ -8,6 +8,7 @@ from jax import lax
 from jax_specdec import cache as kv
 from jax_specdec._types import Array, Int
 from jax_specdec.models.decoder import Output, Params
+from jax_specdec.tree import Text
 
 CHUNK = 256
 
@@ -24,8 +25,6 @@ class Reader(Protocol):
         *,
         logits: bool = True,
     ) -> Output: ...
-
-    def head(self, params: Params, hidden: Array) -> Array: ...
 
 
 def read_text(
@@ -59,3 +58,27 @@ def read_text(
         return kv.commit(old, out.new_kv, after - start, after=out.hidden)
 
     return lax.while_loop(lags, step, cache)
+
+
+def read_ending(
+    decoder: Reader, params: Params, cache: kv.KVCache, text: Text, width: int
+) -> tuple[kv.KVCache, Array]:
+    """Feeds the last `width` tokens of every row, whether they were read before or not.
+
+    Args:
+      cache: has read the text before them, and has `width` slots behind the longest row.
+
+    Returns:
+      The cache of the whole text, and the hidden state of the root, `[B, 1, E]`.
+    """
+    # A row that is shorter reads its root several times and keeps the first answer, which sees its own
+    # key and those before it alone.
+    start = jnp.maximum(text.length - width, 0)
+    cache = cache.replace(length=start)
+    position = start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
+    position = jnp.minimum(position, text.length[:, None] - 1)
+    tokens = jnp.take_along_axis(text.tokens, position, axis=1)
+    out = decoder.apply(params, tokens, position, cache, logits=False)
+    last = (text.length - 1 - start)[:, None, None]
+    hidden = jnp.take_along_axis(out.hidden, last, axis=1)
+    return kv.commit(cache, out.new_kv, text.length - start, after=out.hidden), hidden

@@ -177,7 +177,9 @@ def _validate(
         if ancestors is not None:
             raise ValueError("ancestors says which new keys are seen, and there is no k_new")
         if window is not None and visible is None:
-            raise ValueError("a window without k_new counts back from `visible`, which is not given")
+            raise ValueError(
+                "a window without k_new counts back from `visible`, which is not given"
+            )
     arrays = {"q": q, "k_new": k_new, "v_new": v_new, "k_cache": k_cache, "v_cache": v_cache}
     dtypes = {name: x.dtype for name, x in arrays.items() if x is not None}
     if len(set(dtypes.values())) > 1 or not jnp.issubdtype(q.dtype, jnp.floating):

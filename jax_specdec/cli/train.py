@@ -1,4 +1,4 @@
-"""`train lm`, `train tokenizer`, `train bigram` and `train regenerate`."""
+"""`train` and its kinds; `lm`, `tokenizer` and `bigram` are here."""
 
 import argparse
 import dataclasses
@@ -24,11 +24,14 @@ SHAPE = (
 
 
 def register(commands: Any) -> None:
+    from jax_specdec.cli import train_glide
+
     parser = commands.add_parser(
         "train", help="train a model, a tokenizer or a bigram table", description="Trains."
     )
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     register_lm(kinds)
+    train_glide.register(kinds)
     register_tokenizer(kinds)
     register_bigram(kinds)
     regenerate.register(kinds)
@@ -193,7 +196,7 @@ def run_lm(args: argparse.Namespace) -> int:
             f"{model.context}: lower --sequence-length or raise --context."
         )
     decoder = Decoder(model, "float32")
-    documents, heldout = _documents(args, tokenizer, config.sequence_length)
+    documents, heldout = load_documents(args, tokenizer, config.sequence_length)
     if args.init is not None:
         initial = load_params(args.init, model, "float32")
 
@@ -265,7 +268,7 @@ def _initial_config(folder: str, shape: dict[str, Any], vocabulary: int) -> Any:
     return model
 
 
-def _documents(args: argparse.Namespace, tokenizer: Any, length: int) -> tuple[list, list]:
+def load_documents(args: argparse.Namespace, tokenizer: Any, length: int) -> tuple[list, list]:
     """Token ids of the training documents and of the held-out ones."""
     from jax_specdec.training.data import read_documents
 

@@ -6,26 +6,27 @@ drafted (the i-th token of a draft is predicted at delay i).
 """
 
 import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
 
 from jax_specdec import cache as kv
 from jax_specdec._types import Array
-from jax_specdec.drafters.base import ChainDrafter, TargetView, rollback
-from jax_specdec.drafters.neural import CATCH_UP, Proposal, catch_up, draft_chain
+from jax_specdec.drafters.base import TargetView
+from jax_specdec.drafters.neural import CATCH_UP, NeuralDrafter
 from jax_specdec.errors import UserError
 from jax_specdec.models.decoder import Output, Params
 from jax_specdec.models.glide import GliDe, glimpse_cache
+from jax_specdec.prefill import read_ending, read_text
 
 
 @dataclasses.dataclass(frozen=True)
-class GliDeDrafter(ChainDrafter):
+class GliDeDrafter(NeuralDrafter):
     """A drafter that reads the target's cache in place.
 
     Attributes:
       model: parameters are those of `GliDe.join`.
       length: tokens per draft, at most the largest delay that the model was trained for.
-      proposal: as in `LmDrafter`.
 
     Raises:
       UserError: a longer draft.
@@ -34,7 +35,7 @@ class GliDeDrafter(ChainDrafter):
     model: GliDe
     length: int
     name: str = "glide"
-    proposal: Proposal = "matched"
+    proposal: Literal["matched", "greedy"] = "matched"
 
     def __post_init__(self):
         config = self.model.config
@@ -69,32 +70,29 @@ class GliDeDrafter(ChainDrafter):
         return {self.name: cache}
 
     def extend(self, params, states, text, view):
+        upto = jnp.maximum(text.length - self.catch_up, 0)
         reader = _Reader(self.model, view)
-        cache = catch_up(reader, params[self.name], states[self.name], text, self.catch_up)
+        cache = read_text(reader, params[self.name], states[self.name], text.tokens, upto)
         return {**states, self.name: cache}
 
-    def draft(self, params, states, text, view, sampling, noise, active, room):
-        del active, room
-        states = self.extend(params, states, text, view)
-        draft, cache = draft_chain(
-            _Reader(self.model, view),
-            params[self.name],
-            states[self.name],
-            text,
-            sampling,
-            noise,
-            length=self.length,
-            proposal=self.proposal,
-            width=self.catch_up,
-        )
-        if not self.keeps_drafts:
-            cache = cache.replace(length=jnp.minimum(cache.length, text.length))
-        return draft, {**states, self.name: cache}
+    def read(self, params, states, text, view):
+        cache = self.extend(params, states, text, view)[self.name]
+        reader, weights = _Reader(self.model, view), params[self.name]
+        cache, hidden = read_ending(reader, weights, cache, text, self.catch_up)
+        return cache, self.model.head(weights, hidden)
 
-    def commit(self, states, outcome, view):
-        del view
-        cache = states[self.name]
-        return {**states, self.name: cache.replace(length=rollback(cache.length, outcome))}
+    def forward(self, params, cache, view, tokens, positions, drafted=None, ancestors=None):
+        assert drafted is None
+        reader = _Reader(self.model, view)
+        return reader.apply(params[self.name], tokens, positions, cache, ancestors)
+
+    def draft(self, params, states, text, view, sampling, noise, active, room):
+        draft, states = super().draft(params, states, text, view, sampling, noise, active, room)
+        if not self.keeps_drafts:
+            cache = states[self.name]
+            cache = cache.replace(length=jnp.minimum(cache.length, text.length))
+            states = {**states, self.name: cache}
+        return draft, states
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,13 +108,11 @@ class _Reader:
         tokens: Array,
         positions: Array,
         cache: kv.KVCache,
+        ancestors: Array | None = None,
         *,
         logits: bool = True,
     ) -> Output:
         known = self.view.cache.length
         visible = jnp.minimum(positions, known[:, None])
         glimpse = glimpse_cache(self.view.cache, visible, self.model.target.windows)
-        return self.model.apply(params, tokens, positions, glimpse, cache, logits=logits)
-
-    def head(self, params: Params, hidden: Array) -> Array:
-        return self.model.head(params, hidden)
+        return self.model.apply(params, tokens, positions, glimpse, cache, ancestors, logits=logits)

@@ -1,27 +1,28 @@
 """`lm`: a smaller decoder with the target's vocabulary drafts a chain, token by token."""
 
 import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
 
 from jax_specdec import cache as kv
-from jax_specdec.drafters.base import ChainDrafter, rollback
-from jax_specdec.drafters.neural import CATCH_UP, Proposal, catch_up, draft_chain
+from jax_specdec.drafters.neural import CATCH_UP, NeuralDrafter
 from jax_specdec.models.decoder import Decoder
+from jax_specdec.prefill import read_ending, read_text
 
 
 @dataclasses.dataclass(frozen=True)
-class LmDrafter(ChainDrafter):
+class LmDrafter(NeuralDrafter):
     """Draft-model speculation (Leviathan et al., arXiv 2211.17192).
 
     Attributes:
       length: tokens per draft.
-      proposal: `matched` draws with the shared noise, which agrees with the target most often;
-        `greedy` proposes the argmax at every temperature.
     """
 
     decoder: Decoder
     length: int
     name: str = "lm"
-    proposal: Proposal = "matched"
+    proposal: Literal["matched", "greedy"] = "matched"
 
     def init(self, batch, capacity):
         c = self.decoder.config
@@ -39,25 +40,18 @@ class LmDrafter(ChainDrafter):
 
     def extend(self, params, states, text, view):
         del view
-        cache = catch_up(self.decoder, params[self.name], states[self.name], text)
+        # The last two tokens are left to the first step of the draft, which needs their logits.
+        upto = jnp.maximum(text.length - CATCH_UP, 0)
+        cache = read_text(self.decoder, params[self.name], states[self.name], text.tokens, upto)
         return {**states, self.name: cache}
 
-    def draft(self, params, states, text, view, sampling, noise, active, room):
-        del active, room
-        states = self.extend(params, states, text, view)
-        draft, cache = draft_chain(
-            self.decoder,
-            params[self.name],
-            states[self.name],
-            text,
-            sampling,
-            noise,
-            length=self.length,
-            proposal=self.proposal,
-        )
-        return draft, {**states, self.name: cache}
+    def read(self, params, states, text, view):
+        cache = self.extend(params, states, text, view)[self.name]
+        weights = params[self.name]
+        cache, hidden = read_ending(self.decoder, weights, cache, text, CATCH_UP)
+        return cache, self.decoder.head(weights, hidden)
 
-    def commit(self, states, outcome, view):
+    def forward(self, params, cache, view, tokens, positions, drafted=None, ancestors=None):
         del view
-        cache = states[self.name]
-        return {**states, self.name: cache.replace(length=rollback(cache.length, outcome))}
+        assert drafted is None
+        return self.decoder.apply(params[self.name], tokens, positions, cache, ancestors)

@@ -13,8 +13,9 @@ one matrix (`qkv`, `gate_up`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import flax.linen as nn
 import jax
@@ -28,8 +29,12 @@ from pallas_kernels import tree_attention
 Array = jax.Array
 Params = dict[str, Any]
 Attend = Callable[[Array, Array, Array], Array]
-# A further residual branch `(weights of the layer, x, layer index) -> x`, see `Decoder.layers`.
-Between = Callable[[Params, Array, Any], Array]
+
+
+class Between(Protocol):
+    """A further residual branch of each layer, see `Decoder.layers`."""
+
+    def __call__(self, weights: Params, x: Array, *, index: Any) -> Array: ...
 
 
 class Output(NamedTuple):
@@ -288,7 +293,9 @@ class Decoder:
                 )
                 return cast(Array, out)  # a pair only with return_lse
 
-            branch = None if between is None else lambda x: between(weights, x, index)
+            branch = None
+            if between is not None:
+                branch = functools.partial(between, weights, index=index)
             return block.apply({"params": weights}, x, angles, attend, branch)
 
         scan = self.layer_loop == "scan"

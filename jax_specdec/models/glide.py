@@ -14,8 +14,9 @@ where embedding and head are the target's own arrays if they are shared, with `e
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import flax.linen as nn
 import jax
@@ -38,8 +39,12 @@ from jax_specdec.models.glide_config import GliDeConfig
 from pallas_kernels import tree_attention
 
 Array = jax.Array
-# `(q [B, T, N, D], target layer) -> [B, T, N, D]`: attention to the keys that each query may see.
-Glimpse = Callable[[Array, int], Array]
+
+
+class Glimpse(Protocol):
+    """Attention of `q [B, T, N, D]` to the keys of a target layer that each query may see."""
+
+    def __call__(self, q: Array, layer: int) -> Array: ...
 
 
 def glimpse_cache(cache: KVCache, visible: Array, windows: tuple[int | None, ...]) -> Glimpse:
@@ -69,17 +74,13 @@ def glimpse_cache(cache: KVCache, visible: Array, windows: tuple[int | None, ...
     return attend
 
 
-def glimpse_text(
-    keys: tuple[Array, ...],
-    values: tuple[Array, ...],
-    visible: Array,
-    windows: tuple[int | None, ...],
-) -> Glimpse:
+def glimpse_text(kv: tuple[Any, Any], visible: Array, windows: tuple[int | None, ...]) -> Glimpse:
     """Attention to the keys of a whole text that the target has just read, for training.
 
     Args:
-      keys, values: per layer of the target `[B, T, K, D]`. visible, windows: as in `glimpse_cache`.
+      kv: the target's `Output.new_kv`. visible, windows: as in `glimpse_cache`.
     """
+    keys, values = kv
 
     def attend(q: Array, layer: int) -> Array:
         slot = jnp.arange(keys[layer].shape[1], dtype=jnp.int32)[None, None]
@@ -157,9 +158,7 @@ class GliDe:
         def layer() -> Params:
             weights = self.decoder.init_layer(next(keys))
             if c.cross_attention:
-                weights["cross"] = dict(
-                    cross.init(next(keys), x, angles, lambda q: q)["params"]
-                )
+                weights["cross"] = dict(cross.init(next(keys), x, angles, lambda q: q)["params"])
             return weights
 
         def matrix(rows: int, columns: int, scale: float = 0.02) -> Array:
@@ -175,6 +174,11 @@ class GliDe:
             params["embed_in"] = matrix(t.hidden_size, c.hidden_size, t.hidden_size**-0.5)
             params["head_out"] = matrix(c.hidden_size, t.hidden_size, c.hidden_size**-0.5)
         return params
+
+    def parameter_count(self) -> int:
+        """Number of its own parameters."""
+        leaves = jax.tree.leaves(jax.eval_shape(self.init, jax.random.key(0)))
+        return sum(leaf.size for leaf in leaves)
 
     def join(self, params: Params, target_params: Params) -> Params:
         """Its own parameters and, where they are shared, the target's embedding and head, not copied."""
@@ -205,20 +209,23 @@ class GliDe:
         x = jnp.take(params["embed"], tokens, axis=0).astype(self.dtype)
         if "embed_in" in params:
             x = matmul(x, params["embed_in"])
-        between = None
-        if self.config.cross_attention:
-            assert glimpse is not None, "cross-attention needs the target's keys"
-            read = self.config.layers_read(self.target)
-            angles = self._target_angles(positions)
-            cross = CrossAttention(self.config, self.target, self.dtype)
+        read = self.config.layers_read(self.target)
+        angles = self._target_angles(positions)
+        cross = CrossAttention(self.config, self.target, self.dtype)
 
-            def between(weights: Params, x: Array, index: int) -> Array:
-                return cross.apply(
-                    {"params": weights["cross"]}, x, angles, lambda q: glimpse(q, read[index])
-                )
+        def between(weights: Params, x: Array, *, index: int) -> Array:
+            assert glimpse is not None, "cross-attention needs the target's keys"
+            attend = functools.partial(glimpse, layer=read[index])
+            return cast(Array, cross.apply({"params": weights["cross"]}, x, angles, attend))
 
         x, new_kv = self.decoder.layers(
-            params, x, positions, cache, ancestors, between=between, remat=remat
+            params,
+            x,
+            positions,
+            cache,
+            ancestors,
+            between=between if self.config.cross_attention else None,
+            remat=remat,
         )
         return Output(self.head(params, x) if logits else None, x, new_kv)
 

@@ -57,7 +57,9 @@ class GliDeConfig:
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
         if self.target_layers and len(self.target_layers) != self.num_layers:
-            raise ValueError(f"{len(self.target_layers)} target_layers for {self.num_layers} layers")
+            raise ValueError(
+                f"{len(self.target_layers)} target_layers for {self.num_layers} layers"
+            )
 
     @classmethod
     def paper(cls, num_layers: int = 1) -> "GliDeConfig":
