@@ -172,9 +172,23 @@ def load_own_params(folder: Path, model: GliDe) -> Params:
       UserError: keys or shapes differ from the configuration; all of them are listed.
     """
     tensors, weights = open_tensors(folder), _weights(model)
+    return read_weights(folder, tensors, weights, model)
+
+
+def read_weights(
+    folder: Path, tensors: dict[str, Any], weights: dict[str, Weight], model: GliDe
+) -> Params:
+    """A drafter's own parameters from open files.
+
+    Args:
+      tensors: as `open_tensors` returns them. weights: every tensor that there should be, by its name.
+
+    Raises:
+      UserError: missing, unexpected or misshapen tensors; all of them are listed.
+    """
     problems = [f"missing {name}" for name in weights if name not in tensors]
     problems += [f"unexpected {name}" for name in sorted(tensors.keys() - weights.keys())]
-    for name in weights.keys() & tensors.keys():
+    for name in sorted(weights.keys() & tensors.keys()):
         view = tensors[name].get_slice(name)
         shape, stored = tuple(view.get_shape()), view.get_dtype()
         if shape != weights[name].shape:
@@ -184,29 +198,26 @@ def load_own_params(folder: Path, model: GliDe) -> Params:
     if problems:
         listed = "; ".join(problems[:20])
         raise UserError(f"{folder} does not hold what its config.json describes: {listed}.")
-
-    def read(path: tuple[Any, ...], like: Any) -> jax.Array:
-        name = _name(path)
-        host = aligned(like.shape, model.dtype)
-        read_into(host, tensors[name].get_slice(name), transposed=False)
-        return jax.block_until_ready(jax.device_put(host))
-
-    return jax.tree_util.tree_map_with_path(read, _abstract(model))
+    hosts = jax.tree.map(lambda leaf: aligned(leaf.shape, model.dtype), _abstract(model))
+    for name, weight in weights.items():
+        host: Any = hosts
+        for key in weight.path:
+            host = host[key]
+        part = host[..., weight.start : weight.start + weight.part[-1]]
+        read_into(part, tensors[name].get_slice(name), weight.transposed)
+    return jax.tree.map(jax.device_put, hosts)
 
 
 def _abstract(model: GliDe) -> Params:
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    """`layers.0.cross.q` and the like."""
-    return ".".join(map(str, _keys(path)))
-
-
-def _keys(path: tuple[Any, ...]) -> tuple[str | int, ...]:
-    return tuple(getattr(key, "key", getattr(key, "idx", key)) for key in path)
-
-
 def _weights(model: GliDe) -> dict[str, Weight]:
+    """Our own layout: every array as it is, by its path, such as `layers.0.cross.q`."""
+
+    def keys(path: tuple[Any, ...]) -> tuple[str | int, ...]:
+        return tuple(getattr(key, "key", getattr(key, "idx", key)) for key in path)
+
     leaves = jax.tree_util.tree_leaves_with_path(_abstract(model))
-    return {_name(path): Weight(_keys(path), leaf.shape) for path, leaf in leaves}
+    weights = [Weight(keys(path), leaf.shape) for path, leaf in leaves]
+    return {".".join(map(str, weight.path)): weight for weight in weights}
