@@ -13,7 +13,7 @@ from jax_specdec import DecodeLoop, Decoder, UserError
 from jax_specdec import cache as kv
 from jax_specdec.drafters.base import TargetView
 from jax_specdec.drafters.glide import GliDeDrafter
-from jax_specdec.models import RopeConfig
+from jax_specdec.models import RopeConfig, stack_layers
 from jax_specdec.models.decoder import rope_angles
 from jax_specdec.models.glide import CrossAttention, GliDe, glimpse_cache, glimpse_text
 from jax_specdec.models.glide_config import GliDeConfig
@@ -213,7 +213,7 @@ def test_drafting_is_the_training_forward_with_the_right_visibility(layers):
 
 
 @pytest.mark.parametrize(
-    ("layers", "length"), [*((1, n) for n in range(1, 7)), *((2, n) for n in (1, 2, 6))]
+    ("layers", "length"), [*((1, n) for n in range(1, 7)), *((2, n) for n in (2, 5))]
 )
 def test_text_is_plain_decodings(layers, length):
     """A ragged batch, greedy rows and sampled ones."""
@@ -244,7 +244,6 @@ def test_contract(layers):
 VARIANTS = {
     "vanilla, own head, window": {"cross_attention": False, "share": False, "window": 4},
     "narrow, greedy": {"hidden_size": 24, "num_layers": 1, "qkv_bias": True, "final_norm": False},
-    "the paper's": {"cross_norm": False, "share": False, "num_layers": 1},
 }
 
 
@@ -263,8 +262,6 @@ def test_variants_decode(name):
 
 def test_targets_whose_layers_are_scanned():
     """One stacked cache: the layer that the drafter reads is a slice that is taken in place."""
-    from jax_specdec.models import stack_layers
-
     target, params, model, joined = pair(2)
     scanned = Decoder(target.config, layer_loop="scan")
     loop = DecodeLoop(scanned, GliDeDrafter(model, 3))

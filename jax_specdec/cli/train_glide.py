@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jax_specdec.cli import common, train
+from jax_specdec.cli import arguments, common
 from jax_specdec.errors import UserError
 from jax_specdec.training.config import GliDeRecipe, TrainConfig
 
@@ -34,7 +34,7 @@ def register(kinds: Any) -> None:
         description="Trains a GliDe drafter beside its frozen target and writes it to OUT/checkpoint "
         "whenever the state is saved; the state to resume from, metrics.jsonl and loss.png go to OUT.",
     )
-    train.add_data(parser)
+    arguments.add_data(parser)
     parser.add_argument(
         "--target", metavar="DIR", required=True, help="checkpoint folder or hub id"
     )
@@ -70,8 +70,8 @@ def register(kinds: Any) -> None:
         shape.add_argument(
             f"--{flag}", dest=f"model.{field}", action=argparse.BooleanOptionalAction, help=text
         )
-    train.add_dataclass(parser.add_argument_group("what is trained"), GliDeRecipe, "recipe")
-    train.add_dataclass(parser.add_argument_group("training"), TrainConfig, "train")
+    arguments.add_dataclass(parser.add_argument_group("what is trained"), GliDeRecipe, "recipe")
+    arguments.add_dataclass(parser.add_argument_group("training"), TrainConfig, "train")
     parser.set_defaults(run=run)
 
 
@@ -83,12 +83,12 @@ def run(args: argparse.Namespace) -> int:
     from jax_specdec.models.glide_config import GliDeConfig
 
     kinds = {"train": TrainConfig, "recipe": GliDeRecipe, "model": GliDeConfig}
-    sections = train.read_config(args.config, kinds)
-    wanted = {**sections["train"], **train.given(args, "train")}
+    sections = arguments.read_config(args.config, kinds)
+    wanted = {**sections["train"], **arguments.given(args, "train")}
     if "steps" not in wanted:
         raise UserError("Say how long to train, with --steps N.")
     config = TrainConfig(**wanted)
-    recipe_fields = {**sections["recipe"], **train.given(args, "recipe")}
+    recipe_fields = {**sections["recipe"], **arguments.given(args, "recipe")}
     if args.paper:
         recipe_fields = {"visibility": "block", "loss": "cross_entropy", **recipe_fields}
     recipe = GliDeRecipe(**recipe_fields)
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
             f"Windows of {config.sequence_length} tokens do not fit the target's context of "
             f"{target.config.context}: lower --sequence-length."
         )
-    fields = {**sections["model"], **train.given(args, "model")}
+    fields = {**sections["model"], **arguments.given(args, "model")}
     initial = None
     if args.init is None:
         shape = choose_shape(args, fields, recipe, target.config)
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{args.init} was trained for another target than {args.target}.")
         model = glide_checkpoint.make_glide(shape, target.config, "float32")
         initial = glide_checkpoint.load_own_params(Path(args.init), model)
-    documents, heldout = train.load_documents(args, target.tokenizer, config.sequence_length)
+    documents, heldout = arguments.load_documents(args, target.tokenizer, config.sequence_length)
 
     out = Path(args.out)
     common.say(
