@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from jax_specdec.loop import DecodeLoop, make_generate
     from jax_specdec.models.config import ModelConfig, RopeConfig
     from jax_specdec.models.decoder import Decoder
+    from jax_specdec.models.glide import GliDe
+    from jax_specdec.models.glide_config import GliDeConfig
     from jax_specdec.pipeline import Generation, SpeculativeDecoder
     from jax_specdec.sampling import Sampling, make_sampling
     from jax_specdec.tree import Draft, Text
@@ -27,6 +29,8 @@ _HOMES = {
     "loop": ("DecodeLoop", "make_generate"),
     "models.config": ("ModelConfig", "RopeConfig"),
     "models.decoder": ("Decoder",),
+    "models.glide": ("GliDe",),
+    "models.glide_config": ("GliDeConfig",),
     "pipeline": ("Generation", "SpeculativeDecoder"),
     "sampling": ("Sampling", "make_sampling"),
     "tree": ("Draft", "Text"),
@@ -38,6 +42,8 @@ __all__ = [
     "Draft",
     "Drafter",
     "Generation",
+    "GliDe",
+    "GliDeConfig",
     "LoadedDrafter",
     "ModelConfig",
     "Outcome",

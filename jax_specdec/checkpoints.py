@@ -4,24 +4,19 @@ Tensors are read in pieces into the array that they end in, so loading takes lit
 the parameters. Only safetensors are read: no pickles, and no code from a checkpoint.
 """
 
-import contextlib
 import dataclasses
-import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from jax_specdec.errors import RunError, UserError
+from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import Decoder, Params
 from jax_specdec.models.hf import (
@@ -31,6 +26,17 @@ from jax_specdec.models.hf import (
     config_to_hf,
     token_ids,
     weight_names,
+)
+from jax_specdec.tensor_files import (
+    DTYPES,
+    MAX_SHARD_BYTES,
+    aligned,
+    new_folder,
+    open_tensors,
+    read_into,
+    read_json,
+    write_json,
+    write_tensors,
 )
 
 Array = jax.Array
@@ -49,12 +55,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-MAX_SHARD_BYTES = 2 * 10**9
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _MAX_LISTED = 20
-# Rows copied at a time: few enough that the strided side of a transposition stays in cache, six
-# times as fast as one assignment.
-_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,7 +102,7 @@ def load_target(
     """
     folder = find_checkpoint(source)
     config = load_config(folder)
-    tensors = _open_tensors(folder)
+    tensors = open_tensors(folder)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else _stored_dtype(folder, tensors)
     decoder = _make_decoder(config, dtype, layer_loop or "unroll")
@@ -153,7 +154,7 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
         raise UserError(f"{folder} is no checkpoint: it has no config.json.")
     generation = folder / "generation_config.json"
     return config_from_hf(
-        _read_json(folder / "config.json"), _read_json(generation) if generation.is_file() else None
+        read_json(folder / "config.json"), read_json(generation) if generation.is_file() else None
     )
 
 
@@ -183,7 +184,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> tuple[ModelConfig, str
     """
     folder = Path(folder)
     config = load_config(folder)
-    tensors = _open_tensors(folder)
+    tensors = open_tensors(folder)
     _check_tensors(folder, tensors, config)
     return config, _stored_dtype(folder, tensors)
 
@@ -207,7 +208,7 @@ def load_params(
       UserError: keys or shapes differ from what `config` needs; all of them are listed.
     """
     folder = Path(folder)
-    tensors = _open_tensors(folder)
+    tensors = open_tensors(folder)
     decoder = _make_decoder(config, dtype or _stored_dtype(folder, tensors), layer_loop)
     return _read_params(folder, tensors, decoder, place)
 
@@ -238,14 +239,14 @@ def save_pretrained(
     hf = config_to_hf(config, dtype)
     from transformers import __version__ as version
 
-    with _new_folder(Path(folder)) as new:
-        _write_json(new / "config.json", {**hf, "transformers_version": version})
+    with new_folder(Path(folder)) as new:
+        write_json(new / "config.json", {**hf, "transformers_version": version})
         ids = {key: value for key, value in token_ids(config).items() if value is not None}
-        _write_json(
+        write_json(
             new / "generation_config.json",
             {"_from_model_config": True, **ids, "transformers_version": version},
         )
-        _write_tensors(new, weight_names(config), params, dtype, max_shard_bytes)
+        write_tensors(new, weight_names(config), params, dtype, max_shard_bytes)
         if isinstance(tokenizer, (str, os.PathLike)):
             for name in TOKENIZER_FILES:
                 if (Path(tokenizer) / name).is_file():
@@ -268,7 +269,7 @@ def convert(
     """
     folder = find_checkpoint(source)
     config = load_config(folder)
-    dtype = jnp.dtype(dtype or _stored_dtype(folder, _open_tensors(folder)))
+    dtype = jnp.dtype(dtype or _stored_dtype(folder, open_tensors(folder)))
     params = load_params(folder, config, dtype)
     save_pretrained(
         out, config, params, dtype=dtype, tokenizer=folder, max_shard_bytes=max_shard_bytes
@@ -343,50 +344,14 @@ def _make_decoder(config: ModelConfig, dtype: Any, layer_loop: LayerLoop) -> Dec
         raise UserError(f"The model cannot be loaded so: {error}.") from error
 
 
-def _open_tensors(folder: Path) -> dict[str, Any]:
-    """Tensor name -> open file that holds it. Nothing is read but headers.
-
-    Raises:
-      UserError: no weights, a shard that is missing, or a file that is broken.
-    """
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    elif index.is_file():
-        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    elif any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
-        raise UserError(
-            f"{folder} holds pickled weights, which can run code and are not read: convert them to "
-            "safetensors first (save_pretrained of transformers writes them)."
-        )
-    else:
-        raise UserError(f"{folder} holds no weights: there is no model.safetensors.")
-    absent = [name for name in files if not (folder / name).is_file()]
-    if not files:
-        raise UserError(f"{index} names no files.")
-    if absent:
-        raise UserError(
-            f"{folder} lacks {len(absent)} of the {len(files)} files that its index names, first "
-            f"{absent[0]}."
-        )
-    tensors = {}
-    for name in files:
-        try:
-            file = safe_open(folder / name, "np")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / name} is truncated or damaged ({error}).") from error
-        tensors.update(dict.fromkeys(file.keys(), file))
-    return tensors
-
-
 def _stored_dtype(folder: Path, tensors: dict[str, Any]) -> str:
     name = "model.embed_tokens.weight"
     if name not in tensors:
         raise UserError(f"{folder} lacks {name}: it holds no Llama-family language model.")
     stored = tensors[name].get_slice(name).get_dtype()
-    if stored not in _DTYPES:
-        raise UserError(f"{folder} stores weights as {stored}; {', '.join(_DTYPES)} are supported.")
-    return _DTYPES[stored]
+    if stored not in DTYPES:
+        raise UserError(f"{folder} stores weights as {stored}; {', '.join(DTYPES)} are supported.")
+    return DTYPES[stored]
 
 
 def _check_tensors(folder: Path, tensors: dict[str, Any], config: ModelConfig) -> None:
@@ -401,8 +366,8 @@ def _check_tensors(folder: Path, tensors: dict[str, Any], config: ModelConfig) -
         shape, dtype = tuple(view.get_shape()), view.get_dtype()
         if shape != expected[name].shape:
             problems.append(f"{name} has shape {shape} instead of {expected[name].shape}")
-        elif dtype not in _DTYPES:
-            problems.append(f"{name} is stored as {dtype} instead of {', '.join(_DTYPES)}")
+        elif dtype not in DTYPES:
+            problems.append(f"{name} is stored as {dtype} instead of {', '.join(DTYPES)}")
     if problems:
         rest = len(problems) - _MAX_LISTED
         listed = "; ".join(problems[:_MAX_LISTED]) + (f"; and {rest} more" if rest > 0 else "")
@@ -429,122 +394,14 @@ def _read_params(
             *rows, columns = weight.part
             shape = (*rows, weight.start + columns)
         stacked = scan and path[0] == "layers"
-        host = _aligned((config.num_layers, *shape) if stacked else shape, decoder.dtype)
+        host = aligned((config.num_layers, *shape) if stacked else shape, decoder.dtype)
         for name, weight in parts.items():
             part = host[weight.path[1]] if stacked else host
             part = part[..., weight.start : weight.start + weight.part[-1]]
-            _read_into(part, tensors[name].get_slice(name), weight.transposed)
+            read_into(part, tensors[name].get_slice(name), weight.transposed)
         parent = params
         for key in path[:-1]:
             parent = parent[key]
         # Transfers run ahead of us otherwise, and each holds its host buffer.
         parent[path[-1]] = jax.block_until_ready(place(path, host))
     return params
-
-
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An uninitialised array that the CPU back-end takes over as it is, without a copy."""
-    size = math.prod(shape) * jnp.dtype(dtype).itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _read_into(part: np.ndarray, file_slice: Any, transposed: bool) -> None:
-    """Copies a tensor of a file into `part`, some rows at a time."""
-    length = file_slice.get_shape()[0]
-    for start in range(0, length, _ROWS):
-        rows = slice(start, min(start + _ROWS, length))
-        piece = file_slice[rows]
-        _assign(part[:, rows] if transposed else part[rows], piece.T if transposed else piece)
-
-
-def _assign(to: np.ndarray, value: np.ndarray) -> None:
-    if to.dtype == value.dtype and to.itemsize == 2:
-        # As integers: numpy moves bfloat16, which it does not know, element by element.
-        to, value = to.view(np.uint16), value.view(np.uint16)
-    to[...] = value
-
-
-def _write_tensors(
-    folder: Path,
-    weights: dict[str, Weight],
-    params: Params,
-    dtype: Any,
-    max_shard_bytes: int,
-) -> None:
-    sizes = {name: math.prod(weight.shape) * dtype.itemsize for name, weight in weights.items()}
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if shards[-1] and used + size > max_shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        files = ["model.safetensors"]
-    for file, names in zip(files, shards, strict=True):
-        values = {name: _tensor(params, name, weights[name], dtype) for name in names}
-        save_file(values, folder / file, metadata={"format": "pt"})
-        # safetensors makes its files readable by their owner alone, whatever the umask.
-        shutil.copymode(folder / "config.json", folder / file)
-    if len(shards) > 1:
-        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        total = {"total_size": sum(sizes.values())}
-        _write_json(
-            folder / "model.safetensors.index.json", {"metadata": total, "weight_map": where}
-        )
-
-
-def _tensor(params: Params, name: str, weight: Weight, dtype: Any) -> np.ndarray:
-    """One tensor as the file has it, from either layer layout."""
-    leaf: Any = params
-    if len(weight.path) == 3 and not isinstance(params["layers"], tuple):
-        leaf = np.asarray(params["layers"][weight.path[2]])[weight.path[1]]
-    else:
-        for key in weight.path:
-            leaf = leaf[key]
-    part = np.asarray(leaf)[..., weight.start : weight.start + weight.part[-1]]
-    if part.shape != weight.part:
-        raise ValueError(f"{name} would be {part.shape}, but its configuration says {weight.part}")
-    out = np.empty(weight.shape, dtype)
-    for start in range(0, len(out), _ROWS):
-        rows = slice(start, start + _ROWS)
-        _assign(out[rows], part[:, rows].T if weight.transposed else part[rows])
-    return out
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `folder`, or moves into it, when all went well."""
-    new = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        new.mkdir(parents=True)
-        yield new
-        if not folder.exists():
-            new.rename(folder)
-        else:
-            for old in folder.glob("model*.safetensors*"):  # a mixture of old and new would load
-                old.unlink()
-            for path in new.iterdir():
-                os.replace(path, folder / path.name)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{folder} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object.")
-    return value
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,12 +1,15 @@
 """Reading text into a cache, in chunks of a fixed width and by any lag."""
 
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jax_specdec import cache as kv
 from jax_specdec._types import Array, Int
-from jax_specdec.models.decoder import Decoder, Params
+from jax_specdec.models.decoder import Output, Params
+from jax_specdec.tree import Text
 
 
 def default_chunk() -> int:
@@ -14,8 +17,22 @@ def default_chunk() -> int:
     return 64 if jax.default_backend() == "cpu" else 256
 
 
+class Reader(Protocol):
+    """Anything that reads tokens as `models.Decoder` does."""
+
+    def apply(
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        cache: kv.KVCache,
+        *,
+        logits: bool = True,
+    ) -> Output: ...
+
+
 def read_text(
-    decoder: Decoder,
+    decoder: Reader,
     params: Params,
     cache: kv.KVCache,
     tokens: Int[Array, "B C"],
@@ -45,3 +62,27 @@ def read_text(
         return kv.commit(old, out.new_kv, after - start, after=out.hidden)
 
     return lax.while_loop(lags, step, cache)
+
+
+def read_ending(
+    decoder: Reader, params: Params, cache: kv.KVCache, text: Text, width: int
+) -> tuple[kv.KVCache, Array]:
+    """Feeds the last `width` tokens of every row, whether they were read before or not.
+
+    Args:
+      cache: has read the text before them, and has `width` slots behind the longest row.
+
+    Returns:
+      The cache of the whole text, and the hidden state of the root, `[B, 1, E]`.
+    """
+    # A row that is shorter reads its root several times and keeps the first answer, which sees its own
+    # key and those before it alone.
+    start = jnp.maximum(text.length - width, 0)
+    cache = cache.replace(length=start)
+    position = start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
+    position = jnp.minimum(position, text.length[:, None] - 1)
+    tokens = jnp.take_along_axis(text.tokens, position, axis=1)
+    out = decoder.apply(params, tokens, position, cache, logits=False)
+    last = (text.length - 1 - start)[:, None, None]
+    hidden = jnp.take_along_axis(out.hidden, last, axis=1)
+    return kv.commit(cache, out.new_kv, text.length - start, after=out.hidden), hidden

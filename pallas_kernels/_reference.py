@@ -36,6 +36,8 @@ def attend(
     mask = jnp.broadcast_to(live, (b, t, s))
     if visible is not None:
         mask &= slot < visible[:, :, None]
+        if window is not None:
+            mask &= slot >= visible[:, :, None] - window
     # 0 * NaN is NaN: dead slots must be zeroed, not only masked.
     values = jnp.where(live[:, :, :, None], v_cache, 0)
     keys = k_cache

@@ -86,6 +86,8 @@ def attend(
     low = high = None
     if k_new is None:
         high = visible
+        if visible is not None and window is not None:
+            low = visible - window
     elif window is not None:
         depth = _depth(ancestors, t)
         low = length[:, None] + depth - (window - 1)

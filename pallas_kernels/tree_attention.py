@@ -83,7 +83,8 @@ def tree_attention(
             slot s is at position s, new token i at length + depth(i), where depth is the number
             of its proper ancestors (i in a chain).
         visible: int32[B, T], only without new keys: query t sees cache slots < visible[b, t] (and
-            < length[b]).
+            < length[b]). A window then counts back from there: query t sees slots >= visible[b, t] -
+            window.
         return_lse: also return the log-sum-exp of the scores.
         backend: "reference" (dense, slow, readable) or "xla"; None picks by platform and shape, and
             says which once, at logging level DEBUG.
@@ -175,8 +176,10 @@ def _validate(
     else:
         if ancestors is not None:
             raise ValueError("ancestors says which new keys are seen, and there is no k_new")
-        if window is not None:
-            raise ValueError("window needs the positions of the queries, unknown without k_new")
+        if window is not None and visible is None:
+            raise ValueError(
+                "a window without k_new counts back from `visible`, which is not given"
+            )
     arrays = {"q": q, "k_new": k_new, "v_new": v_new, "k_cache": k_cache, "v_cache": v_cache}
     dtypes = {name: x.dtype for name, x in arrays.items() if x is not None}
     if len(set(dtypes.values())) > 1 or not jnp.issubdtype(q.dtype, jnp.floating):

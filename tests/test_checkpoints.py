@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jax_specdec import checkpoints
+from jax_specdec import checkpoints, tensor_files
 from jax_specdec.checkpoints import convert, load_params, load_target, save_pretrained
 from jax_specdec.errors import RunError, UserError
 from jax_specdec.models import Decoder, ModelConfig, config_to_hf
@@ -190,7 +190,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_file", full)
     with pytest.raises(RunError, match=r"m could not be written: .*No space left"):
         save_pretrained(tmp_path / "m", CONFIG, random_params(CONFIG), dtype="float32")
     assert list(tmp_path.iterdir()) == []

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from jax_specdec import checkpoints, pipeline
 from jax_specdec.cli import main
 from jax_specdec.cli.common import DEMO_TARGET
+from jax_specdec.drafters.glide_checkpoint import read_glide_config
 from jax_specdec.drafters.loading import load_bigram
 from jax_specdec.training.data import read_documents
 
@@ -423,7 +424,7 @@ def test_arguments(model, capsys, monkeypatch, tmp_path):
         (["--max-new-tokens", str(10**30)], "max_new_tokens must be at least 1 and below 2^30"),
         (["--drafter", "lmm:4"], "Unknown drafter 'lmm': did you mean lm"),
         (["--drafter", "lm:0"], "A draft length must be in 1..63, got 0"),
-        (["--drafter", "xyzzy"], "known are none, lm, max-gram"),
+        (["--drafter", "xyzzy"], "known are none, lm, glide, max-gram"),
         (["--prompt", ""], "The prompt is empty"),
         (["--prompt", "word " * 300], "but the context of 256 must also hold at least one new"),
         (["--prompts", "/absent.jsonl"], "There is no file /absent.jsonl"),
@@ -515,6 +516,47 @@ def test_no_memory(model, capsys, monkeypatch):
         json.loads(ok(capsys, "info", "--model", model, "--drafter", "none", "--json"))["fits"]
         is False
     )
+
+
+@pytest.mark.usefixtures("relaxed_promotion")
+def test_train_glide(model, data, capsys, tmp_path):
+    """A drafter of either kind, from data to text; what fits no target or draft is refused."""
+    out = tmp_path / "run"
+    args = ["train", "glide", "--data", data, "--target", model, "--heldout-share", 0.2]
+    args += ["--batch-size", 2, "--sequence-length", 16, "--steps", 2, "--save-every", 1]
+    shape = ["--hidden-size", 32, "--kv-heads", 4, "--trained-delay", 3]
+    ok(capsys, *args, *shape, "--target-layers", "1", "--loss", "total_variation", "--out", out)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and len(rows[-1]["acceptance"]) == 8
+    assert (out / "loss.png").is_file()
+    found, _ = read_glide_config(out / "checkpoint")
+    assert (found.hidden_size, found.head_dim, found.num_kv_heads) == (32, 16, 4)
+    assert (found.target_layers, found.trained_delay, found.cross_attention) == ((1,), 3, True)
+
+    generate = ["generate", "--model", model, "--prompt", PROMPT, "--max-new-tokens", 8]
+    draft = ["--draft", f"glide={out / 'checkpoint'}"]
+    (answer,) = records(capsys, *generate, "--drafter", "glide:3", *draft)
+    assert answer["stats"]["per_drafter"]["glide"]["drafted"] > 0
+    assert "draft 3 tokens or fewer" in fails(capsys, *generate, "--drafter", "glide:4", *draft)
+    (about,) = records(capsys, "info", "--model", model, "--drafter", "glide:3", *draft)
+    assert about["drafter"]["own_parameters"] > 10_000
+    init = [*args, "--init", out / "checkpoint", "--out", tmp_path / "next"]
+    assert "fixes the drafter's shape" in fails(capsys, *init, "--vanilla")
+    vanilla = ["--vanilla", "--visibility", "none", "--steps", 1, "--out", tmp_path / "vanilla"]
+    ok(capsys, *args, *vanilla)
+    vanilla, _ = read_glide_config(tmp_path / "vanilla/checkpoint")
+    assert (vanilla.cross_attention, vanilla.trained_delay) == (False, 1)
+
+    new = [*args, "--out", tmp_path / "new"]
+    assert "pass --resume" in fails(capsys, *args, "--out", out)
+    assert "Unknown loss 'kl'" in fails(capsys, *new, "--loss", "kl")
+    assert "leave out --trained-delay" in fails(
+        capsys, *new, "--visibility", "none", "--trained-delay", 4
+    )
+    assert "target's 3 layers" in fails(capsys, *new, "--target-layers", "7")
+    assert "cannot share" in fails(capsys, *new, "--kv-heads", 3)
+    assert "do not fit the target's context" in fails(capsys, *new, "--sequence-length", 999)
+    assert "--steps" in fails(capsys, *args[:6], "--out", tmp_path / "new")
 
 
 @pytest.mark.usefixtures("relaxed_promotion")

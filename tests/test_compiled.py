@@ -18,11 +18,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_specdec import DecodeLoop, SpeculativeDecoder, Target, make_generate, prefill
 from jax_specdec import cache as kv
+from jax_specdec.drafters.glide import GliDeDrafter
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.loading import LoadedDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.models import Decoder, stack_layers
+from jax_specdec.models.glide import GliDe
+from jax_specdec.models.glide_config import GliDeConfig
 
 CAPACITY = 300  # a layer's K is then larger than every weight and every activation
 LM = LmDrafter(h.TARGET, 4)
@@ -101,6 +104,12 @@ def case(name):
     if name == "tree":
         drafter = h.Siblings(LmDrafter(h.TARGET, 3))
         return DecodeLoop(h.TARGET, drafter), h.all_params(lm=h.close_params())
+    if name.startswith("glide"):
+        fields = ("hidden_size", "mlp_size", "num_heads", "num_kv_heads", "head_dim")
+        shape = GliDeConfig(**{field: getattr(h.CONFIG, field) for field in fields})
+        model = GliDe(dataclasses.replace(shape, num_layers=int(name[-1])), h.CONFIG)
+        params = model.join(model.init(jax.random.key(0)), h.target_params())
+        return DecodeLoop(h.TARGET, GliDeDrafter(model, 4)), h.all_params(glide=params)
     if name == "scan":
         target = Decoder(h.CONFIG, layer_loop="scan")
         params = stack_layers(h.target_params())
@@ -110,7 +119,7 @@ def case(name):
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("name", ["none", "lm", "tree", "scan"])
+@pytest.mark.parametrize("name", ["none", "lm", "tree", "scan", "glide 1", "glide 2"])
 def test_no_copy_of_a_cache_in_the_loop(name, batch, monkeypatch):
     # A catching-up chunk of 256 has activations larger than these small caches.
     monkeypatch.setattr(prefill.read_text, "__defaults__", (16,))

@@ -37,7 +37,7 @@ def add_drafter(parser: argparse.ArgumentParser) -> None:
         "--drafter",
         metavar="SPEC",
         default="auto",
-        help="none, lm, max-gram, prompt-lookup or bigram, with a draft length after a colon, as in "
+        help="none, lm, glide, max-gram, prompt-lookup or bigram, with a draft length after a colon, as in "
         "lm:4 (default: the fastest measured for the model, else prompt-lookup)",
     )
     parser.add_argument(
@@ -73,8 +73,10 @@ def draft_folders(items: Sequence[str]) -> dict[str, Path]:
         name, equals, folder = item.partition("=")
         if not (name and equals and folder):
             raise UserError(f"--draft takes NAME=DIR, as in lm=checkpoints/demo/lm, not {item!r}.")
-        if parse_drafter(name) not in (("lm", None), ("bigram", None)):
-            raise UserError(f"--draft {item}: {name!r} has no checkpoint; lm and bigram have one.")
+        if parse_drafter(name) not in [(known, None) for known in ("lm", "glide", "bigram")]:
+            raise UserError(
+                f"--draft {item}: {name!r} has no checkpoint; lm, glide and bigram have one."
+            )
         folders[name] = Path(folder).expanduser()
     return folders
 

@@ -85,6 +85,10 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         drafter |= {"path": str(where), **_sizes(small), "stored_dtype": small_stored}
         drafter["memory"] = {**dataclasses.asdict(small_plan), "total": small_plan.total}
         total += small_plan.total
+    elif name == "glide":
+        where = folders.get(name, folder.parent / name)
+        drafter |= _glide(where, config, dtype, args.batch_size, slots)
+        total += drafter["memory"]["total"]
     elif name == "bigram":
         drafter["memory"] = {"parameters": 4 * config.vocab_size, "total": 4 * config.vocab_size}
         total += 4 * config.vocab_size
@@ -120,6 +124,21 @@ def _sizes(config: Any) -> dict[str, Any]:
         "context": config.context,
         "tied_head": config.tied_head,
     }
+
+
+def _glide(folder: Path, target: Any, dtype: Any, batch_size: int, slots: int) -> dict[str, Any]:
+    """What a GliDe drafter takes beside its target, whose cache, embedding and head it uses."""
+    import jax.numpy as jnp
+
+    from jax_specdec.checkpoints import memory_plan
+    from jax_specdec.drafters.glide_checkpoint import make_glide, read_glide_config
+
+    model = make_glide(read_glide_config(folder)[0], target, dtype)
+    count = model.parameter_count()
+    cache = memory_plan(model.decoder.config, dtype, batch_size, slots).cache
+    parameters = count * jnp.dtype(dtype).itemsize
+    memory = {"parameters": parameters, "cache": cache, "total": parameters + cache}
+    return {"path": str(folder), "own_parameters": count, "memory": memory}
 
 
 def _has_tokenizer(folder: Path) -> bool:

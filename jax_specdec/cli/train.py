@@ -1,13 +1,10 @@
-"""`train lm`, `train tokenizer`, `train bigram` and `train regenerate`."""
+"""`train` and its kinds; `lm`, `tokenizer` and `bigram` are here."""
 
 import argparse
-import dataclasses
-import difflib
-import json
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
-from jax_specdec.cli import common, regenerate
+from jax_specdec.cli import arguments, common, regenerate, train_glide
 from jax_specdec.errors import UserError
 from jax_specdec.training.config import TrainConfig
 
@@ -29,6 +26,7 @@ def register(commands: Any) -> None:
     )
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     register_lm(kinds)
+    train_glide.register(kinds)
     register_tokenizer(kinds)
     register_bigram(kinds)
     regenerate.register(kinds)
@@ -41,7 +39,7 @@ def register_lm(kinds: Any) -> None:
         description="Trains a language model and writes it to OUT/checkpoint; the state to resume from, "
         "metrics.jsonl and loss.png go to OUT.",
     )
-    add_data(parser)
+    arguments.add_data(parser)
     parser.add_argument("--tokenizer", metavar="DIR", help="default: the one of --init")
     parser.add_argument("--out", metavar="DIR", required=True)
     parser.add_argument("--resume", action="store_true", help="go on from the newest state in OUT")
@@ -57,7 +55,7 @@ def register_lm(kinds: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="use the embedding as the output matrix (default: no)",
     )
-    add_dataclass(parser.add_argument_group("training"), TrainConfig, "train")
+    arguments.add_dataclass(parser.add_argument_group("training"), TrainConfig, "train")
     parser.set_defaults(run=run_lm)
 
 
@@ -91,88 +89,13 @@ def register_bigram(kinds: Any) -> None:
     parser.set_defaults(run=run_bigram)
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        metavar="FILE",
-        action="append",
-        required=True,
-        help='JSONL of {"text"} or {"token_ids"}; may be given several times',
-    )
-    parser.add_argument("--heldout", metavar="FILE", help="JSONL to measure the loss on")
-    parser.add_argument(
-        "--heldout-share",
-        type=float,
-        default=0.02,
-        metavar="SHARE",
-        help="without --heldout: this share of the documents (default: 0.02)",
-    )
-
-
-def add_dataclass(group: Any, kind: type, prefix: str) -> None:
-    """A flag for each field; what is not given is None and leaves the field as it is."""
-    for field in dataclasses.fields(kind):
-        flag, dest = f"--{field.name.replace('_', '-')}", f"{prefix}.{field.name}"
-        default = "" if field.default is dataclasses.MISSING else f"default: {field.default}"
-        if field.type is bool:
-            group.add_argument(flag, dest=dest, action=argparse.BooleanOptionalAction, help=default)
-        elif get_origin(field.type) is Literal:
-            group.add_argument(flag, dest=dest, choices=get_args(field.type), help=default)
-        else:
-            group.add_argument(flag, dest=dest, type=field.type, metavar="N", help=default)
-
-
-def given(args: argparse.Namespace, prefix: str) -> dict[str, Any]:
-    """The fields that flags of `add_dataclass` set."""
-    found = {
-        key.removeprefix(f"{prefix}."): value
-        for key, value in vars(args).items()
-        if key.startswith(f"{prefix}.")
-    }
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def read_config(path: str | None, kinds: dict[str, type]) -> dict[str, dict[str, Any]]:
-    """The sections of a configuration file, their keys checked against dataclasses."""
-    if path is None:
-        return {name: {} for name in kinds}
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}).") from None
-    if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
-        raise UserError(f"{path} must hold a JSON object of {' and '.join(kinds)}, each an object.")
-    _known(path, found, list(kinds))
-    for name, section in found.items():
-        fields = {field.name: field.type for field in dataclasses.fields(kinds[name])}
-        _known(f"{path}, {name!r}", section, list(fields))
-        for key, value in section.items():
-            want: Any = fields[key]
-            fits = {
-                int: isinstance(value, int) and not isinstance(value, bool),
-                float: isinstance(value, (int, float)) and not isinstance(value, bool),
-                bool: isinstance(value, bool),
-                str: isinstance(value, str),
-            }.get(want, True)
-            if not fits:
-                raise UserError(f"{path}: {key!r} must be of type {want.__name__}, got {value!r}.")
-    return {name: found.get(name, {}) for name in kinds}
-
-
-def _known(where: str, section: dict[str, Any], names: list[str]) -> None:
-    for key in section:
-        if key not in names:
-            close = difflib.get_close_matches(key, names, n=1) or names
-            raise UserError(f"{where}: unknown key {key!r}; did you mean {' or '.join(close)}?")
-
-
 def run_lm(args: argparse.Namespace) -> int:
     from jax_specdec.checkpoints import load_params, load_tokenizer, save_pretrained
     from jax_specdec.models.config import ModelConfig
     from jax_specdec.models.decoder import Decoder
 
-    sections = read_config(args.config, {"train": TrainConfig, "model": ModelConfig})
-    wanted = {**sections["train"], **given(args, "train")}
+    sections = arguments.read_config(args.config, {"train": TrainConfig, "model": ModelConfig})
+    wanted = {**sections["train"], **arguments.given(args, "train")}
     if "steps" not in wanted:
         raise UserError("Say how long to train, with --steps N.")
     config = TrainConfig(**wanted)
@@ -181,7 +104,7 @@ def run_lm(args: argparse.Namespace) -> int:
         raise UserError("Name the tokenizer's folder with --tokenizer DIR.")
     out = Path(args.out)
     tokenizer = load_tokenizer(source)
-    shape = {**sections["model"], **given(args, "model")}
+    shape = {**sections["model"], **arguments.given(args, "model")}
     initial = None
     if args.init is not None:
         model = _initial_config(args.init, shape, len(tokenizer))
@@ -193,7 +116,7 @@ def run_lm(args: argparse.Namespace) -> int:
             f"{model.context}: lower --sequence-length or raise --context."
         )
     decoder = Decoder(model, "float32")
-    documents, heldout = _documents(args, tokenizer, config.sequence_length)
+    documents, heldout = arguments.load_documents(args, tokenizer, config.sequence_length)
     if args.init is not None:
         initial = load_params(args.init, model, "float32")
 
@@ -263,31 +186,6 @@ def _initial_config(folder: str, shape: dict[str, Any], vocabulary: int) -> Any:
             f"The tokenizer has {vocabulary} entries and {folder} a vocabulary of {model.vocab_size}."
         )
     return model
-
-
-def _documents(args: argparse.Namespace, tokenizer: Any, length: int) -> tuple[list, list]:
-    """Token ids of the training documents and of the held-out ones."""
-    from jax_specdec.training.data import read_documents
-
-    if tokenizer.eos_token_id is None:
-        raise UserError("The tokenizer has no end-of-text token, which separates documents.")
-    documents = read_documents(args.data, tokenizer)
-    if args.heldout is not None:
-        heldout = read_documents([args.heldout], tokenizer)
-    else:
-        if not 0 < args.heldout_share <= 0.5:
-            raise UserError(f"--heldout-share must be in (0, 0.5], got {args.heldout_share}.")
-        every = round(1 / args.heldout_share)
-        heldout = documents[::every]
-        documents = [ids for i, ids in enumerate(documents) if i % every]
-        if not documents:
-            raise UserError("One document cannot be both data and held out: give --heldout.")
-    if sum(map(len, heldout)) <= length:
-        raise UserError(
-            f"The held-out documents have {sum(map(len, heldout))} tokens, fewer than one window of "
-            f"{length + 1}: give more, or lower --sequence-length."
-        )
-    return documents, heldout
 
 
 def run_tokenizer(args: argparse.Namespace) -> int:

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from jax_specdec.checkpoints import Target, load_target
 from jax_specdec.drafters.base import Drafter
 from jax_specdec.drafters.bigram import Bigram
+from jax_specdec.drafters.glide import GliDeDrafter
+from jax_specdec.drafters.glide_checkpoint import load_glide
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.none import NoDrafter
@@ -22,9 +24,9 @@ from jax_specdec.drafters.prompt_lookup import PromptLookup
 from jax_specdec.errors import UserError
 from jax_specdec.tree import MAX_NODES
 
-NAMES = ("none", "lm", "max-gram", "prompt-lookup", "bigram")
+NAMES = ("none", "lm", "glide", "max-gram", "prompt-lookup", "bigram")
 # Where nothing was measured for a checkpoint: see `jax-specdec tune`.
-FALLBACK_LENGTHS = {"lm": 4, "max-gram": 6, "prompt-lookup": 6, "bigram": 2}
+FALLBACK_LENGTHS = {"lm": 4, "glide": 4, "max-gram": 6, "prompt-lookup": 6, "bigram": 2}
 LENGTHS_FILE = "draft_lengths.json"
 BIGRAM_FILE = "bigram.safetensors"
 
@@ -105,13 +107,14 @@ def load_drafter(
     """Builds the drafter of a specification for a target.
 
     Args:
-      spec: `none`, `lm`, `max-gram`, `prompt-lookup` or `bigram`, with a draft length after a colon.
+      spec: `none`, `lm`, `glide`, `max-gram`, `prompt-lookup` or `bigram`, with a draft length after a colon.
       folder: where drafters' checkpoints lie by name; default: the folder that the target's is in.
       drafts: checkpoint folders by name, in place of `folder/name`.
       dtype: of the drafter's parameters; default: the target's.
 
     Raises:
-      UserError: an unknown drafter, a missing checkpoint, another vocabulary or tokenizer.
+      UserError: an unknown drafter, a missing checkpoint, another vocabulary or tokenizer; for `glide`
+        another target than it was trained for, or a longer draft.
     """
     name, length = parse_drafter(spec)
     if name == "none":
@@ -131,6 +134,9 @@ def load_drafter(
     if name == "bigram":
         table = load_bigram(where, target.vocab_size)
         return LoadedDrafter(Bigram(length), {name: jnp.asarray(table)}, spec)
+    if name == "glide":
+        model, params = load_glide(where, target, dtype)
+        return LoadedDrafter(GliDeDrafter(model, length), {name: params}, spec)
     small = load_target(where, dtype=dtype or target.decoder.dtype)
     check_vocabulary(target, small)
     return LoadedDrafter(LmDrafter(small.decoder, length), {name: small.params}, spec)

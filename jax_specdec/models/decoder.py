@@ -13,8 +13,9 @@ one matrix (`qkv`, `gate_up`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import flax.linen as nn
 import jax
@@ -28,6 +29,12 @@ from pallas_kernels import tree_attention
 Array = jax.Array
 Params = dict[str, Any]
 Attend = Callable[[Array, Array, Array], Array]
+
+
+class Between(Protocol):
+    """A further residual branch of each layer, see `Decoder.layers`."""
+
+    def __call__(self, weights: Params, x: Array, *, index: Any) -> Array: ...
 
 
 class Output(NamedTuple):
@@ -104,6 +111,19 @@ def causal_attention(q: Array, k: Array, v: Array, window: int | None) -> Array:
     Args:
       q: `[B, T, N, D]`. k, v: `[B, T, K, D]`. window: sliding window in tokens, or None.
     """
+    i = jnp.arange(q.shape[1], dtype=jnp.int32)
+    keep = i[:, None] >= i[None, :]
+    if window is not None:
+        keep = keep & (i[:, None] - i[None, :] < window)
+    return masked_attention(q, k, v, keep[None])
+
+
+def masked_attention(q: Array, k: Array, v: Array, keep: Array) -> Array:
+    """Dense attention under any mask, for training.
+
+    Args:
+      q: `[B, T, N, D]`. k, v: `[B, S, K, D]`. keep: `bool[B or 1, T, S]`; a query must see a key.
+    """
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
@@ -111,11 +131,7 @@ def causal_attention(q: Array, k: Array, v: Array, window: int | None) -> Array:
     score = jnp.einsum(
         "BTKGD,BSKD->BKGTS", q, k, precision=precision, preferred_element_type=jnp.float32
     ) * jnp.float32(dim**-0.5)
-    i = jnp.arange(length, dtype=jnp.int32)
-    keep = i[:, None] >= i[None, :]
-    if window is not None:
-        keep = keep & (i[:, None] - i[None, :] < window)
-    score = jnp.where(keep[None, None, None], score, jnp.finfo(jnp.float32).min)
+    score = jnp.where(keep[:, None, None], score, jnp.finfo(jnp.float32).min)
     weight = jax.nn.softmax(score, axis=-1).astype(v.dtype)
     out = jnp.einsum("BKGTS,BSKD->BTKGD", weight, v, precision=precision)
     return out.reshape(batch, length, heads, dim)
@@ -128,8 +144,17 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, angles: tuple[Array, Array], attend: Attend):
-        """`x [B, T, E]` -> `(x, (k, v))`; `attend(q, k, v)` sees this layer's cache."""
+    def __call__(
+        self,
+        x: Array,
+        angles: tuple[Array, Array],
+        attend: Attend,
+        between: Callable[[Array], Array] | None = None,
+    ):
+        """`x [B, T, E]` -> `(x, (k, v))`.
+
+        `attend(q, k, v)` sees this layer's cache; `between` comes between attention and MLP.
+        """
         c = self.config
         batch, length, embed = x.shape
         heads, kv_heads, dim = c.num_heads, c.num_kv_heads, c.head_dim
@@ -156,6 +181,8 @@ class Block(nn.Module):
         if c.out_bias:
             y = y + param("out_bias", zeros, embed)[None, None]
         x = x + y
+        if between is not None:
+            x = between(x)
         y = rms_norm(x, param("mlp_norm", ones, embed), c.norm_eps)
         gate, up = jnp.split(matmul(y, param("gate_up", normal, embed, 2 * c.mlp_size)), 2, axis=-1)
         x = x + matmul(nn.silu(gate) * up, param("down", small, c.mlp_size, embed))
@@ -185,23 +212,22 @@ class Decoder:
         """Fresh parameters: normal(0.02), residual outputs scaled down with depth."""
         c = self.config
         keys = jax.random.split(key, c.num_layers + 2)
-        block = Block(c, self.dtype)
-        x = jnp.zeros((1, 1, c.hidden_size), self.dtype)
-        angles = rope_angles(c.rope, c.head_dim, jnp.zeros((1, 1), jnp.int32))
-
-        def init_layer(layer_key: Array) -> Params:
-            return dict(block.init(layer_key, x, angles, lambda q, k, v: q)["params"])
-
-        layers: Any = tuple(init_layer(k) for k in keys[: c.num_layers])
         normal = nn.initializers.normal(0.02)
         params = {
             "embed": normal(keys[-1], (c.vocab_size, c.hidden_size), self.dtype),
-            "layers": layers,
+            "layers": tuple(self.init_layer(k) for k in keys[: c.num_layers]),
             "norm": jnp.ones((c.hidden_size,), self.dtype),
         }
         if not c.tied_head:
             params["head"] = normal(keys[-2], (c.hidden_size, c.vocab_size), self.dtype)
         return stack_layers(params) if self.layer_loop == "scan" else params
+
+    def init_layer(self, key: Array) -> Params:
+        """Fresh parameters of one layer."""
+        c = self.config
+        x = jnp.zeros((1, 1, c.hidden_size), self.dtype)
+        angles = rope_angles(c.rope, c.head_dim, jnp.zeros((1, 1), jnp.int32))
+        return dict(Block(c, self.dtype).init(key, x, angles, lambda q, k, v: q)["params"])
 
     def apply(
         self,
@@ -223,8 +249,27 @@ class Decoder:
             None where the new tokens are a chain.
           logits: False skips the head (prefill). remat: recompute layers in the backward pass.
         """
-        c = self.config
         x = jnp.take(params["embed"], tokens, axis=0)
+        x, new_kv = self.layers(params, x, positions, cache, ancestors, remat=remat)
+        return Output(self.head(params, x) if logits else None, x, new_kv)
+
+    def layers(
+        self,
+        params: Params,
+        x: Array,
+        positions: Array,
+        cache: KVCache | None = None,
+        ancestors: Array | None = None,
+        *,
+        between: Between | None = None,
+        remat: bool = False,
+    ) -> tuple[Array, tuple[Any, Any]]:
+        """All layers: `x [B, T, E]` -> the hidden states before the final norm, and `Output.new_kv`.
+
+        Args:
+          between: a branch between attention and MLP of each layer, given the layer's weights.
+        """
+        c = self.config
         angles = rope_angles(c.rope, c.head_dim, positions)
         block = Block(c, self.dtype)
 
@@ -248,11 +293,15 @@ class Decoder:
                 )
                 return cast(Array, out)  # a pair only with return_lse
 
-            return block.apply({"params": weights}, x, angles, attend)
+            branch = None
+            if between is not None:
+                branch = functools.partial(between, weights, index=index)
+            return block.apply({"params": weights}, x, angles, attend, branch)
 
+        scan = self.layer_loop == "scan"
         if remat:
-            layer = jax.checkpoint(layer, static_argnums=(3,))
-        if self.layer_loop == "scan":
+            layer = jax.checkpoint(layer, static_argnums=(3,) if scan else (2, 3))
+        if scan:
 
             def step(x, item):
                 index, weights = item
@@ -266,27 +315,24 @@ class Decoder:
                 x, kv = layer(weights, x, index, c.windows[index])
                 collected.append(kv)
             new_kv = (tuple(k for k, _ in collected), tuple(v for _, v in collected))
-        return Output(self.head(params, x) if logits else None, x, new_kv)
+        return x, new_kv
 
     def head(self, params: Params, hidden: Array) -> Array:
         """`hidden [B, T, E]` before the final norm -> `float32[B, T, V]`."""
-        x = rms_norm(hidden, params["norm"], self.config.norm_eps)
-        if "head" not in params:
-            out = jnp.einsum(
-                "BTE,VE->BTV",
-                x,
-                params["embed"],
-                precision=precision_of(x.dtype),
-                preferred_element_type=jnp.float32,
-            )
-        else:
-            out = jnp.dot(
-                x,
-                params["head"],
-                precision=precision_of(x.dtype),
-                preferred_element_type=jnp.float32,
-            )
-        return out.astype(jnp.float32)
+        return unembed(params, rms_norm(hidden, params["norm"], self.config.norm_eps))
+
+
+def unembed(params: Params, x: Array) -> Array:
+    """`x [B, T, E]` -> scores `float32[B, T, V]` by `head`, or by `embed` where the head is tied."""
+    weights, product = ("head", "BTE,EV->BTV") if "head" in params else ("embed", "BTE,VE->BTV")
+    out = jnp.einsum(
+        product,
+        x,
+        params[weights],
+        precision=precision_of(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return out.astype(jnp.float32)
 
 
 def stack_layers(params: Params) -> Params:

@@ -65,3 +65,27 @@ class TrainConfig:
             raise UserError(
                 f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}."
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class GliDeRecipe:
+    """What a GliDe drafter is trained on, beside `TrainConfig`.
+
+    Attributes:
+      visibility: how keys of the target are hidden, see `jax_specdec.training.visibility`.
+      loss: a name of `jax_specdec.training.losses.LOSSES`, or a mixture such as
+        `forward_kl=0.9,cross_entropy=0.1`.
+      jensen_shannon_beta: weight of the target in the Jensen-Shannon divergence, in (0, 1).
+    """
+
+    visibility: Literal["shift", "block", "none"] = "shift"
+    loss: str = "forward_kl"
+    jensen_shannon_beta: float = 0.5
+
+    def __post_init__(self):
+        if not 0 < self.jensen_shannon_beta < 1:
+            raise UserError(
+                f"jensen_shannon_beta must be between 0 and 1, got {self.jensen_shannon_beta}."
+            )
+        if self.visibility not in ("shift", "block", "none"):
+            raise UserError(f"visibility must be shift, block or none, got {self.visibility!r}.")

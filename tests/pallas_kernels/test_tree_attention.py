@@ -50,6 +50,8 @@ def expected(case, *, scale=None, soft_cap=None, window=None):
             slots = np.arange(length[row])
             if case.get("visible") is not None:
                 slots = slots[slots < case["visible"][row, i]]
+                if window is not None:
+                    slots = slots[slots >= case["visible"][row, i] - window]
             nodes = np.zeros(0, int)
             if case["k_new"] is not None:
                 seen = case["seen"][row]
@@ -194,6 +196,8 @@ class TreeAttentionSuite:
         visible = np.random.default_rng(1).integers(0, 200, (3, t)).astype(np.int32)
         visible[1, 0] = 0
         self.check(cache_only(make_case(t=t), visible))
+        for window in (1, 40, 1000):
+            self.check(cache_only(make_case(t=t), visible), window=window)
 
     def test_node_that_sees_nothing(self):
         case = make_case(t=4)

@@ -1,0 +1,170 @@
+"""`train glide`."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jax_specdec.cli import arguments, common
+from jax_specdec.errors import UserError
+from jax_specdec.training.config import GliDeRecipe, TrainConfig
+
+# Flag, field of GliDeConfig, help.
+SHAPE = (
+    ("layers", "num_layers", "default: 1"),
+    ("hidden-size", "hidden_size", "default: the target's"),
+    ("mlp-size", "mlp_size", "default: the target's"),
+    ("heads", "num_heads", "of the self-attention; default: the target's"),
+    ("kv-heads", "num_kv_heads", "default: the target's"),
+    ("head-dim", "head_dim", "default: the target's"),
+    ("window", "window", "sliding window of the self-attention (default: none)"),
+    ("trained-delay", "trained_delay", "the longest draft (default: 16)"),
+)
+SWITCHES = (
+    ("cross-norm", "cross_norm", "norm before the cross-attention (default: yes)"),
+    ("final-norm", "final_norm", "norm before the head (default: yes)"),
+    ("share", "share", "use the target's embedding and head, frozen (default: yes)"),
+)
+
+
+def register(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "glide",
+        help="a GliDe drafter for a target",
+        description="Trains a GliDe drafter beside its frozen target and writes it to OUT/checkpoint "
+        "whenever the state is saved; the state to resume from, metrics.jsonl and loss.png go to OUT.",
+    )
+    arguments.add_data(parser)
+    parser.add_argument(
+        "--target", metavar="DIR", required=True, help="checkpoint folder or hub id"
+    )
+    parser.add_argument("--out", metavar="DIR", required=True)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest state in OUT")
+    parser.add_argument("--init", metavar="DIR", help="start from this GliDe checkpoint")
+    parser.add_argument(
+        "--config", metavar="FILE", help='JSON {"train": {...}, "recipe": {...}, "model": {...}}'
+    )
+    parser.add_argument("--save-dtype", choices=common.DTYPES, default="bfloat16")
+    shape = parser.add_argument_group("the drafter")
+    shape.add_argument(
+        "--paper",
+        action="store_true",
+        help="the published form: width 4096, embedding and head of its own, no norm before the "
+        "cross-attention, trained in blocks of 5 with the cross-entropy",
+    )
+    shape.add_argument(
+        "--vanilla",
+        action="store_true",
+        help="without cross-attention: the control, which sees nothing of the target",
+    )
+    for flag, field, text in SHAPE:
+        shape.add_argument(f"--{flag}", dest=f"model.{field}", type=int, metavar="N", help=text)
+    shape.add_argument(
+        "--target-layers",
+        dest="model.target_layers",
+        type=_layers,
+        metavar="I,J",
+        help="the target layer that each layer reads, from 0 (default: the last ones)",
+    )
+    for flag, field, text in SWITCHES:
+        shape.add_argument(
+            f"--{flag}", dest=f"model.{field}", action=argparse.BooleanOptionalAction, help=text
+        )
+    arguments.add_dataclass(parser.add_argument_group("what is trained"), GliDeRecipe, "recipe")
+    arguments.add_dataclass(parser.add_argument_group("training"), TrainConfig, "train")
+    parser.set_defaults(run=run)
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def run(args: argparse.Namespace) -> int:
+    from jax_specdec.models.glide_config import GliDeConfig
+
+    kinds = {"train": TrainConfig, "recipe": GliDeRecipe, "model": GliDeConfig}
+    sections = arguments.read_config(args.config, kinds)
+    wanted = {**sections["train"], **arguments.given(args, "train")}
+    if "steps" not in wanted:
+        raise UserError("Say how long to train, with --steps N.")
+    config = TrainConfig(**wanted)
+    recipe_fields = {**sections["recipe"], **arguments.given(args, "recipe")}
+    if args.paper:
+        recipe_fields = {"visibility": "block", "loss": "cross_entropy", **recipe_fields}
+    recipe = GliDeRecipe(**recipe_fields)
+
+    from jax_specdec.checkpoints import find_checkpoint, load_target
+    from jax_specdec.drafters import glide_checkpoint
+    from jax_specdec.training import glide
+    from jax_specdec.training.losses import parse_mixture
+
+    parse_mixture(recipe.loss)
+    folder = find_checkpoint(args.target)
+    fingerprint = glide_checkpoint.target_fingerprint(folder)
+    target = load_target(folder, dtype=config.dtype)
+    if config.sequence_length > target.config.context:
+        raise UserError(
+            f"Windows of {config.sequence_length} tokens do not fit the target's context of "
+            f"{target.config.context}: lower --sequence-length."
+        )
+    fields = {**sections["model"], **arguments.given(args, "model")}
+    initial = None
+    if args.init is None:
+        shape = choose_shape(args, fields, recipe, target.config)
+        model = glide_checkpoint.make_glide(shape, target.config, "float32")
+    else:
+        if fields or args.paper or args.vanilla:
+            raise UserError(
+                f"{args.init} fixes the drafter's shape: leave out the flags that say it."
+            )
+        shape, trained_for = glide_checkpoint.read_glide_config(Path(args.init))
+        if trained_for != fingerprint:
+            raise UserError(f"{args.init} was trained for another target than {args.target}.")
+        model = glide_checkpoint.make_glide(shape, target.config, "float32")
+        initial = glide_checkpoint.load_own_params(Path(args.init), model)
+    documents, heldout = arguments.load_documents(args, target.tokenizer, config.sequence_length)
+
+    out = Path(args.out)
+    common.say(
+        f"{model.parameter_count():,} parameters of its own, {sum(map(len, documents)):,} tokens of data, "
+        f"{config.steps * config.batch_size * config.sequence_length:,} tokens of training"
+    )
+    glide.train(
+        model,
+        target.decoder,
+        target.params,
+        recipe,
+        config,
+        documents,
+        heldout,
+        out,
+        fingerprint=fingerprint,
+        initial=initial,
+        resume=args.resume,
+        on_save=lambda params: glide_checkpoint.save_glide(
+            out / "checkpoint", model, params, fingerprint, dtype=args.save_dtype
+        ),
+    )
+    common.say(f"Wrote {out / 'checkpoint'}.")
+    return 0
+
+
+def choose_shape(
+    args: argparse.Namespace, fields: dict[str, Any], recipe: GliDeRecipe, target: Any
+) -> Any:
+    """The drafter's description: what was given, the rest from the paper or the target."""
+    from jax_specdec.drafters.glide_checkpoint import make_glide_config
+    from jax_specdec.models.glide_config import GliDeConfig
+
+    if args.paper:
+        base = dataclasses.asdict(GliDeConfig.paper())
+    else:
+        names = ("hidden_size", "mlp_size", "num_heads", "num_kv_heads", "head_dim")
+        base = {name: getattr(target, name) for name in names}
+    if recipe.visibility == "none":
+        base["trained_delay"] = 1
+        if fields.get("trained_delay", 1) != 1:
+            raise UserError("With --visibility none the delay is 1: leave out --trained-delay.")
+    if args.vanilla:
+        base["cross_attention"] = False
+    return make_glide_config({**base, **fields}, "What was given")

@@ -1,0 +1,118 @@
+"""`glide`: a small decoder that reads the target's keys and values drafts a chain, token by token.
+
+Du et al., arXiv 2402.02082, sections 4.1 and 4.2. A token at position p sees the committed keys of the
+target before p: all of them where it is committed itself (delay 1), those before the root where it is
+drafted (the i-th token of a draft is predicted at delay i).
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from jax_specdec import cache as kv
+from jax_specdec._types import Array
+from jax_specdec.drafters.base import TargetView
+from jax_specdec.drafters.neural import CATCH_UP, NeuralDrafter
+from jax_specdec.errors import UserError
+from jax_specdec.models.decoder import Output, Params
+from jax_specdec.models.glide import GliDe, glimpse_cache
+from jax_specdec.prefill import read_ending, read_text
+
+
+@dataclasses.dataclass(frozen=True)
+class GliDeDrafter(NeuralDrafter):
+    """A drafter that reads the target's cache in place.
+
+    Attributes:
+      model: parameters are those of `GliDe.join`.
+      length: tokens per draft, at most the largest delay that the model was trained for.
+
+    Raises:
+      UserError: a longer draft.
+    """
+
+    model: GliDe
+    length: int
+    name: str = "glide"
+    proposal: Literal["matched", "greedy"] = "matched"
+
+    def __post_init__(self):
+        config = self.model.config
+        if config.cross_attention and self.length > config.trained_delay:
+            raise UserError(
+                f"Token {self.length} of a draft is predicted {self.length} places behind the last key of "
+                f"the target that is known, and this GliDe drafter was trained for at most "
+                f"{config.trained_delay}: draft {config.trained_delay} tokens or fewer."
+            )
+
+    @property
+    def keeps_drafts(self) -> bool:
+        """Whether the keys of accepted drafts are kept.
+
+        Those of the first layer depend on the text alone. Those of further layers depend on what the
+        cross-attention saw: accepted tokens are read again, at delay 1, so that a draft is a function of
+        the text, and sees all that is known.
+        """
+        return self.model.config.num_layers == 1 or not self.model.config.cross_attention
+
+    @property
+    def catch_up(self) -> int:
+        """Tokens that the first step of a draft reads."""
+        return CATCH_UP if self.keeps_drafts else max(CATCH_UP, self.length + 1)
+
+    def init(self, batch, capacity):
+        c = self.model.config
+        slots = capacity + self.catch_up
+        cache = kv.init_cache(
+            c.num_layers, batch, c.num_kv_heads, slots, c.head_dim, self.model.dtype
+        )
+        return {self.name: cache}
+
+    def extend(self, params, states, text, view):
+        upto = jnp.maximum(text.length - self.catch_up, 0)
+        reader = _Reader(self.model, view)
+        cache = read_text(reader, params[self.name], states[self.name], text.tokens, upto)
+        return {**states, self.name: cache}
+
+    def read(self, params, states, text, view):
+        cache = self.extend(params, states, text, view)[self.name]
+        reader, weights = _Reader(self.model, view), params[self.name]
+        cache, hidden = read_ending(reader, weights, cache, text, self.catch_up)
+        return cache, self.model.head(weights, hidden)
+
+    def forward(self, params, cache, view, tokens, positions, drafted=None, ancestors=None):
+        assert drafted is None
+        reader = _Reader(self.model, view)
+        return reader.apply(params[self.name], tokens, positions, cache, ancestors)
+
+    def draft(self, params, states, text, view, sampling, noise, active, room):
+        draft, states = super().draft(params, states, text, view, sampling, noise, active, room)
+        if not self.keeps_drafts:
+            cache = states[self.name]
+            cache = cache.replace(length=jnp.minimum(cache.length, text.length))
+            states = {**states, self.name: cache}
+        return draft, states
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Reader:
+    """`GliDe` with the target's committed keys, as a `prefill.Reader`."""
+
+    model: GliDe
+    view: TargetView
+
+    def apply(
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        cache: kv.KVCache,
+        ancestors: Array | None = None,
+        *,
+        logits: bool = True,
+    ) -> Output:
+        known = self.view.cache.length
+        visible = jnp.minimum(positions, known[:, None])
+        glimpse = glimpse_cache(self.view.cache, visible, self.model.target.windows)
+        return self.model.apply(params, tokens, positions, glimpse, cache, ancestors, logits=logits)

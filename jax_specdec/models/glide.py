@@ -1,0 +1,242 @@
+"""GliDe: a small decoder that glimpses at the target's keys and values (arXiv 2402.02082, section 4.1).
+
+Each layer is self-attention, cross-attention to one layer of the target, MLP. The cross-attention has
+a query and an output projection and none for keys and values, which are the target's as they lie in its
+cache: rotated already, so that only the query is rotated, and grouped by heads, never repeated.
+
+Axis letters as in `models.decoder`; `N`, `K`, `D` of the cross-attention are the target's. Parameters:
+
+    {"layers": (block + {"cross": {"norm", "q", "q_bias", "q_norm", "out"}}, ...), "norm": [E],
+     "embed": [V, E], "head": [E, V]}
+
+where embedding and head are the target's own arrays if they are shared, with `embed_in [Et, E]` and
+`head_out [E, Et]` between where the drafter is not as wide as the target.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jax_specdec.cache import KVCache
+from jax_specdec.models.config import ModelConfig
+from jax_specdec.models.decoder import (
+    Decoder,
+    Output,
+    Params,
+    apply_rope,
+    masked_attention,
+    matmul,
+    rms_norm,
+    rope_angles,
+    unembed,
+)
+from jax_specdec.models.glide_config import GliDeConfig
+from pallas_kernels import tree_attention
+
+Array = jax.Array
+
+
+class Glimpse(Protocol):
+    """Attention of `q [B, T, N, D]` to the keys of a target layer that each query may see."""
+
+    def __call__(self, q: Array, layer: int) -> Array: ...
+
+
+def glimpse_cache(cache: KVCache, visible: Array, windows: tuple[int | None, ...]) -> Glimpse:
+    """Attention to the target's cache, read in place.
+
+    Args:
+      visible: `int32[B, T]`, each query sees the slots before it; committed ones only.
+      windows: the target's, per layer: of those a query then sees the last so many.
+    """
+
+    def attend(q: Array, layer: int) -> Array:
+        k, v = (cache.k, cache.v) if cache.stacked else (cache.k[layer], cache.v[layer])
+        at = layer if cache.stacked else None
+        out = tree_attention(
+            q.astype(k.dtype),
+            None,
+            None,
+            k,
+            v,
+            cache.length,
+            layer=at,
+            window=windows[layer],
+            visible=visible,
+        )
+        return cast(Array, out).astype(q.dtype)
+
+    return attend
+
+
+def glimpse_text(kv: tuple[Any, Any], visible: Array, windows: tuple[int | None, ...]) -> Glimpse:
+    """Attention to the keys of a whole text that the target has just read, for training.
+
+    Args:
+      kv: the target's `Output.new_kv`. visible, windows: as in `glimpse_cache`.
+    """
+    keys, values = kv
+
+    def attend(q: Array, layer: int) -> Array:
+        slot = jnp.arange(keys[layer].shape[1], dtype=jnp.int32)[None, None]
+        keep = slot < visible[..., None]
+        window = windows[layer]
+        if window is not None:
+            keep = keep & (slot >= visible[..., None] - window)
+        k, v = keys[layer].astype(q.dtype), values[layer].astype(q.dtype)
+        out = masked_attention(q, k, v, keep)
+        return jnp.where((visible > 0)[..., None, None], out, jnp.zeros((), q.dtype))
+
+    return attend
+
+
+class CrossAttention(nn.Module):
+    """The branch between self-attention and MLP."""
+
+    config: GliDeConfig
+    target: ModelConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Array, angles: tuple[Array, Array], attend: Callable[[Array], Array]
+    ) -> Array:
+        """`x [B, T, E]` -> the same plus what `attend` saw; `angles` are of the target's head width."""
+        c, t = self.config, self.target
+        batch, length, embed = x.shape
+        ones, normal = nn.initializers.ones, nn.initializers.normal(0.02)
+        small = nn.initializers.normal(0.02 / (2 * c.num_layers) ** 0.5)
+
+        def param(name, init, *shape):
+            return self.param(name, init, shape, self.dtype)
+
+        y = rms_norm(x, param("norm", ones, embed), t.norm_eps) if c.cross_norm else x
+        q = matmul(y, param("q", normal, embed, t.num_heads * t.head_dim))
+        if c.qkv_bias:
+            q = q + param("q_bias", nn.initializers.zeros, q.shape[-1])[None, None]
+        q = q.reshape(batch, length, t.num_heads, t.head_dim)
+        if t.qk_norm:  # the target's keys were normed, and expect such queries
+            q = rms_norm(q, param("q_norm", ones, t.head_dim), t.norm_eps)
+        y = attend(apply_rope(q, *angles)).reshape(batch, length, -1)
+        return x + matmul(y, param("out", small, y.shape[-1], embed))
+
+
+@dataclasses.dataclass(frozen=True)
+class GliDe:
+    """The drafter of a `GliDeConfig` for a target: `init` and `apply`, no state.
+
+    Attributes:
+      dtype: of parameters, activations and its own cache.
+    """
+
+    config: GliDeConfig
+    target: ModelConfig
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        self.config.layers_read(self.target)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The same without cross-attention; it holds the self-attention's cache."""
+        return Decoder(self.config.decoder(self.target), self.dtype)
+
+    def init(self, key: Array) -> Params:
+        """Fresh parameters of its own: what is shared with the target is not among them."""
+        c, t = self.config, self.target
+        keys = iter(jax.random.split(key, 2 * c.num_layers + 2))
+        cross = CrossAttention(c, t, self.dtype)
+        x = jnp.zeros((1, 1, c.hidden_size), self.dtype)
+        angles = self._target_angles(jnp.zeros((1, 1), jnp.int32))
+
+        def layer() -> Params:
+            weights = self.decoder.init_layer(next(keys))
+            if c.cross_attention:
+                weights["cross"] = dict(cross.init(next(keys), x, angles, lambda q: q)["params"])
+            return weights
+
+        def matrix(rows: int, columns: int, scale: float = 0.02) -> Array:
+            return nn.initializers.normal(scale)(next(keys), (rows, columns), self.dtype)
+
+        params: Params = {"layers": tuple(layer() for _ in range(c.num_layers))}
+        if c.final_norm:
+            params["norm"] = jnp.ones((c.hidden_size,), self.dtype)
+        if not c.share:
+            params["embed"] = matrix(t.vocab_size, c.hidden_size)
+            params["head"] = matrix(c.hidden_size, t.vocab_size)
+        elif c.hidden_size != t.hidden_size:  # of unit gain: the scale is the embedding's
+            params["embed_in"] = matrix(t.hidden_size, c.hidden_size, t.hidden_size**-0.5)
+            params["head_out"] = matrix(c.hidden_size, t.hidden_size, c.hidden_size**-0.5)
+        return params
+
+    def parameter_count(self) -> int:
+        """Number of its own parameters."""
+        leaves = jax.tree.leaves(jax.eval_shape(self.init, jax.random.key(0)))
+        return sum(leaf.size for leaf in leaves)
+
+    def join(self, params: Params, target_params: Params) -> Params:
+        """Its own parameters and, where they are shared, the target's embedding and head, not copied."""
+        if not self.config.share:
+            return params
+        shared = {name: target_params[name] for name in ("embed", "head") if name in target_params}
+        return {**params, **shared}
+
+    def apply(
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        glimpse: Glimpse | None,
+        cache: KVCache | None = None,
+        ancestors: Array | None = None,
+        *,
+        logits: bool = True,
+        remat: bool = False,
+    ) -> Output:
+        """One forward pass over new tokens.
+
+        Args:
+          params: as `join` returns them. tokens, positions: `int32[B, T]`.
+          glimpse: how the target's keys are read; None without cross-attention.
+          cache, ancestors: of the self-attention, as in `Decoder.apply`.
+        """
+        x = jnp.take(params["embed"], tokens, axis=0).astype(self.dtype)
+        if "embed_in" in params:
+            x = matmul(x, params["embed_in"])
+        read = self.config.layers_read(self.target)
+        angles = self._target_angles(positions)
+        cross = CrossAttention(self.config, self.target, self.dtype)
+
+        def between(weights: Params, x: Array, *, index: int) -> Array:
+            assert glimpse is not None, "cross-attention needs the target's keys"
+            attend = functools.partial(glimpse, layer=read[index])
+            return cast(Array, cross.apply({"params": weights["cross"]}, x, angles, attend))
+
+        x, new_kv = self.decoder.layers(
+            params,
+            x,
+            positions,
+            cache,
+            ancestors,
+            between=between if self.config.cross_attention else None,
+            remat=remat,
+        )
+        return Output(self.head(params, x) if logits else None, x, new_kv)
+
+    def head(self, params: Params, hidden: Array) -> Array:
+        """`hidden [B, T, E]` before the final norm -> `float32[B, T, V]`."""
+        x = hidden
+        if "norm" in params:
+            x = rms_norm(x, params["norm"], self.target.norm_eps)
+        if "head_out" in params:
+            x = matmul(x, params["head_out"])
+        return unembed(params, x)
+
+    def _target_angles(self, positions: Array) -> tuple[Array, Array]:
+        return rope_angles(self.target.rope, self.target.head_dim, positions)

@@ -1,0 +1,109 @@
+"""The frozen description of a GliDe drafter (Du et al., arXiv 2402.02082, section 4.1)."""
+
+import dataclasses
+
+from jax_specdec.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class GliDeConfig:
+    """A small decoder whose layers also attend to the keys and values of a frozen target.
+
+    The vocabulary, rotary embedding and norm epsilon are the target's, and so is the geometry of the
+    cross-attention; the rest is here. The defaults are ours; `paper` is the published form.
+
+    Attributes:
+      num_heads, num_kv_heads, head_dim: of the self-attention.
+      target_layers: the target layer that each layer reads, counted from 0; empty: the last ones in
+        order, layer m of n reading L - n + m.
+      cross_attention: False leaves it out, which is the paper's "vanilla drafter", the control.
+      cross_norm: an RMS norm before the cross-attention, as in LongSpec (arXiv 2502.17421); the paper's
+        code has none.
+      final_norm: an RMS norm before the head; LongSpec has none.
+      share: embedding and head are the target's, frozen and not stored; otherwise the drafter has its
+        own, as in the paper. Where the widths differ a projection lies between.
+      qkv_bias: the query, key and value projections have biases (LongSpec).
+      window: sliding window of the self-attention in tokens, or None.
+      trained_delay: the largest delay of training, see `jax_specdec.training.visibility`: the distance
+        from a query to the last key of the target that it sees. The i-th token of a draft is predicted
+        at delay i, so this is the longest draft.
+    """
+
+    hidden_size: int
+    mlp_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_layers: int = 1
+    target_layers: tuple[int, ...] = ()
+    cross_attention: bool = True
+    cross_norm: bool = True
+    final_norm: bool = True
+    share: bool = True
+    qkv_bias: bool = False
+    window: int | None = None
+    trained_delay: int = 16
+
+    def __post_init__(self):
+        for name in ("hidden_size", "mlp_size", "num_layers", "head_dim", "trained_delay"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, for rotary embeddings, got {self.head_dim}")
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.num_heads} query heads cannot share {self.num_kv_heads} key heads evenly"
+            )
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
+        if self.target_layers and len(self.target_layers) != self.num_layers:
+            raise ValueError(
+                f"{len(self.target_layers)} target_layers for {self.num_layers} layers"
+            )
+
+    @classmethod
+    def paper(cls, num_layers: int = 1) -> "GliDeConfig":
+        """The published form: width 4096, one layer (two for a target of 33B), trained in blocks of 5.
+
+        MLP width and heads are the defaults of its code; the paper does not say.
+        """
+        return cls(
+            hidden_size=4096,
+            mlp_size=11008,
+            num_heads=32,
+            num_kv_heads=32,
+            head_dim=128,
+            num_layers=num_layers,
+            cross_norm=False,
+            share=False,
+            trained_delay=5,
+        )
+
+    def decoder(self, target: ModelConfig) -> ModelConfig:
+        """What it is without cross-attention: a decoder with the target's vocabulary and positions."""
+        return ModelConfig(
+            vocab_size=target.vocab_size,
+            hidden_size=self.hidden_size,
+            mlp_size=self.mlp_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            context=target.context,
+            rope=target.rope,
+            norm_eps=target.norm_eps,
+            qkv_bias=self.qkv_bias,
+            windows=(self.window,) * self.num_layers,
+        )
+
+    def layers_read(self, target: ModelConfig) -> tuple[int, ...]:
+        """The target layer that each layer attends to.
+
+        Raises:
+          ValueError: the target has no such layer.
+        """
+        count = target.num_layers
+        layers = self.target_layers or tuple(range(count - self.num_layers, count))
+        if min(layers) < 0 or max(layers) >= count:
+            raise ValueError(f"target_layers {layers} are not among the target's {count} layers")
+        return layers

@@ -1,0 +1,329 @@
+"""The training loop of every model here: optimiser, exact resume, held-out measurements, metrics, plot.
+
+What is trained is an `Objective`. Parameters and optimiser state are float32; `dtype="bfloat16"` computes
+in bfloat16. The state is saved by orbax, every batch and random draw is a function of (seed, step), and the
+metrics file is cut back to the restored step, so a run that is killed and resumed logs the losses of one
+that was not.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tqdm.auto import tqdm
+
+from jax_specdec.errors import RunError, UserError
+from jax_specdec.models.decoder import Params
+from jax_specdec.training.config import TrainConfig
+from jax_specdec.training.data import heldout_windows, training_batches
+
+# `(params, frozen, tokens int32[B, T+1], key) -> loss`, params in the compute dtype.
+LossFn = Callable[[Params, Any, jax.Array, jax.Array], jax.Array]
+# `(params, frozen, tokens) -> {name: float32[] or float32[n]}`, means over the batch.
+MeasureFn = Callable[[Params, Any, jax.Array], dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a run trains.
+
+    Attributes:
+      init: fresh float32 parameters from a key.
+      loss: differentiated with respect to its first argument.
+      measure: taken of held-out windows; `heldout_loss` must be among the names.
+      frozen: what the loss reads beside the parameters, such as a target's parameters.
+      settings: what must be the same in a resumed run; JSON.
+    """
+
+    init: Callable[[jax.Array], Params]
+    loss: LossFn
+    measure: MeasureFn
+    settings: dict[str, Any]
+    frozen: Any = None
+
+
+def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up and cosine decay over `config.steps`."""
+    warmup = min(config.warmup_steps, max(1, config.steps // 10), config.steps - 1)
+    return optax.warmup_cosine_decay_schedule(
+        0.0,
+        config.learning_rate,
+        warmup,
+        config.steps,
+        config.learning_rate * config.final_fraction,
+    )
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """The optimiser of a run. Weight decay touches matrices only."""
+    schedule = learning_rate_schedule(config)
+
+    def matrices(params: Any) -> Any:
+        return jax.tree.map(lambda x: x.ndim >= 2, params)
+
+    if config.optimizer == "adamw":
+        core = optax.adamw(
+            schedule, b1=0.9, b2=0.95, weight_decay=config.weight_decay, mask=matrices
+        )
+    else:
+
+        def muon_axes(params: Any) -> Any:
+            numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+            stacked = not isinstance(params["layers"], tuple)
+            inner = jax.tree.map(
+                lambda x: numbers if x.ndim - stacked == 2 else None, params["layers"]
+            )
+            return {name: inner if name == "layers" else None for name in params}
+
+        core = optax.contrib.muon(
+            schedule,
+            weight_decay=config.weight_decay,
+            adam_b2=0.95,
+            muon_weight_dimension_numbers=muon_axes,
+            consistent_rms=0.2,
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), core)
+
+
+def make_step(
+    loss_fn: LossFn, config: TrainConfig, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[Params, Any, dict[str, jax.Array]]]:
+    """One optimiser step.
+
+    `(params, opt_state, frozen, batch[B, T+1], key) -> (params, opt_state, metrics)`; with accumulation
+    each micro-batch has a key of its own.
+    """
+
+    def step(params, opt_state, frozen, batch, key):
+        if config.accumulate == 1:
+            loss, grads = jax.value_and_grad(loss_fn)(params, frozen, batch, key)
+        else:
+            micro = batch.reshape(config.accumulate, -1, batch.shape[-1])
+
+            def add(carry, part):
+                tokens, key = part
+                loss, grads = jax.value_and_grad(loss_fn)(params, frozen, tokens, key)
+                return jax.tree.map(jnp.add, carry, (loss, grads)), None
+
+            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+            total, _ = lax.scan(add, zero, (micro, jax.random.split(key, config.accumulate)))
+            loss, grads = jax.tree.map(lambda x: x / config.accumulate, total)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        return cast(Params, optax.apply_updates(params, updates)), opt_state, metrics
+
+    return step
+
+
+def train(
+    objective: Objective,
+    config: TrainConfig,
+    documents: Sequence[np.ndarray],
+    heldout: Sequence[np.ndarray],
+    workdir: str | Path,
+    *,
+    initial: Params | None = None,
+    resume: bool = False,
+    stop_after: int | None = None,
+    progress: bool = True,
+    on_save: Callable[[Params], None] | None = None,
+) -> Params:
+    """Trains and returns the float32 parameters.
+
+    Args:
+      documents, heldout: token ids per document, end-of-text included.
+      workdir: receives `state/` (orbax), `metrics.jsonl` and `loss.png`.
+      initial: parameters to start from; fresh ones from `config.seed` otherwise.
+      resume: go on from the newest state in `workdir`. Without it a used workdir is refused.
+      stop_after: return after this step, as a killed run would.
+      on_save: called with the parameters whenever the state is saved.
+
+    Raises:
+      UserError: a used workdir without `resume`, or other settings than the saved run's.
+      RunError: the loss is not finite.
+    """
+    workdir = Path(workdir).absolute()
+    metrics_path = workdir / "metrics.jsonl"
+    settings = {"train": dataclasses.asdict(config), **objective.settings}
+    settings = json.loads(json.dumps(settings))
+    devices = jax.devices()
+    micro = config.batch_size // config.accumulate
+    if micro % len(devices):
+        raise UserError(
+            f"A micro-batch of {micro} windows does not divide over {len(devices)} devices."
+        )
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    by_row = NamedSharding(mesh, PartitionSpec("data"))
+
+    def compute(function: Callable) -> Callable:
+        def call(params, *args):
+            narrow = jax.tree.map(lambda x: x.astype(jnp.dtype(config.dtype)), params)
+            return function(narrow, *args)
+
+        return call
+
+    optimizer = make_optimizer(config)
+    manager = ocp.CheckpointManager(
+        workdir / "state", options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    )
+    try:
+        latest = manager.latest_step()
+        if latest is not None and not resume:
+            raise UserError(
+                f"{workdir} already holds a run at step {latest}: pass --resume to go on, or use a new folder."
+            )
+        key = jax.random.key(config.seed)
+        params = objective.init(key) if initial is None else initial
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+        params = jax.device_put(params, replicated)
+        frozen = jax.device_put(objective.frozen, replicated)
+        opt_state = jax.device_put(optimizer.init(params), replicated)
+        first = 0
+        if latest is not None:
+            params, opt_state = _restore(manager, latest, (params, opt_state), settings, workdir)
+            first = latest
+        rows = _read_metrics(metrics_path, first)
+        workdir.mkdir(parents=True, exist_ok=True)
+        metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+        step_fn = jax.jit(
+            make_step(compute(objective.loss), config, optimizer),
+            in_shardings=(replicated, replicated, replicated, by_row, replicated),
+            out_shardings=(replicated, replicated, replicated),
+            donate_argnums=(0, 1),
+        )
+        measure_fn = jax.jit(compute(objective.measure))
+        windows = heldout_windows(heldout, config.sequence_length)
+        windows = windows[: len(windows) // micro * micro] if len(windows) > micro else windows
+
+        def measure() -> dict[str, Any]:
+            found = [
+                jax.device_get(measure_fn(params, frozen, jnp.asarray(windows[i : i + micro])))
+                for i in range(0, len(windows), micro)
+            ]
+            return {k: np.mean([part[k] for part in found], axis=0).tolist() for k in found[0]}
+
+        def save(step: int) -> None:
+            manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave((params, opt_state)),
+                    meta=ocp.args.JsonSave(settings),
+                ),
+            )
+            plot_metrics(rows, workdir / "loss.png")
+            if on_save is not None:
+                on_save(params)
+
+        batches = training_batches(
+            documents, config.sequence_length, config.batch_size, config.steps, config.seed
+        )
+        schedule = learning_rate_schedule(config)
+        last = min(config.steps, stop_after or config.steps)
+        tokens_per_step = config.batch_size * config.sequence_length
+        bar = tqdm(total=config.steps, initial=first, disable=not progress, unit="step")
+        with metrics_path.open("a", encoding="utf-8") as log:
+            for index in range(first, last):
+                began = time.perf_counter()
+                batch = jax.device_put(np.asarray(batches[index]), by_row)
+                params, opt_state, metrics = step_fn(
+                    params, opt_state, frozen, batch, jax.random.fold_in(key, index)
+                )
+                step = index + 1
+                loss = float(metrics["loss"])
+                if not math.isfinite(loss):
+                    raise RunError(f"The loss is {loss} at step {step}: lower the learning rate.")
+                row = {
+                    "step": step,
+                    "tokens": step * tokens_per_step,
+                    "loss": loss,
+                    "grad_norm": float(metrics["grad_norm"]),
+                    "learning_rate": float(np.asarray(schedule(index))),
+                    "tokens_per_second": tokens_per_step / (time.perf_counter() - began),
+                }
+                final = step == config.steps
+                if step % config.eval_every == 0 or final:
+                    row |= measure()
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                rows.append(row)
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                if step % config.save_every == 0 or final:
+                    save(step)
+        bar.close()
+        manager.wait_until_finished()
+    finally:
+        manager.close()
+    return params
+
+
+def _restore(
+    manager: ocp.CheckpointManager, step: int, like: Any, settings: dict[str, Any], workdir: Path
+) -> Any:
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    # The settings first: of another model not even the shapes of the state would fit.
+    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    if meta != settings:
+        raise UserError(
+            f"{workdir} was started with other settings; resume with the same ones or use a new folder."
+        )
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+    return manager.restore(step, args=args)["state"]
+
+
+def _read_metrics(path: Path, up_to_step: int) -> list[dict]:
+    if not path.is_file():
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return [row for row in rows if row["step"] <= up_to_step]
+
+
+def plot_metrics(rows: Sequence[dict], path: Path) -> None:
+    """Training and held-out loss over tokens, and where it is measured acceptance by delay, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    measured = [row for row in rows if "acceptance" in row]
+    panels = 2 if measured else 1
+    figure, grid = plt.subplots(
+        1, panels, figsize=(7 * panels, 4), layout="constrained", squeeze=False
+    )
+    axes, *more = grid[0]
+    for key, label, style in (
+        ("loss", "training", {"alpha": 0.4, "linewidth": 1}),
+        ("heldout_loss", "held out", {"marker": ".", "linewidth": 2}),
+    ):
+        points = [(row["tokens"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylim(bottom=0, top=min(6.0, max((r.get("loss", 0) for r in rows), default=6.0)))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    for axes in more:
+        last = measured[-1]
+        for key, label in (("acceptance", "acceptance"), ("greedy_match", "same best token")):
+            axes.plot(range(1, len(last[key]) + 1), last[key], marker=".", label=label)
+        axes.set_xlabel("delay (place in the draft)")
+        axes.set_ylabel(f"share of held-out tokens, step {last['step']}")
+        axes.set_ylim(0, 1)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
