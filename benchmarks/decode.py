@@ -91,6 +91,8 @@ def main() -> None:
         drafter = sd.load_drafter(wanted, target)
         loaded[f"default ({drafter.spec})" if spec == "auto" else drafter.spec] = drafter
     arms: dict = {name: Arm(target, drafter, tokens) for name, drafter in loaded.items()}
+    if args.dtype != "float32":  # the baseline is the faster plain decoding
+        arms["plain float32"] = Arm(sd.load_target(args.model, dtype="float32"), None, tokens)
     if not args.no_peer:
         try:
             peer = Transformers(args.model, tokens, args.dtype, args.threads)
@@ -143,6 +145,9 @@ def main() -> None:
 
     count = len(prompts) * tokens
     plain = seconds["plain"]
+    best_plain = min(
+        (seconds[name] for name in ("plain", "plain float32") if name in arms), key=sum
+    )
     rows = {}
     for name, arm in arms.items():
         ratio = [p / s for p, s in zip(plain, seconds[name], strict=True)]
@@ -150,6 +155,9 @@ def main() -> None:
             "seconds": seconds[name],
             "tokens_per_second": spread([count / s for s in seconds[name]]),
             "speed_over_plain": spread(ratio),
+            "speed_over_best_plain": spread(
+                [p / s for p, s in zip(best_plain, seconds[name], strict=True)]
+            ),
             "same_tokens_as_plain": sum(
                 a == b for a, b in zip(first[name], first["plain"], strict=True)
             ),
