@@ -95,7 +95,7 @@ def test_rules_take_what_they_say(name, ties):
     )
     for nodes in (6, 11, 33):
         rule = RULES[name](nodes)
-        draft = jax.device_get(jax.jit(lambda d, rule=rule: rule.widen(d, 2, False))(drafted))
+        draft = jax.device_get(jax.jit(lambda d, rule=rule: rule.widen(d, 2))(drafted))
         assert draft.tokens.shape == (batch, nodes) and draft.top_ids is None
         assert (draft.tokens[:, : depth + 1] == np.asarray(drafted.tokens)).all()
         for b in range(batch):
@@ -203,7 +203,7 @@ def rule_siblings(rule, vocab):
         probs = probs.astype(jnp.float32)
         fields = {"top_ids": jnp.pad(ids, pad), "top_probs": jnp.pad(probs, pad)}
         drafted = chain(text, tokens, probability=probs[..., 0], **fields)
-        return rule.widen(drafted, 2, False)
+        return rule.widen(drafted, 2)
 
     @functools.cache
     def of(chain_tokens, laws):

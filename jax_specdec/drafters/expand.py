@@ -26,23 +26,34 @@ class Rule:
     """How a draft is widened.
 
     Attributes:
-      nodes: T, the nodes of every verification, the root included: the shapes are static.
+      nodes: the budget of every verification, the root included. Shapes are static: it is spent,
+        on invalid nodes where a rule finds too few.
     """
 
     nodes: int
 
-    def most(self, drafter: Drafter) -> int:
-        """The largest budget that the rule can spend on the drafter."""
+    def check(self, drafter: Drafter) -> None:
+        """Raises `UserError` for a drafter that the rule cannot widen."""
+
+    def budgets(self, drafter: Drafter) -> tuple[int, int]:
+        """The smallest and the largest `nodes` that the rule can spend on the drafter."""
         raise NotImplementedError
+
+    def size(self, drafter: Drafter) -> int:
+        """T, at most `nodes`."""
+        del drafter
+        return self.nodes
 
     def init(self, drafter: Drafter, batch: int, capacity: int) -> dict[str, Any]:
         return drafter.init(batch, capacity)
 
-    def draft(self, drafter: Drafter, *args) -> tuple[Draft, dict[str, Any]]:
-        """`Drafter.draft` of the expansion; `args` are its arguments."""
+    def draft(
+        self, drafter: Any, params, states, text, view, sampling, noise, active, room
+    ) -> tuple[Draft, dict[str, Any]]:
+        """`Drafter.draft` of the expansion."""
         raise NotImplementedError
 
-    def commit(self, drafter: Drafter, states, outcome, view) -> dict[str, Any]:
+    def commit(self, drafter: Any, states, outcome, view) -> dict[str, Any]:
         return drafter.commit(states, outcome, view)
 
 
@@ -62,12 +73,12 @@ class Expand:
     rule: Rule
 
     def __post_init__(self):
-        chain, nodes = self.drafter.depth, self.rule.nodes
-        most = min(self.rule.most(self.drafter), MAX_NODES)
-        if not chain + 2 <= nodes <= most:
+        self.rule.check(self.drafter)
+        least, most = self.rule.budgets(self.drafter)
+        if not least <= self.rule.nodes <= min(most, MAX_NODES):
             raise UserError(
-                f"An expansion of a chain of {chain} takes {chain + 2} to {most} nodes (the root, the "
-                f"chain and at least one sibling), got {nodes}."
+                f"This expansion of a chain of {self.drafter.depth} takes {least} to "
+                f"{min(most, MAX_NODES)} nodes, the root and the chain included, got {self.rule.nodes}."
             )
 
     @property
@@ -76,7 +87,7 @@ class Expand:
 
     @property
     def num_nodes(self) -> int:
-        return self.rule.nodes - 1
+        return self.rule.size(self.drafter) - 1
 
     @property
     def depth(self) -> int:
@@ -111,8 +122,8 @@ class Comb(Rule):
     what matching shares by intention (see `neural.chain_fields`).
     """
 
-    def most(self, drafter):
-        return 1 + drafter.depth * (1 + SIBLINGS)
+    def budgets(self, drafter):
+        return drafter.depth + 2, 1 + drafter.depth * (1 + SIBLINGS)
 
     def priority(
         self, probs: Float[Array, "B P J"], confidence: Float[Array, "B P"]
@@ -125,21 +136,21 @@ class Comb(Rule):
         """
         raise NotImplementedError
 
-    def draft(self, drafter, *args):
-        *rest, noise, active, room = args
+    def draft(self, drafter, params, states, text, view, sampling, noise, active, room):
         wide = noise.replace(return_top=True)
-        draft, states = drafter.draft(*rest, wide, active, room)
+        draft, states = drafter.draft(params, states, text, view, sampling, wide, active, room)
         if not draft.is_chain or draft.top_ids is None:
             raise UserError(
                 f"The drafter {drafter.name!r} cannot be expanded: "
                 + ("it proposes trees." if not draft.is_chain else "it has no distribution.")
             )
-        return self.widen(draft, len(drafter.proposers) + 1, noise.return_top), states
+        return self.widen(draft, len(drafter.proposers) + 1), states
 
-    def widen(self, draft: Draft, origin: int, return_top: bool) -> Draft:
+    def widen(self, draft: Draft, origin: int) -> Draft:
         """The chain with the chosen siblings, labelled `origin`, behind it."""
         depth, nodes = draft.depth_limit, self.nodes
         batch = draft.tokens.shape[0]
+        assert draft.top_ids is not None and draft.top_probs is not None
         top_ids, top_probs = draft.top_ids[:, :depth], draft.top_probs[:, :depth]
         probs = top_probs[..., 1:]
         priority = self.priority(probs, jnp.max(top_probs, axis=-1))
@@ -159,7 +170,6 @@ class Comb(Rule):
         # All that a node sees is itself and the chain down to its parent.
         seen = (line[None, None] <= parent[..., None]) | jnp.eye(nodes, dtype=bool)[None]
         depths = jnp.broadcast_to(draft.depths(), draft.tokens.shape)
-        empty = ((0, 0), (0, nodes - depth - 1), (0, 0))
         some = some & jnp.take_along_axis(draft.valid, above, axis=1)
         return draft.replace(
             tokens=leaves(draft.tokens, top_ids[..., 1:]),
@@ -169,8 +179,8 @@ class Comb(Rule):
             parent=parent,
             depth=jnp.concatenate([depths, above + 1], axis=1),
             ancestors=masks.pack(seen),
-            top_ids=jnp.pad(draft.top_ids, empty) if return_top else None,
-            top_probs=jnp.pad(draft.top_probs, empty) if return_top else None,
+            top_ids=None,
+            top_probs=None,
         )
 
 

@@ -61,7 +61,15 @@ class LmDrafter(NeuralDrafter):
         cache = kv.commit(cache, out.new_kv, text.length - start, after=out.hidden)
         return cache, logits
 
+    def blank(self, batch, nodes):
+        c, d = self.decoder.config, self.decoder
+        shape = (batch, nodes, c.num_kv_heads, c.head_dim)
+        if d.layer_loop == "scan":
+            return (jnp.zeros((c.num_layers, *shape), d.dtype),) * 2
+        return ((jnp.zeros(shape, d.dtype),) * c.num_layers,) * 2
+
     def forward(self, params, cache, view, tokens, positions, drafted=None, ancestors=None):
         del view
-        assert drafted is None
-        return self.decoder.apply(params[self.name], tokens, positions, cache, ancestors)
+        return self.decoder.apply(
+            params[self.name], tokens, positions, cache, ancestors, drafted=drafted
+        )

@@ -36,6 +36,10 @@ class NeuralDrafter(ChainDrafter):
         """The cache with the whole text in it, the root included, and the logits after the root."""
         raise NotImplementedError
 
+    def blank(self, batch: int, nodes: int) -> tuple[Any, Any]:
+        """Keys and values of `nodes` tree nodes, all 0, in the form of `Output.new_kv`."""
+        raise NotImplementedError
+
     def forward(
         self,
         params: dict[str, Any],
@@ -46,7 +50,12 @@ class NeuralDrafter(ChainDrafter):
         drafted: tuple[Any, Any] | None = None,
         ancestors: Int[Array, "B T W"] | None = None,
     ) -> Output:
-        """One pass over new tokens behind `cache`; see `Decoder.apply` for the last two arguments."""
+        """One pass over new tokens behind `cache`, which is not written.
+
+        Args:
+          drafted, ancestors: tree nodes that were read before, and who sees whom, as in
+            `Decoder.apply`; None where the new tokens are a chain.
+        """
         raise NotImplementedError
 
     def draft(self, params, states, text, view, sampling, noise, active, room):
@@ -57,7 +66,8 @@ class NeuralDrafter(ChainDrafter):
         def propose(logits, depth):
             scores = warp(logits, sampling)
             token = argmax(perturbed(scores, noise, depth, self.proposal))
-            return token, (token[:, 0], scores[:, 0] if described else None)
+            item = {"token": token[:, 0]}
+            return token, {**item, "scores": scores[:, 0]} if described else item
 
         def step(carry, depth):
             cache, token = carry
@@ -70,11 +80,13 @@ class NeuralDrafter(ChainDrafter):
         token, first = propose(logits, 0)
         depth = jnp.arange(1, self.length, dtype=jnp.int32)
         (cache, _), rest = lax.scan(step, (cache, token), depth)
-        tokens = jnp.concatenate([first[0][:, None], rest[0].swapaxes(0, 1)], axis=1)
-        fields = {}
+        items = {
+            key: jnp.concatenate([first[key][:, None], jnp.swapaxes(rest[key], 0, 1)], axis=1)
+            for key in first
+        }
+        tokens, fields = items["token"], {}
         if described:
-            scores = jnp.concatenate([first[1][:, None], rest[1].swapaxes(0, 1)], axis=1)
-            fields = chain_fields(scores, tokens, sampling, noise, self.proposal)
+            fields = chain_fields(items["scores"], tokens, sampling, noise, self.proposal)
         return chain(text, tokens, **fields), {**states, self.name: cache}
 
     def commit(self, states, outcome, view):
@@ -135,8 +147,8 @@ def chain_fields(
 
 
 def best_children(
-    scores: Float[Array, "B T V"], first: Int[Array, "B T"], sampling: Sampling
-) -> tuple[Int[Array, "B T 8"], Float[Array, "B T 8"]]:
+    scores: Float[Array, "B T V"], first: Int[Array, "B T"], sampling: Sampling, count: int = TOP
+) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
     """`first`, then the next best of `scores`, with probabilities at temperature 1.
 
     `scores` are divided by the row's temperature, or noise is added that should be; both are undone.
@@ -148,7 +160,7 @@ def best_children(
     chosen = jnp.take_along_axis(scores, first[..., None], axis=-1)
     line = lax.broadcasted_iota(jnp.int32, scores.shape, 2)
     others, ids = largest(
-        jnp.where(line == first[..., None], NEG_INF, scores), min(TOP, scores.shape[-1]) - 1
+        jnp.where(line == first[..., None], NEG_INF, scores), min(count, scores.shape[-1]) - 1
     )
     values = jnp.concatenate([chosen, others], axis=-1)
     top = jnp.max(values, axis=-1, keepdims=True)
