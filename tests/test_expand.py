@@ -1,6 +1,7 @@
 """Expansions: which siblings each rule takes, against plain Python, and exactness of what comes of it."""
 
 import functools
+import json
 
 import helpers as h
 import jax
@@ -11,9 +12,10 @@ from test_acceptance import enumerate_reject, norm, pair
 from test_loop import MIXED, RAGGED, check_stats
 from test_sampling import LEVEL, chi_square, exact_law, sample
 
-from jax_specdec import DecodeLoop, UserError, acceptance
+from jax_specdec import DecodeLoop, UserError, acceptance, load_target
 from jax_specdec.drafters.expand import Cape, Expand, Fixed, PathProbability, select
 from jax_specdec.drafters.lm import LmDrafter
+from jax_specdec.drafters.loading import LENGTHS_FILE, Spec, complete, load_drafter, parse_drafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.neural import best_children
 from jax_specdec.sampling import make_sampling
@@ -277,3 +279,62 @@ def test_chi_square_of_the_rejection_rule():
     counts = sample(drafter, "reject", lm=h.close_params())
     for case in range(4):
         assert chi_square(counts[case], exact_law(case)) > LEVEL
+
+
+# Specifications
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("lm:4+cape:16", Spec("lm", 4, "cape", 16)),
+        ("lm+path", Spec("lm", None, "path", None)),
+        (" lm : 5 + tree : 20 ", Spec("lm", 5, "tree", 20)),
+        ("lm:2+beam:9", Spec("lm", 2, "beam", 9)),
+        ("lm+fixed:12", Spec("lm", None, "fixed", 12)),
+        ("max-gram:7", Spec("max-gram", 7)),
+        ("none", Spec("none")),
+    ],
+)
+def test_specifications(text, want):
+    assert parse_drafter(text) == want
+    assert parse_drafter(str(want)) == want
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("lm:4+cpae:16", "Unknown expansion 'cpae': did you mean cape"),
+        ("lm:4+eagle", "Unknown expansion 'eagle': known are cape, fixed, path, tree, beam"),
+        ("lm:4+", "Unknown expansion ''"),
+        ("lmm:4+cape", "Unknown drafter 'lmm': did you mean lm"),
+        ("lm:4+cape:4", "takes 6 to 33 nodes.*got 4"),
+        ("lm:4+cape:-1", "takes 6 to 33 nodes.*got -1"),
+        ("lm:4+beam:8", "takes 9 to 33 nodes.*got 8"),
+        ("lm:2+path:64", "takes 4 to 17 nodes.*got 64"),
+        ("lm:63+cape", "leaves no room"),
+        ("max-gram:4+cape", "'max-gram' has no distribution to expand: leave out \\+cape"),
+        ("none+cape", "'none' has no distribution"),
+        ("lm:4+cape:16+cape:16", "Unknown expansion"),
+    ],
+)
+def test_specifications_that_are_wrong(text, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        parse_drafter(text)
+    assert "\n" not in str(error.value)
+
+
+def test_loaded_expansions(tiny_checkpoints, tmp_path):
+    """The specification of a loaded drafter loads it again; defaults are those that were measured."""
+    target = load_target(tiny_checkpoints / "target", dtype="float32")
+    loaded = load_drafter("lm:3+cape:12", target)
+    assert loaded.drafter == Expand(load_drafter("lm:3", target).drafter, Cape(12))
+    assert loaded.spec == "lm:3+cape:12" and set(loaded.params) == {"lm"}
+    assert load_drafter("lm+path", target).spec == "lm:4+path:17"
+    assert load_drafter("lm:2+tree", target).spec == "lm:2+tree:9"
+    found = {"lengths": {"lm": 2, "lm+cape": 5}, "nodes": {"lm+cape": 20}}
+    (tmp_path / LENGTHS_FILE).write_text(json.dumps(found))
+    assert str(complete(parse_drafter("lm+cape"), tmp_path)) == "lm:5+cape:20"
+    assert str(complete(parse_drafter("lm+path"), tmp_path)) == "lm:2+path:9"
+    assert str(complete(parse_drafter("lm:3+cape"), tmp_path)) == "lm:3+cape:13"
+    assert str(complete(parse_drafter("lm+cape:12"), tmp_path)) == "lm:5+cape:12"

@@ -35,13 +35,34 @@ class Rule:
     def check(self, drafter: Drafter) -> None:
         """Raises `UserError` for a drafter that the rule cannot widen."""
 
-    def budgets(self, drafter: Drafter) -> tuple[int, int]:
-        """The smallest and the largest `nodes` that the rule can spend on the drafter."""
+    def budgets(self, depth: int) -> tuple[int, int]:
+        """The smallest and the largest `nodes` that the rule can spend on a chain of `depth`."""
         raise NotImplementedError
 
-    def size(self, drafter: Drafter) -> int:
+    def fit(self, depth: int) -> None:
+        """Raises `UserError` for a budget that does not fit a chain of `depth`."""
+        if self.fits(depth):
+            return
+        least, most = self.budgets(depth)
+        most = min(most, MAX_NODES)
+        if least > most:
+            raise UserError(
+                f"A chain of {depth} leaves no room for this expansion: a draft has at most "
+                f"{MAX_NODES} nodes."
+            )
+        raise UserError(
+            f"This expansion of a chain of {depth} takes {least} to {most} nodes, the root and the "
+            f"chain included, got {self.nodes}."
+        )
+
+    def fits(self, depth: int) -> bool:
+        """Whether `fit` would not raise."""
+        least, most = self.budgets(depth)
+        return least <= self.nodes <= min(most, MAX_NODES)
+
+    def size(self, depth: int) -> int:
         """T, at most `nodes`."""
-        del drafter
+        del depth
         return self.nodes
 
     def init(self, drafter: Drafter, batch: int, capacity: int) -> dict[str, Any]:
@@ -74,12 +95,7 @@ class Expand:
 
     def __post_init__(self):
         self.rule.check(self.drafter)
-        least, most = self.rule.budgets(self.drafter)
-        if not least <= self.rule.nodes <= min(most, MAX_NODES):
-            raise UserError(
-                f"This expansion of a chain of {self.drafter.depth} takes {least} to "
-                f"{min(most, MAX_NODES)} nodes, the root and the chain included, got {self.rule.nodes}."
-            )
+        self.rule.fit(self.drafter.depth)
 
     @property
     def name(self) -> str:
@@ -87,7 +103,7 @@ class Expand:
 
     @property
     def num_nodes(self) -> int:
-        return self.rule.size(self.drafter) - 1
+        return self.rule.size(self.drafter.depth) - 1
 
     @property
     def depth(self) -> int:
@@ -122,8 +138,8 @@ class Comb(Rule):
     what matching shares by intention (see `neural.chain_fields`).
     """
 
-    def budgets(self, drafter):
-        return drafter.depth + 2, 1 + drafter.depth * (1 + SIBLINGS)
+    def budgets(self, depth):
+        return depth + 2, 1 + depth * (1 + SIBLINGS)
 
     def priority(
         self, probs: Float[Array, "B P J"], confidence: Float[Array, "B P"]
@@ -135,6 +151,12 @@ class Comb(Rule):
             probability of any token at each depth.
         """
         raise NotImplementedError
+
+    def rank(self, top_probs: Float[Array, "B P K"]) -> Float[Array, "B N"]:
+        """`priority` of every sibling, depth * (K - 1) + place, of a chain's `Draft.top_probs`."""
+        probs = top_probs[..., 1:]
+        priority = self.priority(probs, jnp.max(top_probs, axis=-1))
+        return jnp.where(probs > 0, priority, -jnp.inf).reshape(probs.shape[0], -1)
 
     def draft(self, drafter, params, states, text, view, sampling, noise, active, room):
         wide = noise.replace(return_top=True)
@@ -153,9 +175,7 @@ class Comb(Rule):
         assert draft.top_ids is not None and draft.top_probs is not None
         top_ids, top_probs = draft.top_ids[:, :depth], draft.top_probs[:, :depth]
         probs = top_probs[..., 1:]
-        priority = self.priority(probs, jnp.max(top_probs, axis=-1))
-        priority = jnp.where(probs > 0, priority, -jnp.inf).reshape(batch, -1)
-        chosen, some = select(priority, nodes - 1 - depth)
+        chosen, some = select(self.rank(top_probs), nodes - 1 - depth)
         per_depth = probs.shape[-1]
 
         def leaves(of_chain: Array, of_siblings: Array) -> Array:

@@ -56,7 +56,7 @@ class Growth(Rule):
     only the chain and its siblings can be accepted.
     """
 
-    def shape(self, drafter: Any) -> tuple[int, int]:
+    def shape(self, depth: int) -> tuple[int, int]:
         """(width, children): nodes read at each depth, and candidates below each of them."""
         raise NotImplementedError
 
@@ -75,9 +75,9 @@ class Growth(Rule):
 
     def init(self, drafter, batch, capacity):
         assert isinstance(drafter, NeuralDrafter)
-        width, _ = self.shape(drafter)
+        width, _ = self.shape(drafter.depth)
         new_kv = drafter.blank(batch, width * max(drafter.depth - 1, 1))
-        slot = jnp.zeros((batch, self.size(drafter)), jnp.int32)
+        slot = jnp.zeros((batch, self.size(drafter.depth)), jnp.int32)
         return {**drafter.init(batch, capacity), _key(drafter): (new_kv, slot)}
 
     def draft(self, drafter, params, states, text, view, sampling, noise, active, room):
@@ -101,7 +101,7 @@ class Growth(Rule):
         noise: Noise,
     ) -> Grown:
         """Reads and expands depth after depth, from the logits after the root."""
-        width, children = self.shape(drafter)
+        width, children = self.shape(drafter.depth)
         batch, steps = logits.shape[0], drafter.depth - 1
         slots = width * max(steps, 1)
         candidates = width * children
@@ -162,7 +162,7 @@ class Growth(Rule):
         self, drafter: Drafter, grown: Grown, text: Text
     ) -> tuple[Draft, Int[Array, "B T"]]:
         """The draft, and where each node's keys and values lie in `grown.new_kv`, -1 for nowhere."""
-        width, children = self.shape(drafter)
+        width, children = self.shape(drafter.depth)
         batch, depth, candidates = grown.tokens.shape
         others, some = self.chosen(grown, drafter)
         chain = jnp.arange(depth, dtype=jnp.int32)[None] * candidates
@@ -238,12 +238,11 @@ class DynamicTree(Growth):
         if not 2 <= self.width <= TOP:
             raise UserError(f"The width of a dynamic tree must be in 2 to {TOP}, got {self.width}.")
 
-    def budgets(self, drafter):
-        below = self.width + (drafter.depth - 1) * self.width**2
-        return drafter.depth + 2, 1 + below
+    def budgets(self, depth):
+        return depth + 2, 1 + self.width + (depth - 1) * self.width**2
 
-    def shape(self, drafter):
-        del drafter
+    def shape(self, depth):
+        del depth
         return self.width, self.width
 
     def chosen(self, grown, drafter):
@@ -256,14 +255,14 @@ class DynamicTree(Growth):
 class BeamSearch(Growth):
     """Beam search, every beam of every depth verified: as many beams as the budget holds."""
 
-    def budgets(self, drafter):
-        return 1 + 2 * drafter.depth, 1 + TOP * drafter.depth
+    def budgets(self, depth):
+        return 1 + 2 * depth, 1 + TOP * depth
 
-    def size(self, drafter):
-        return 1 + self.shape(drafter)[0] * drafter.depth
+    def size(self, depth):
+        return 1 + self.shape(depth)[0] * depth
 
-    def shape(self, drafter):
-        width = (self.nodes - 1) // drafter.depth
+    def shape(self, depth):
+        width = (self.nodes - 1) // depth
         return width, width
 
     def chosen(self, grown, drafter):
