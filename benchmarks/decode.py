@@ -164,10 +164,10 @@ def main() -> None:
         }
         drafter = loaded.get(name)
         if drafter is not None:
-            length = drafter.drafter.num_nodes
+            length, nodes = drafter.drafter.depth, drafter.drafter.num_nodes + 1
             costs = Costs(verify, {length: cost["draft", drafter.spec]["median"]})
             accepted = acceptance_by_position(arm.answers)
-            predicted = costs.speedup(accepted, length)
+            predicted = costs.speedup(accepted, length, nodes)
             measured = statistics.median(
                 p / s for p, s in zip(decode_only["plain"], decode_only[name], strict=True)
             )
@@ -180,8 +180,8 @@ def main() -> None:
                 "predicted_decode_speed_over_plain": predicted,
                 "measured_over_predicted": measured / predicted,
                 "round_s": loop,
-                "sum_of_parts_s": costs.round(length),
-                "loop_over_parts": loop / costs.round(length),
+                "sum_of_parts_s": costs.round(length, nodes),
+                "loop_over_parts": loop / costs.round(length, nodes),
             }
         rows[name] = row
 

@@ -60,7 +60,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="checkpoints/demo/target")
     parser.add_argument("--prompts", required=True, help="folder written by prepare.py")
-    parser.add_argument("--drafters", default="lm:4,max-gram:8,prompt-lookup:6,bigram:3")
+    parser.add_argument(
+        "--drafters",
+        default="lm:4,max-gram:8,prompt-lookup:6,bigram:3,lm:4+cape:16,lm:6+fixed:16,lm:4+path:16,"
+        "lm:5+tree:20,lm:4+beam:13",
+    )
     parser.add_argument("--per-set", type=int, default=100)
     parser.add_argument("--keep-last", type=int, default=896)
     parser.add_argument("--max-new-tokens", type=int, default=64)

@@ -8,6 +8,8 @@ from jax_specdec.errors import RunError, UserError
 if TYPE_CHECKING:
     from jax_specdec.checkpoints import Target, convert, load_target, memory_plan, save_pretrained
     from jax_specdec.drafters.base import Drafter, Outcome, TargetView
+    from jax_specdec.drafters.expand import Cape, Expand, Fixed, PathProbability
+    from jax_specdec.drafters.growth import BeamSearch, DynamicTree
     from jax_specdec.drafters.loading import LoadedDrafter, default_spec, load_drafter
     from jax_specdec.loop import DecodeLoop, make_generate
     from jax_specdec.models.config import ModelConfig, RopeConfig
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "checkpoints": ("Target", "convert", "load_target", "memory_plan", "save_pretrained"),
     "drafters.base": ("Drafter", "Outcome", "TargetView"),
+    "drafters.expand": ("Cape", "Expand", "Fixed", "PathProbability"),
+    "drafters.growth": ("BeamSearch", "DynamicTree"),
     "drafters.loading": ("LoadedDrafter", "default_spec", "load_drafter"),
     "loop": ("DecodeLoop", "make_generate"),
     "models.config": ("ModelConfig", "RopeConfig"),
@@ -37,16 +41,22 @@ _HOMES = {
 }
 
 __all__ = [
+    "BeamSearch",
+    "Cape",
     "DecodeLoop",
     "Decoder",
     "Draft",
     "Drafter",
+    "DynamicTree",
+    "Expand",
+    "Fixed",
     "Generation",
     "GliDe",
     "GliDeConfig",
     "LoadedDrafter",
     "ModelConfig",
     "Outcome",
+    "PathProbability",
     "RopeConfig",
     "RunError",
     "Sampling",

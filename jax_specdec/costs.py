@@ -1,9 +1,9 @@
-"""The cost model: what a round costs, what it yields, and the draft length that follows.
+"""The cost model: what a round costs, what it yields, and the draft length and budget that follow.
 
-A round of draft length g costs `v(1 + g) + d(g)` seconds, verification of 1 + g nodes and drafting, and
-yields `tau(g) = 1 + sum of A_1..A_g` tokens, A_i being how often the i-th drafted token is accepted.
-The speed against plain decoding is `tau(g) v(1) / (v(1 + g) + d(g))` (arXiv 2211.17192, section 3.3, with
-measured costs in place of constants).
+A round of draft length g costs `v(T) + d(g)` seconds, verification of T nodes (1 + g of a chain) and
+drafting, and yields `tau = 1 + sum of A_1..A_g` tokens, A_i being how often a token is accepted at
+position i. The speed against plain decoding is `tau v(1) / (v(T) + d(g))` (arXiv 2211.17192, section
+3.3, with measured costs in place of constants).
 """
 
 import dataclasses
@@ -20,11 +20,13 @@ from jax import lax
 
 from jax_specdec.checkpoints import Target
 from jax_specdec.drafters.base import ChainDrafter, Outcome, StatelessDrafter, TargetView
-from jax_specdec.drafters.loading import LoadedDrafter
+from jax_specdec.drafters.expand import Comb
+from jax_specdec.drafters.loading import RULES, LoadedDrafter, Spec, parse_drafter
 from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.errors import UserError
 from jax_specdec.loop import DecodeLoop
 from jax_specdec.pipeline import Generation, SpeculativeDecoder
+from jax_specdec.replay import Record, acceptance, record
 from jax_specdec.sampling import Noise, make_sampling, shared_noise
 from jax_specdec.tree import Text, chain
 
@@ -55,18 +57,32 @@ class Costs:
     verify: dict[int, float]
     draft: dict[int, float]
 
-    def round(self, length: int) -> float:
-        """Seconds of a round of this draft length, interpolated between measured ones."""
-        return _interpolate(self.verify, 1 + length) + _interpolate({0: 0.0, **self.draft}, length)
+    def round(self, length: int, nodes: int | None = None) -> float:
+        """Seconds of a round of this draft length, interpolated between measured ones.
 
-    def speedup(self, acceptance: Sequence[float], length: int) -> float:
+        Args:
+          nodes: T, where it is not a chain's.
+        """
+        verify = _interpolate(self.verify, 1 + length if nodes is None else nodes)
+        return verify + _interpolate({0: 0.0, **self.draft}, length)
+
+    def speedup(self, acceptance: Sequence[float], length: int, nodes: int | None = None) -> float:
         """Predicted speed against plain decoding; `acceptance[i]` is A_{i+1}."""
         tau = 1.0 + sum(acceptance[:length])
-        return tau * self.verify[1] / self.round(length)
+        return tau * self.verify[1] / self.round(length, nodes)
 
     def best_length(self, acceptance: Sequence[float]) -> int:
         """The draft length with the highest predicted speed; 0 where drafting does not pay."""
         return max(range(len(acceptance) + 1), key=lambda g: self.speedup(acceptance, g))
+
+    def best_expansion(self, found: Record, rule: type[Comb]) -> tuple[float, int, int]:
+        """`(predicted speed, draft length, nodes)` of the best comb over measured widths and lengths."""
+        return max(
+            (self.speedup(acceptance(found, g, rule(nodes)), g, nodes), g, nodes)
+            for g in range(1, found.rank.shape[1] + 1)
+            for nodes in self.verify
+            if rule(nodes).fits(g)
+        )
 
 
 def _interpolate(points: Mapping[int, float], at: int) -> float:
@@ -193,27 +209,6 @@ def draft_arm(
     return once
 
 
-def measure_costs(
-    target: Target,
-    make_drafter: Callable[[int], LoadedDrafter],
-    ids: Sequence[Sequence[int]],
-    *,
-    widths: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 9, 11, 13, 17),
-    lengths: Sequence[int] = (1, 4, 8, 16),
-    repeats: int = 5,
-) -> Costs:
-    """Measures a target's widths and a drafter's lengths, interleaved, at the batch of `ids`."""
-    arms: dict[Any, Callable[[], float]] = {
-        ("verify", t): verify_arm(target, t, ids) for t in widths
-    }
-    arms |= {("draft", g): draft_arm(target, make_drafter(g), ids) for g in lengths}
-    seconds = {key: statistics.median(v) for key, v in medians(arms, repeats).items()}
-    return Costs(
-        verify={t: seconds["verify", t] for t in widths},
-        draft={g: seconds["draft", g] for g in lengths},
-    )
-
-
 def acceptance_by_position(generations: Sequence[Generation]) -> list[float]:
     """A_1, A_2, ...: accepted tokens at each draft position over all rounds."""
     rounds = sum(g.stats.num_spec_steps for g in generations)
@@ -225,29 +220,9 @@ def acceptance_by_position(generations: Sequence[Generation]) -> list[float]:
     ]
 
 
-def measure_acceptance(
-    target: Target,
-    drafter: LoadedDrafter,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 64,
-    batch_size: int = 8,
-    temperature: float = 0.0,
-) -> list[float]:
-    """Acceptance by position of a drafter of any length on real prompts."""
-    decoder = SpeculativeDecoder(target, drafter)
-    out = decoder.generate(
-        prompts,
-        max_new_tokens=max_new_tokens,
-        batch_size=min(batch_size, len(prompts)),
-        temperature=temperature,
-    )
-    return acceptance_by_position(list(out))
-
-
 def tune(
     target: Target,
-    make_drafter: Callable[[str, int], LoadedDrafter],
+    make_drafter: Callable[[str], LoadedDrafter],
     names: Sequence[str],
     prompts: Sequence[str],
     *,
@@ -257,55 +232,79 @@ def tune(
     repeats: int = 5,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Measures v, d and acceptance, and chooses each drafter's length and the default drafter.
+    """Measures v, d and acceptance, and chooses lengths, budgets and the default drafter.
 
     Args:
-      make_drafter: `(name, length) -> drafter`. names: the drafters to tune.
+      make_drafter: specification -> drafter. names: what to tune, drafters (`lm`) and drafters with an
+        expansion by siblings (`lm+cape`).
       prompts: real ones; the first `batch_size` of them are the text that costs are measured on.
       longest: lengths 1..longest are considered.
 
     Returns:
-      A JSON-ready record: `lengths` by drafter (0: drafting does not pay), `default`, and under
-      `measured` the figures that decided.
+      A JSON-ready record: `lengths` by name (0: drafting does not pay), `nodes` by name of an
+      expansion, `default`, and under `measured` the figures that decided.
+
+    Raises:
+      UserError: an expansion that grows trees, which only decoding with it can measure.
     """
-    names = [name for name in names if name != "none"]
+    specs = [parse_drafter(name) for name in names if name != "none"]
+    for spec in specs:
+        if spec.rule is not None and not issubclass(RULES[spec.rule], Comb):
+            raise UserError(
+                f"{spec.key!r} cannot be tuned: only siblings of a chain are predicted."
+            )
     ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts[:batch_size]]
-    widths = sorted({1, 2, 3, 4, 5, 6, 7, 9, 11, 1 + longest} & set(range(1, longest + 2)))
+    widths = {1, 2, 3, 4, 5, 6, 7, 9, 11, 1 + longest} & set(range(1, longest + 2))
+    if any(spec.rule for spec in specs):
+        widths |= {8, 12, 16, 20, 24, 32}
     lengths = sorted({1, max(1, longest // 2), longest})
     arms: dict[Any, Callable[[], float]] = {}
-    for nodes in widths:
+    for nodes in sorted(widths):
         arms["verify", nodes] = verify_arm(target, nodes, ids)
         report(f"compiled a verification of {nodes} nodes")
-    for name in names:
+    for spec in specs:
         for length in lengths:
-            arms[name, length] = draft_arm(target, make_drafter(name, length), ids)
-        report(f"compiled {name}")
+            arms[spec.key, length] = draft_arm(
+                target, make_drafter(str(spec._replace(length=length, nodes=None))), ids
+            )
+        report(f"compiled {spec.key}")
     seconds = {key: statistics.median(v) for key, v in medians(arms, repeats).items()}
-    verify = {t: seconds["verify", t] for t in widths}
-    chosen: dict[str, int] = {}
+    verify = {t: seconds["verify", t] for t in sorted(widths)}
+    chosen: dict[str, Spec] = {}
     measured: dict[str, Any] = {}
-    for name in names:
-        costs = Costs(verify, {g: seconds[name, g] for g in lengths})
-        accepted = measure_acceptance(
-            target,
-            make_drafter(name, longest),
-            prompts,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
+    for spec in specs:
+        costs = Costs(verify, {g: seconds[spec.key, g] for g in lengths})
+        decoder = SpeculativeDecoder(target, make_drafter(f"{spec.name}:{longest}"))
+        answers = list(
+            decoder.generate(
+                prompts, max_new_tokens=max_new_tokens, batch_size=min(batch_size, len(prompts))
+            )
         )
-        best = costs.best_length(accepted)
-        chosen[name] = best
-        measured[name] = {
+        nodes = None
+        accepted = acceptance_by_position(answers)
+        if spec.rule is None:
+            length = costs.best_length(accepted)
+        else:
+            texts = [decoder.encode(a.prompt) + a.token_ids for a in answers]
+            starts = [len(t) - len(a.token_ids) for t, a in zip(texts, answers, strict=True)]
+            found = record(target, decoder.loaded, texts, starts)
+            rule: Any = RULES[spec.rule]
+            _, length, nodes = costs.best_expansion(found, rule)
+            accepted = acceptance(found, length, rule(nodes))
+        speedup = costs.speedup(accepted, length, nodes)
+        chosen[spec.key] = spec._replace(length=length, nodes=nodes)
+        measured[spec.key] = {
             "draft_s": costs.draft,
             "accepted_per_pos": accepted,
-            "predicted_speedup": costs.speedup(accepted, best),
+            "predicted_speedup": speedup,
         }
-        report(f"{name}: length {best}, predicted {costs.speedup(accepted, best):.2f} times plain")
-    best_name = max(names, key=lambda name: measured[name]["predicted_speedup"])
-    pays = chosen[best_name] > 0
+        report(f"{chosen[spec.key]}: predicted {speedup:.2f} times plain")
+    best = max(measured, key=lambda key: measured[key]["predicted_speedup"])
+    pays = measured[best]["predicted_speedup"] > 1
     return {
-        "lengths": chosen,
-        "default": f"{best_name}:{chosen[best_name]}" if pays else "none",
+        "lengths": {key: spec.length for key, spec in chosen.items()},
+        "nodes": {key: spec.nodes for key, spec in chosen.items() if spec.nodes is not None},
+        "default": str(chosen[best]) if pays else "none",
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "dtype": str(target.decoder.dtype),

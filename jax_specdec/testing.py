@@ -131,7 +131,16 @@ def check_draft(draft: Draft, drafter: Drafter, text: Text, vocab: int, wants_q:
         _require(
             ((ids >= 0) & (ids < vocab)).all(), f"top_ids must be in the vocabulary of {vocab}"
         )
-        _require((np.diff(top_probs, axis=-1) <= 0).all(), "top_probs must be in falling order")
+        known = top_probs.max(axis=-1) > 0
+        _require(
+            (np.diff(top_probs[..., 0 if not wants_q else 1 :], axis=-1) <= 0).all(),
+            "top_probs must be in falling order, except that a token drawn from q comes first",
+        )
+        drafted = known[:, : drafter.depth] & valid[:, 1 : drafter.depth + 1]
+        _require(
+            (ids[:, : drafter.depth, 0] == tokens[:, 1 : drafter.depth + 1])[drafted].all(),
+            "the first of a main-chain node's top_ids must be the next token of the chain",
+        )
     if not wants_q:
         _require(q is None, "q must be None where noise.return_q is false")
     elif q is not None:

@@ -43,8 +43,12 @@ class Draft(flax.struct.PyTreeNode):
       parent, depth: `int32[B, T]`, or None for a chain. The root is its own parent.
       ancestors: `int32[B, T, W]`, or None for a chain: bit j of row i is set iff node j is node i or
         above it.
-      top_ids, top_probs: `[B, T, TOP]`, the best children of each node by its proposer's distribution,
-        or None where no proposer has one or `Noise.return_top` was not set.
+      top_ids, top_probs: `[B, T, TOP]`, the best children of each node by its proposer's distribution
+        and their probabilities, or None where no proposer has one, `Noise.return_top` was not set, or
+        the draft is an expansion, which has spent them.
+        The chain's own token comes first, the others follow from the most to the least probable. A
+        node without a distribution, or whose children are not known, has a row of probability 0. What
+        is ranked, and what the probabilities are of: `drafters.neural.chain_fields`.
       q: `float32[B, P, V]`, the law each chain token was drawn from, or None. Row d is that of node
         d + 1. Present under the rejection rule only.
       depth_limit: static, P.

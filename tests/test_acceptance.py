@@ -94,10 +94,18 @@ def enumerate_reject(p, q, vocab, depth, siblings=0, drafted=None, draw=None):
     """The law of a block under `acceptance.reject`, every outcome forced once.
 
     Args:
+      siblings: how many of q's best others each chain token has, or `(q at each depth, chain) ->
+        siblings at each depth`.
       drafted: how many chain tokens are valid. draw: the law that tokens are really drawn from, where
         it is not q.
     """
     drafted = depth if drafted is None else drafted
+    if isinstance(siblings, int):
+        count = siblings
+
+        def siblings(q_at, chain):
+            return [sibling_ids(q_at[d], chain[d], count) for d in range(depth)]
+
     draw = q if draw is None else draw
     rows, weight = [], []
     for chain in itertools.product(range(vocab), repeat=depth):
@@ -110,7 +118,7 @@ def enumerate_reject(p, q, vocab, depth, siblings=0, drafted=None, draw=None):
             1.0 if p_at[d][chain[d]] >= q_at[d][chain[d]] else p_at[d][chain[d]] / q_at[d][chain[d]]
             for d in range(depth)
         ]
-        sib = [sibling_ids(q_at[d], chain[d], siblings) for d in range(depth)]
+        sib = siblings(q_at, chain)
         for count in range(drafted + 1):
             w = drawn * np.prod(ratio[:count])
             rejected = count < drafted
@@ -143,7 +151,7 @@ def enumerate_reject(p, q, vocab, depth, siblings=0, drafted=None, draw=None):
                         target[count + 1] = selects(after, bonus)
                     rows.append((chain, sib, u, residual, target))
                     weight.append(w * law[last] * (after[bonus] if found else 1.0))
-    verdict = drive_reject(p, q, rows, vocab, depth, siblings, drafted)
+    verdict = drive_reject(p, q, rows, vocab, depth, drafted)
     joint = Joint(p, vocab, depth + 1)
     for tokens, accepted, w in zip(verdict.tokens, verdict.accepted, weight, strict=True):
         joint.add(tokens[: accepted + 1], w)
@@ -151,7 +159,8 @@ def enumerate_reject(p, q, vocab, depth, siblings=0, drafted=None, draw=None):
     return joint, verdict
 
 
-def drive_reject(p, q, rows, vocab, depth, siblings, drafted):
+def drive_reject(p, q, rows, vocab, depth, drafted):
+    siblings = max(len(level) for row in rows for level in row[1])
     nodes = 1 + depth + depth * siblings
     count = len(rows)
     assert count <= ROWS
@@ -160,19 +169,21 @@ def drive_reject(p, q, rows, vocab, depth, siblings, drafted):
     p_rows = np.zeros((ROWS, nodes, vocab))
     q_rows = np.zeros((ROWS, depth, vocab))
     parent = [0, *range(depth), *(d for d in range(depth) for _ in range(siblings))]
+    valid = np.ones((ROWS, nodes), bool)
     for i, (chain, sib, *_) in enumerate(rows):
         tokens[i, 1 : depth + 1] = chain
         for d in range(depth + 1):
             p_rows[i, d] = p[chain[:d]]
         for d in range(depth):
             q_rows[i, d] = q[chain[:d]]
-            for j, token in enumerate(sib[d]):
+            level = sib[d]
+            for j, token in enumerate(level):
                 node = depth + 1 + d * siblings + j
                 tokens[i, node] = token
                 p_rows[i, node] = p[(*chain[:d], token)]
-    valid = np.ones((ROWS, nodes), bool)
+            valid[i, depth + 1 + d * siblings + len(level) : depth + 1 + (d + 1) * siblings] = False
     valid[:, drafted + 1 : depth + 1] = False
-    valid[:, depth + 1 :] = np.asarray(parent[depth + 1 :]) < drafted
+    valid[:, depth + 1 :] &= np.asarray(parent[depth + 1 :], int) < drafted
     parents = np.broadcast_to(np.asarray(parent, np.int32), tokens.shape)
     depths = np.where(np.arange(nodes) <= depth, np.arange(nodes), parents + 1)
     draft = Draft(

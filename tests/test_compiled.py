@@ -18,7 +18,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_specdec import DecodeLoop, SpeculativeDecoder, Target, make_generate, prefill
 from jax_specdec import cache as kv
+from jax_specdec.drafters.expand import Cape, Expand
 from jax_specdec.drafters.glide import GliDeDrafter
+from jax_specdec.drafters.growth import DynamicTree
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.loading import LoadedDrafter
 from jax_specdec.drafters.max_gram import MaxGram
@@ -101,6 +103,10 @@ def case(name):
     """(loop, parameters) by name."""
     if name == "none":
         return h.plain_loop(), h.all_params()
+    if name in ("cape", "grown"):
+        drafter = LmDrafter(h.TARGET, 3)
+        drafter = Expand(drafter, Cape(12) if name == "cape" else DynamicTree(12))
+        return DecodeLoop(h.TARGET, drafter), h.all_params(lm=h.close_params())
     if name == "tree":
         drafter = h.Siblings(LmDrafter(h.TARGET, 3))
         return DecodeLoop(h.TARGET, drafter), h.all_params(lm=h.close_params())
@@ -119,7 +125,9 @@ def case(name):
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("name", ["none", "lm", "tree", "scan", "glide 1", "glide 2"])
+@pytest.mark.parametrize(
+    "name", ["none", "lm", "tree", "cape", "grown", "scan", "glide 1", "glide 2"]
+)
 def test_no_copy_of_a_cache_in_the_loop(name, batch, monkeypatch):
     # A catching-up chunk of 256 has activations larger than these small caches.
     monkeypatch.setattr(prefill.read_text, "__defaults__", (16,))

@@ -61,6 +61,27 @@ def sampling_of(**fields):
     return make_sampling(len(fields["temperature"]), max_new_tokens=1, **fields)
 
 
+@pytest.mark.parametrize("vocab", [5, 40, 300, 4096])
+def test_largest_against_sorting(vocab):
+    """Ties, rows with fewer finite values than asked for, and vocabularies of no round size."""
+    rng = np.random.default_rng(vocab)
+    x = rng.integers(-40, 40, (60, vocab)).astype(np.float32)
+    x[rng.random((60, vocab)) < np.linspace(0, 1, 60)[:, None]] = -np.inf
+    for count in (1, 8):
+        best, index = map(np.asarray, laws.largest(jnp.asarray(x), count))
+        count = min(count, vocab)
+        assert best.tolist() == np.sort(x, axis=1)[:, ::-1][:, :count].tolist()
+        assert (
+            np.take_along_axis(x, index, axis=1)[best > -np.inf].tolist()
+            == best[best > -np.inf].tolist()
+        )
+        assert (
+            index[:, 0][best[:, 0] > -np.inf].tolist() == x.argmax(1)[best[:, 0] > -np.inf].tolist()
+        )
+        for row, finite in zip(index, best > -np.inf, strict=True):
+            assert len(set(row[finite])) == finite.sum()
+
+
 @pytest.mark.parametrize("ties", [False, True])
 def test_laws_against_sorting(ties):
     """Each row with its own parameters; scores with ties, large, tiny and equal ones."""
@@ -238,8 +259,9 @@ def forward(params, tokens):
     return h.SMALL.apply(params, tokens, positions).logits
 
 
-def test_reported_q_is_what_was_drawn_from():
-    """After all warpers, and with the tokens being the argmax of it and the noise."""
+@pytest.mark.parametrize("rejecting", [True, False])
+def test_what_is_reported_of_a_draft(rejecting):
+    """q after all warpers, tokens the argmax of it and the noise, and the best children."""
     drafter = LmDrafter(h.SMALL, 3)
     params = {"lm": h.small_params()}
     tokens, lengths = h.pad(h.prompts_of([4, 9, 1, 12]), 24)
@@ -253,7 +275,7 @@ def test_reported_q_is_what_was_drawn_from():
     )
     keys = laws.row_keys(sampling, jnp.arange(4, dtype=jnp.int32))
     gumbel = laws.shared_noise(keys, sampling, lengths, 4, h.VOCAB)
-    noise = laws.Noise(gumbel, return_q=True, return_top=True)
+    noise = laws.Noise(gumbel, return_q=rejecting, return_top=True)
     active, room = jnp.ones(4, bool), jnp.full(4, 9, jnp.int32)
 
     @jax.jit
@@ -261,29 +283,37 @@ def test_reported_q_is_what_was_drawn_from():
         states = drafter.extend(params, drafter.init(4, 24), text, view)
         return drafter.draft(params, states, text, view, sampling, noise, active, room)[0]
 
-    draft = jax.device_get(draw(params))
-    for b in range(4):
+    draft, gumbel = jax.device_get((draw(params), gumbel))
+    assert (draft.q is not None) == rejecting
+    for b, temperature in enumerate(np.asarray(sampling.temperature).tolist()):
         row = np.asarray(tokens[b, : lengths[b]]).tolist()
         for d in range(3):
             path = row + np.asarray(draft.tokens[b, 1 : d + 1]).tolist()
             padded = jnp.asarray([path + [0] * (24 - len(path))], jnp.int32)
-            logits = forward(params["lm"], padded)[0, len(path) - 1]
-            want = reference_law(
-                logits,
-                *(float(getattr(sampling, n)[b]) for n in ("temperature",)),
-                int(sampling.top_k[b]),
-                float(sampling.top_p[b]),
+            logits = np.asarray(forward(params["lm"], padded)[0, len(path) - 1])
+            law = reference_law(
+                logits, temperature, int(sampling.top_k[b]), float(sampling.top_p[b])
             )
-            np.testing.assert_allclose(draft.q[b, d], want, atol=2e-5)
             token = int(draft.tokens[b, d + 1])
             with np.errstate(divide="ignore"):
-                assert token == (np.log(np.asarray(draft.q[b, d])) + gumbel[b, d]).argmax()
-            # At temperature 0 the reported probabilities are those of the logits as they are.
-            soft = want if sampling.temperature[b] > 0 else reference_law(logits, 1.0)
-            assert abs(draft.probability[b, d + 1] - soft[token]) < 2e-5
-            best = np.sort(soft)[::-1][:8]
-            np.testing.assert_allclose(draft.top_probs[b, d], best, atol=2e-5)
-            np.testing.assert_allclose(soft[draft.top_ids[b, d]], best, atol=2e-5)
+                assert token == (np.log(law) + gumbel[b, d]).argmax()
+            if rejecting:
+                np.testing.assert_allclose(draft.q[b, d], law, atol=2e-5)
+            possible = law > 0 if temperature > 0 else np.ones_like(law, bool)
+            shift = 0 if rejecting else temperature * gumbel[b, d]
+            check_children(draft, b, d, np.where(possible, logits + shift, -np.inf))
+        assert (draft.top_probs[b, 3] == 0).all()
+
+
+def check_children(draft, b, d, scores):
+    """The drafted token first, then the next best of the scores, with their softmax."""
+    soft = reference_law(scores, 1.0)
+    token = int(draft.tokens[b, d + 1])
+    assert abs(draft.probability[b, d + 1] - soft[token]) < 2e-5
+    best = [token, *(int(i) for i in np.argsort(-scores) if i != token)][:8]
+    np.testing.assert_allclose(draft.top_probs[b, d], soft[best], atol=2e-5)
+    possible = soft[best] > 0
+    assert draft.top_ids[b, d][possible].tolist() == np.asarray(best)[possible].tolist()
 
 
 # Chi-square: the first two tokens of whole generations against the exact law

@@ -38,7 +38,8 @@ def add_drafter(parser: argparse.ArgumentParser) -> None:
         metavar="SPEC",
         default="auto",
         help="none, lm, glide, max-gram, prompt-lookup or bigram, with a draft length after a colon, as in "
-        "lm:4 (default: the fastest measured for the model, else prompt-lookup)",
+        "lm:4; lm and glide also with an expansion, cape, fixed, path, tree or beam, and its nodes, as in "
+        "lm:4+cape:16 (default: the fastest measured for the model, else prompt-lookup)",
     )
     parser.add_argument(
         "--draft",
@@ -73,7 +74,7 @@ def draft_folders(items: Sequence[str]) -> dict[str, Path]:
         name, equals, folder = item.partition("=")
         if not (name and equals and folder):
             raise UserError(f"--draft takes NAME=DIR, as in lm=checkpoints/demo/lm, not {item!r}.")
-        if parse_drafter(name) not in [(known, None) for known in ("lm", "glide", "bigram")]:
+        if str(parse_drafter(name)) not in ("lm", "glide", "bigram"):
             raise UserError(
                 f"--draft {item}: {name!r} has no checkpoint; lm, glide and bigram have one."
             )

@@ -55,13 +55,14 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         inspect_checkpoint,
         memory_plan,
     )
-    from jax_specdec.drafters.loading import default_length, parse_drafter
+    from jax_specdec.drafters.loading import complete, parse_drafter
 
     folders = common.draft_folders(args.draft)
     folder = find_checkpoint(common.model_source(args))
     config, stored = inspect_checkpoint(folder)
-    name, length = parse_drafter(common.choose_drafter(args, folder, folders))
-    length = 0 if name == "none" else length or default_length(name, folder.parent)
+    spec = complete(parse_drafter(common.choose_drafter(args, folder, folders)), folder.parent)
+    name, length = spec.name, spec.length or 0
+    width = spec.nodes or length + 1
     context = args.context or config.context
     if context > config.context:
         raise UserError(f"The model's context is {config.context} tokens, fewer than {context}.")
@@ -70,10 +71,12 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.max_new_tokens} new tokens leave no room for a prompt in a context of {context}."
         )
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else stored)
-    slots = context + length + 1
-    plan = memory_plan(config, dtype, args.batch_size, slots, width=length + 1)
+    slots = context + width
+    plan = memory_plan(config, dtype, args.batch_size, slots, width=width)
     total = plan.total
     drafter: dict[str, Any] = {"name": name, "length": length}
+    if spec.rule is not None:
+        drafter |= {"expansion": spec.rule, "nodes": spec.nodes}
     if name == "lm":
         where = folders.get(name, folder.parent / name)
         if not where.is_dir():

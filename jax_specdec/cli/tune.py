@@ -12,16 +12,16 @@ from jax_specdec.errors import UserError
 def register(commands: Any) -> None:
     parser = commands.add_parser(
         "tune",
-        help="choose draft lengths from measured costs and acceptance",
+        help="choose draft lengths and budgets from measured costs and acceptance",
         description="Measures the cost of verifying T nodes, of drafting, and acceptance on real "
-        "prompts; chooses each drafter's length and the default drafter.",
+        "prompts; chooses each drafter's length, its nodes with an expansion, and the default drafter.",
     )
     common.add_model(parser)
     parser.add_argument(
         "--drafters",
-        default="lm,max-gram,prompt-lookup,bigram",
+        default="lm,lm+path,max-gram,prompt-lookup,bigram",
         metavar="A,B,...",
-        help="drafters to tune (default: all)",
+        help="drafters to tune, with an expansion by siblings or without (default: %(default)s)",
     )
     parser.add_argument("--draft", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument(
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("per_file", "longest", "max_new_tokens", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
-    names = [parse_drafter(name)[0] for name in args.drafters.split(",")]
+    names = [parse_drafter(name).key for name in args.drafters.split(",")]
     folders = common.draft_folders(args.draft)
     prompts = [
         record.prompt for path in args.prompts for record in read_prompts(path)[: args.per_file]
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     target = load_target(common.model_source(args), dtype=args.dtype)
     found = tune(
         target,
-        lambda name, length: load_drafter(f"{name}:{length}", target, drafts=folders),
+        lambda spec: load_drafter(spec, target, drafts=folders),
         names,
         prompts,
         longest=args.longest,

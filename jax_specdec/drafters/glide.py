@@ -6,7 +6,7 @@ drafted (the i-th token of a draft is predicted at delay i).
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -81,10 +81,12 @@ class GliDeDrafter(NeuralDrafter):
         cache, hidden = read_ending(reader, weights, cache, text, self.catch_up)
         return cache, self.model.head(weights, hidden)
 
+    def blank(self, batch, nodes):
+        return self.model.decoder.blank(batch, nodes)
+
     def forward(self, params, cache, view, tokens, positions, drafted=None, ancestors=None):
-        assert drafted is None
-        reader = _Reader(self.model, view)
-        return reader.apply(params[self.name], tokens, positions, cache, ancestors)
+        reader, weights = _Reader(self.model, view), params[self.name]
+        return reader.apply(weights, tokens, positions, cache, ancestors, drafted=drafted)
 
     def draft(self, params, states, text, view, sampling, noise, active, room):
         draft, states = super().draft(params, states, text, view, sampling, noise, active, room)
@@ -110,9 +112,12 @@ class _Reader:
         cache: kv.KVCache,
         ancestors: Array | None = None,
         *,
+        drafted: tuple[Any, Any] | None = None,
         logits: bool = True,
     ) -> Output:
         known = self.view.cache.length
         visible = jnp.minimum(positions, known[:, None])
         glimpse = glimpse_cache(self.view.cache, visible, self.model.target.windows)
-        return self.model.apply(params, tokens, positions, glimpse, cache, ancestors, logits=logits)
+        return self.model.apply(
+            params, tokens, positions, glimpse, cache, ancestors, drafted=drafted, logits=logits
+        )

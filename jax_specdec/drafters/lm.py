@@ -51,7 +51,11 @@ class LmDrafter(NeuralDrafter):
         cache, hidden = read_ending(self.decoder, weights, cache, text, CATCH_UP)
         return cache, self.decoder.head(weights, hidden)
 
+    def blank(self, batch, nodes):
+        return self.decoder.blank(batch, nodes)
+
     def forward(self, params, cache, view, tokens, positions, drafted=None, ancestors=None):
         del view
-        assert drafted is None
-        return self.decoder.apply(params[self.name], tokens, positions, cache, ancestors)
+        return self.decoder.apply(
+            params[self.name], tokens, positions, cache, ancestors, drafted=drafted
+        )

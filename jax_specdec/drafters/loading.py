@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +15,10 @@ from safetensors import SafetensorError, safe_open
 from jax_specdec.checkpoints import Target, load_target
 from jax_specdec.drafters.base import Drafter
 from jax_specdec.drafters.bigram import Bigram
+from jax_specdec.drafters.expand import Cape, Expand, Fixed, PathProbability, Rule
 from jax_specdec.drafters.glide import GliDeDrafter
 from jax_specdec.drafters.glide_checkpoint import load_glide
+from jax_specdec.drafters.growth import BeamSearch, DynamicTree
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.none import NoDrafter
@@ -25,6 +27,14 @@ from jax_specdec.errors import UserError
 from jax_specdec.tree import MAX_NODES
 
 NAMES = ("none", "lm", "glide", "max-gram", "prompt-lookup", "bigram")
+WITHOUT_DISTRIBUTION = ("none", "max-gram", "prompt-lookup", "bigram")
+RULES: dict[str, type[Rule]] = {
+    "cape": Cape,
+    "fixed": Fixed,
+    "path": PathProbability,
+    "tree": DynamicTree,
+    "beam": BeamSearch,
+}
 # Where nothing was measured for a checkpoint: see `jax-specdec tune`.
 FALLBACK_LENGTHS = {"lm": 4, "glide": 4, "max-gram": 6, "prompt-lookup": 6, "bigram": 2}
 LENGTHS_FILE = "draft_lengths.json"
@@ -40,30 +50,85 @@ class LoadedDrafter:
     spec: str
 
 
-def parse_drafter(spec: str) -> tuple[str, int | None]:
-    """`name` or `name:length` -> `(name, length or None)`.
+class Spec(NamedTuple):
+    """A parsed specification; `str` gives it back. None stands for the default."""
+
+    name: str
+    length: int | None = None
+    rule: str | None = None
+    nodes: int | None = None
+
+    @property
+    def key(self) -> str:
+        """What measured defaults are filed under."""
+        return self.name if self.rule is None else f"{self.name}+{self.rule}"
+
+    def __str__(self) -> str:
+        def item(name: str, count: int | None) -> str:
+            return name if count is None else f"{name}:{count}"
+
+        drafter = item(self.name, self.length)
+        return drafter if self.rule is None else f"{drafter}+{item(self.rule, self.nodes)}"
+
+
+def parse_drafter(spec: str) -> Spec:
+    """`name[:length][+rule[:nodes]]`, where `rule` expands the drafter's chain to `nodes` nodes.
 
     Raises:
-      UserError: an unknown name (the nearest ones are named) or a length outside 1..63.
+      UserError: an unknown name (the nearest ones are named), a length outside 1..63, a drafter that has
+        nothing to expand, a budget that does not fit the length.
     """
-    found = re.fullmatch(r"\s*([a-z-]+)\s*(?::\s*(-?\d+)\s*)?", spec)
-    if not found or found[1] not in NAMES:
-        name = found[1] if found else spec.strip()
-        close = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(NAMES)}."
-        raise UserError(f"Unknown drafter {name!r}: {hint}")
-    name, length = found[1], None if found[2] is None else int(found[2])
+    chain, plus, expansion = spec.partition("+")
+    name, length = _item(chain, "drafter", NAMES)
     if name == "none" and length is not None:
         raise UserError("The drafter 'none' drafts nothing and takes no length.")
     if length is not None and not 1 <= length < MAX_NODES:
         raise UserError(f"A draft length must be in 1..{MAX_NODES - 1}, got {length}.")
-    return name, length
+    if not plus:
+        return Spec(name, length)
+    rule, nodes = _item(expansion, "expansion", tuple(RULES))
+    if name in WITHOUT_DISTRIBUTION:
+        raise UserError(f"The drafter {name!r} has no distribution to expand: leave out +{rule}.")
+    if length is not None:
+        expand(rule, length, nodes)
+    return Spec(name, length, rule, nodes)
 
 
-def default_length(name: str, folder: Path | None) -> int:
-    """The measured draft length of a checkpoint folder, or a fallback."""
-    length = _measured(folder).get("lengths", {}).get(name)
-    return int(length or FALLBACK_LENGTHS[name])
+def _item(text: str, kind: str, known: tuple[str, ...]) -> tuple[str, int | None]:
+    """`name` or `name:count`, the name one of the known."""
+    found = re.fullmatch(r"\s*([a-z-]+)\s*(?::\s*(-?\d+)\s*)?", text)
+    if not found or found[1] not in known:
+        name = found[1] if found else text.strip()
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}."
+        raise UserError(f"Unknown {kind} {name!r}: {hint}")
+    return found[1], None if found[2] is None else int(found[2])
+
+
+def expand(rule: str, length: int, nodes: int | None) -> Rule:
+    """The expansion of a chain of `length`; by default to three more nodes a chain token.
+
+    Raises:
+      UserError: the budget does not fit the chain.
+    """
+    made = RULES[rule](min(1 + 4 * length, MAX_NODES) if nodes is None else nodes)
+    made.fit(length)
+    return made
+
+
+def complete(spec: Spec, folder: Path | None) -> Spec:
+    """The specification with nothing left out: as measured for a checkpoint folder, or a fallback."""
+    if spec.name == "none":
+        return spec
+    found = _measured(folder)
+    lengths, nodes = found.get("lengths", {}), spec.nodes
+    length = spec.length
+    if length is None:
+        length = int(lengths.get(spec.key) or lengths.get(spec.name) or FALLBACK_LENGTHS[spec.name])
+        nodes = nodes or found.get("nodes", {}).get(spec.key)
+    if spec.rule is not None:
+        nodes = expand(spec.rule, length, nodes).nodes
+    return Spec(spec.name, length, spec.rule, nodes)
 
 
 def default_spec(target: Target | str | Path) -> str:
@@ -86,8 +151,8 @@ def _measured(folder: Path | None) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        lengths = found.get("lengths", {})
-        good = all(n is None or 0 <= n < MAX_NODES for n in lengths.values())
+        counts = [*found.get("lengths", {}).values(), *found.get("nodes", {}).values()]
+        good = all(n is None or 0 <= n <= MAX_NODES for n in counts)
         good = good and isinstance(found.get("default", ""), str)
     except (OSError, ValueError, TypeError, AttributeError):
         good = False
@@ -107,7 +172,9 @@ def load_drafter(
     """Builds the drafter of a specification for a target.
 
     Args:
-      spec: `none`, `lm`, `glide`, `max-gram`, `prompt-lookup` or `bigram`, with a draft length after a colon.
+      spec: `none`, `lm`, `glide`, `max-gram`, `prompt-lookup` or `bigram`, with a draft length after a
+        colon; and for drafters with a distribution an expansion, `+cape`, `+fixed`, `+path`, `+tree` or
+        `+beam`, with the nodes of a verification after a colon, as in `lm:4+cape:16`.
       folder: where drafters' checkpoints lie by name; default: the folder that the target's is in.
       drafts: checkpoint folders by name, in place of `folder/name`.
       dtype: of the drafter's parameters; default: the target's.
@@ -116,12 +183,27 @@ def load_drafter(
       UserError: an unknown drafter, a missing checkpoint, another vocabulary or tokenizer; for `glide`
         another target than it was trained for, or a longer draft.
     """
-    name, length = parse_drafter(spec)
+    home = Path(folder) if folder is not None else target.path.parent
+    whole = complete(parse_drafter(spec), home)
+    loaded = _load_chain(whole.name, whole.length or 0, target, home, drafts or {}, dtype)
+    if whole.rule is None:
+        return loaded
+    rule = expand(whole.rule, loaded.drafter.depth, whole.nodes)
+    return LoadedDrafter(Expand(loaded.drafter, rule), loaded.params, str(whole))
+
+
+def _load_chain(
+    name: str,
+    length: int,
+    target: Target,
+    home: Path,
+    drafts: Mapping[str, str | Path],
+    dtype: Any,
+) -> LoadedDrafter:
+    """The drafter without its expansion."""
     if name == "none":
         return LoadedDrafter(NoDrafter(), {}, "none")
-    home = Path(folder) if folder is not None else target.path.parent
-    where = Path((drafts or {}).get(name, home / name))
-    length = length or default_length(name, home)
+    where = Path(drafts.get(name, home / name))
     spec = f"{name}:{length}"
     if name == "max-gram":
         return LoadedDrafter(MaxGram(length), {}, spec)

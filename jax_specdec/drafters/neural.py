@@ -1,11 +1,11 @@
-"""What neural drafters share: a chain drafted token by token, and rolling back.
+"""What neural drafters share: a chain drafted token by token, and steps over trees.
 
-A subclass says how it reads text and how it runs a forward pass over its own cache.
+A subclass says how it reads text and how it runs a forward pass over its own cache; drafting a chain,
+rolling back, and whatever grows a tree over it (`drafters.growth`) follow from that.
 """
 
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -13,7 +13,7 @@ from jax_specdec import cache as kv
 from jax_specdec._types import Array, Float, Int
 from jax_specdec.drafters.base import ChainDrafter, States, TargetView, rollback
 from jax_specdec.models.decoder import Output
-from jax_specdec.sampling import argmax, law_of, warp
+from jax_specdec.sampling import NEG_INF, Noise, Sampling, argmax, largest, law_of, warp
 from jax_specdec.tree import TOP, Text, chain
 
 # A drafter lags by one or two tokens after a normal round; the first step of a draft reads that many.
@@ -36,6 +36,10 @@ class NeuralDrafter(ChainDrafter):
         """The cache with the whole text in it, the root included, and the logits after the root."""
         raise NotImplementedError
 
+    def blank(self, batch: int, nodes: int) -> tuple[Any, Any]:
+        """Keys and values of `nodes` tree nodes, all 0, in the form of `Output.new_kv`."""
+        raise NotImplementedError
+
     def forward(
         self,
         params: dict[str, Any],
@@ -46,28 +50,24 @@ class NeuralDrafter(ChainDrafter):
         drafted: tuple[Any, Any] | None = None,
         ancestors: Int[Array, "B T W"] | None = None,
     ) -> Output:
-        """One pass over new tokens behind `cache`; see `Decoder.apply` for the last argument."""
+        """One pass over new tokens behind `cache`, which is not written.
+
+        Args:
+          drafted, ancestors: tree nodes that were read before, and who sees whom, as in
+            `Decoder.apply`; None where the new tokens are a chain.
+        """
         raise NotImplementedError
 
     def draft(self, params, states, text, view, sampling, noise, active, room):
         del active, room
         cache, logits = self.read(params, states, text, view)
+        described = noise.return_top or noise.return_q
 
         def propose(logits, depth):
-            scores = pick = warp(logits, sampling)
-            if self.proposal == "matched" or noise.return_q:
-                pick = scores + lax.dynamic_slice_in_dim(noise.gumbel, depth, 1, axis=1)
-            token = argmax(pick)  # [B, 1]
-            item = {"tokens": token[:, 0]}
-            if noise.return_top:
-                # At temperature 0 too this says how sure the drafter is; its own law is one-hot there.
-                soft = jax.nn.softmax(scores, axis=-1)
-                item["probability"] = jnp.take_along_axis(soft, token[..., None], axis=-1)[:, 0, 0]
-                top_probs, top_ids = lax.top_k(soft[:, 0], min(TOP, soft.shape[-1]))
-                item |= {"top_ids": top_ids, "top_probs": top_probs}
-            if noise.return_q:
-                item["q"] = law_of(scores, sampling)[:, 0]
-            return token, item
+            scores = warp(logits, sampling)
+            token = argmax(perturbed(scores, noise, depth, self.proposal))
+            item = {"token": token[:, 0]}
+            return token, {**item, "scores": scores[:, 0]} if described else item
 
         def step(carry, depth):
             cache, token = carry
@@ -80,16 +80,90 @@ class NeuralDrafter(ChainDrafter):
         token, first = propose(logits, 0)
         depth = jnp.arange(1, self.length, dtype=jnp.int32)
         (cache, _), rest = lax.scan(step, (cache, token), depth)
-        fields = {
-            key: jnp.concatenate([value[:, None], jnp.swapaxes(rest[key], 0, 1)], axis=1)
-            for key, value in first.items()
+        items = {
+            key: jnp.concatenate([first[key][:, None], jnp.swapaxes(rest[key], 0, 1)], axis=1)
+            for key in first
         }
-        for key in ("top_ids", "top_probs"):
-            if key in fields:  # the children of the last node are not known: its row is empty
-                fields[key] = jnp.pad(fields[key], ((0, 0), (0, 1), (0, 0)))
-        return chain(text, **fields), {**states, self.name: cache}
+        tokens, fields = items["token"], {}
+        if described:
+            fields = chain_fields(items["scores"], tokens, sampling, noise, self.proposal)
+        return chain(text, tokens, **fields), {**states, self.name: cache}
 
     def commit(self, states, outcome, view):
         del view
         cache = states[self.name]
         return {**states, self.name: cache.replace(length=rollback(cache.length, outcome))}
+
+
+def perturbed(
+    scores: Float[Array, "B 1 V"], noise: Noise, depth: Array | int, proposal: str
+) -> Float[Array, "B 1 V"]:
+    """What the token at `depth` is the argmax of: warped scores, with the noise unless greedy.
+
+    Under the rejection rule a token must be drawn from the law that is handed over, whatever the
+    proposal.
+    """
+    if proposal == "greedy" and not noise.return_q:
+        return scores
+    return scores + lax.dynamic_slice_in_dim(noise.gumbel, depth, 1, axis=1)
+
+
+def chain_fields(
+    scores: Float[Array, "B P V"],
+    tokens: Int[Array, "B P"],
+    sampling: Sampling,
+    noise: Noise,
+    proposal: str,
+) -> dict[str, Array]:
+    """The fields of a chain's `Draft` that `noise` asks for.
+
+    Args:
+      scores: warped logits at each depth. tokens: what was drafted from them.
+
+    Children are ranked by what the token was chosen by. Under the match rule that is scores + noise:
+    the target's token will be the best of its own scores + the same noise, so the next best of the
+    drafter's sum are the likeliest alternatives. Under the rejection rule the drawn token comes first
+    and the others follow by scores alone: which ones the residual prefers does not depend on the noise
+    of the draw.
+
+    Probabilities are those of a softmax at temperature 1, of the logits + temperature * noise that the
+    ranking amounts to. At temperature 0 this is the max softmax that CaPE calls confidence
+    (arXiv 2402.02082, section 4.2); at any other it stays a measure of how far the token is ahead, in
+    the same units as the drafter's errors, which the law's own probability of the token is not: there
+    an unlikely token that the noise made a clear winner will be the target's, too.
+    """
+    fields: dict[str, Array] = {}
+    if noise.return_q:
+        fields["q"] = law_of(scores, sampling)
+    if noise.return_top:
+        if proposal != "greedy" and not noise.return_q:
+            scores = scores + noise.gumbel[:, : scores.shape[1]]
+        ids, probs = best_children(scores, tokens, sampling)
+        fields["probability"] = probs[..., 0]
+        # The children of the last node are not known: its row is empty.
+        pad = ((0, 0), (0, 1), (0, 0))
+        fields |= {"top_ids": jnp.pad(ids, pad), "top_probs": jnp.pad(probs, pad)}
+    return fields
+
+
+def best_children(
+    scores: Float[Array, "B T V"], first: Int[Array, "B T"], sampling: Sampling, count: int = TOP
+) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
+    """`first`, then the next best of `scores`, with probabilities at temperature 1.
+
+    `scores` are divided by the row's temperature, or noise is added that should be; both are undone.
+    """
+    hot = sampling.temperature > 0
+    floor = jnp.finfo(jnp.float32).tiny
+    scale = jnp.where(hot, jnp.maximum(sampling.temperature, floor), jnp.float32(1))
+    scale = scale.astype(scores.dtype)[:, None, None]
+    chosen = jnp.take_along_axis(scores, first[..., None], axis=-1)
+    line = lax.broadcasted_iota(jnp.int32, scores.shape, 2)
+    others, ids = largest(
+        jnp.where(line == first[..., None], NEG_INF, scores), min(count, scores.shape[-1]) - 1
+    )
+    values = jnp.concatenate([chosen, others], axis=-1)
+    top = jnp.max(values, axis=-1, keepdims=True)
+    total = jnp.sum(jnp.exp((scores - top) * scale), axis=-1, keepdims=True)
+    probs = jnp.exp((values - top) * scale) / total
+    return jnp.concatenate([first[..., None], ids], axis=-1), probs

@@ -24,7 +24,7 @@ from jax import lax
 
 from jax_specdec.cache import KVCache
 from jax_specdec.models.config import ModelConfig, RopeConfig
-from pallas_kernels import tree_attention
+from pallas_kernels import masks, tree_attention
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -137,6 +137,66 @@ def masked_attention(q: Array, k: Array, v: Array, keep: Array) -> Array:
     return out.reshape(batch, length, heads, dim)
 
 
+def grown_attention(
+    q: Array,
+    k_new: Array,
+    v_new: Array,
+    k_drafted: Array,
+    v_drafted: Array,
+    k_cache: Array,
+    v_cache: Array,
+    length: Array,
+    ancestors: Array,
+    layer: Any = None,
+) -> Array:
+    """Attention of new tree nodes over the cache, over nodes drafted before them, and over themselves.
+
+    Two softmaxes, the prefix's and the tree's, merged by their log-sum-exp: the tree stays outside of
+    the cache, where its nodes would need a mask.
+
+    Args:
+      q: `[B, T, N, D]`. k_new, v_new: `[B, T, K, D]`. k_drafted, v_drafted: `[B, M, K, D]`.
+      k_cache, v_cache, length, layer: as in `tree_attention`.
+      ancestors: `int32[B, T, ceil((M+T)/32)]`; bit j < M is drafted node j, bit M + i new node i.
+
+    Returns:
+      `[B, T, N, D]`.
+    """
+    batch, nodes, heads, dim = q.shape
+    keys = jnp.concatenate([k_drafted, k_new], axis=1)
+    values = jnp.concatenate([v_drafted, v_new], axis=1)
+    kv_heads = keys.shape[2]
+    visible = jnp.broadcast_to(length[:, None], (batch, nodes))
+    prefix, lse = tree_attention(
+        q, None, None, k_cache, v_cache, length, layer=layer, visible=visible, return_lse=True
+    )
+    precision = precision_of(q.dtype)
+    score = jnp.einsum(
+        "BTKGD,BSKD->BTKGS",
+        q.reshape(batch, nodes, kv_heads, heads // kv_heads, dim),
+        keys,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    ) * jnp.float32(dim**-0.5)
+    seen = masks.unpack(ancestors, keys.shape[1])[:, :, None, None]
+    score = jnp.where(seen, score, -jnp.inf)
+    lse = lse.reshape(*score.shape[:-1], 1)
+    # A node sees itself, so that the maximum is finite even where the prefix is empty.
+    top = jnp.maximum(jnp.max(score, axis=-1, keepdims=True), lse)
+    weight, old = jnp.exp(score - top), jnp.exp(lse - top)
+    out = jnp.einsum(
+        "BTKGS,BSKD->BTKGD",
+        weight.astype(values.dtype),
+        values,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    total = jnp.sum(weight, axis=-1, keepdims=True) + old
+    prefix = prefix.reshape(out.shape).astype(jnp.float32)
+    out = (out + prefix * old) / total
+    return out.astype(q.dtype).reshape(q.shape)
+
+
 class Block(nn.Module):
     """One pre-norm decoder layer: attention and a gated MLP."""
 
@@ -222,6 +282,14 @@ class Decoder:
             params["head"] = normal(keys[-2], (c.hidden_size, c.vocab_size), self.dtype)
         return stack_layers(params) if self.layer_loop == "scan" else params
 
+    def blank(self, batch: int, nodes: int) -> tuple[Any, Any]:
+        """Keys and values of `nodes` tree nodes, all 0, in the form of `Output.new_kv`."""
+        c = self.config
+        shape = (batch, nodes, c.num_kv_heads, c.head_dim)
+        if self.layer_loop == "scan":
+            return (jnp.zeros((c.num_layers, *shape), self.dtype),) * 2
+        return ((jnp.zeros(shape, self.dtype),) * c.num_layers,) * 2
+
     def init_layer(self, key: Array) -> Params:
         """Fresh parameters of one layer."""
         c = self.config
@@ -237,6 +305,7 @@ class Decoder:
         cache: KVCache | None = None,
         ancestors: Array | None = None,
         *,
+        drafted: tuple[Any, Any] | None = None,
         logits: bool = True,
         remat: bool = False,
     ) -> Output:
@@ -247,10 +316,15 @@ class Decoder:
           cache: committed keys and values, or None to attend among the new tokens alone (training).
           ancestors: `int32[B, T, ceil(T/32)]`, bit j of row i set iff node j is node i or above it;
             None where the new tokens are a chain.
+          drafted: keys and values of M tree nodes that were read before and are in no cache, in the
+            form of `Output.new_kv`. `ancestors` is then `int32[B, T, ceil((M+T)/32)]`, over these
+            nodes and the new ones. Not for layers with a sliding window.
           logits: False skips the head (prefill). remat: recompute layers in the backward pass.
         """
         x = jnp.take(params["embed"], tokens, axis=0)
-        x, new_kv = self.layers(params, x, positions, cache, ancestors, remat=remat)
+        x, new_kv = self.layers(
+            params, x, positions, cache, ancestors, drafted=drafted, remat=remat
+        )
         return Output(self.head(params, x) if logits else None, x, new_kv)
 
     def layers(
@@ -261,12 +335,14 @@ class Decoder:
         cache: KVCache | None = None,
         ancestors: Array | None = None,
         *,
+        drafted: tuple[Any, Any] | None = None,
         between: Between | None = None,
         remat: bool = False,
     ) -> tuple[Array, tuple[Any, Any]]:
         """All layers: `x [B, T, E]` -> the hidden states before the final norm, and `Output.new_kv`.
 
         Args:
+          drafted: see `apply`.
           between: a branch between attention and MLP of each layer, given the layer's weights.
         """
         c = self.config
@@ -280,6 +356,16 @@ class Decoder:
                 old_k, old_v = (
                     (cache.k, cache.v) if cache.stacked else (cache.k[index], cache.v[index])
                 )
+                if drafted is not None:
+                    if window is not None or ancestors is None:
+                        raise ValueError(
+                            "drafted nodes need ancestors, and layers without a window"
+                        )
+                    k_drafted, v_drafted = drafted[0][index], drafted[1][index]
+                    at = index if cache.stacked else None
+                    return grown_attention(
+                        q, k, v, k_drafted, v_drafted, old_k, old_v, cache.length, ancestors, at
+                    )
                 out = tree_attention(
                     q,
                     k,

@@ -196,6 +196,7 @@ class GliDe:
         cache: KVCache | None = None,
         ancestors: Array | None = None,
         *,
+        drafted: tuple[Any, Any] | None = None,
         logits: bool = True,
         remat: bool = False,
     ) -> Output:
@@ -204,7 +205,7 @@ class GliDe:
         Args:
           params: as `join` returns them. tokens, positions: `int32[B, T]`.
           glimpse: how the target's keys are read; None without cross-attention.
-          cache, ancestors: of the self-attention, as in `Decoder.apply`.
+          cache, ancestors, drafted: of the self-attention, as in `Decoder.apply`.
         """
         x = jnp.take(params["embed"], tokens, axis=0).astype(self.dtype)
         if "embed_in" in params:
@@ -224,6 +225,7 @@ class GliDe:
             positions,
             cache,
             ancestors,
+            drafted=drafted,
             between=between if self.config.cross_attention else None,
             remat=remat,
         )

@@ -1,0 +1,282 @@
+"""Growing trees: expansion rules that have the drafter read branches, level by level.
+
+At each depth the drafter reads the most probable nodes of that depth in one forward pass, and their
+children are the candidates of the next. The drafter's cache is not touched: keys and values of the
+nodes lie beside it until the verdict, and `commit` moves those on the accepted path into it, so that
+the next round begins as after a chain.
+
+* `DynamicTree`: of all candidates the most probable are verified (EAGLE-2, arXiv 2406.16858, section 4).
+* `BeamSearch`: what was read is verified (the comparison of arXiv 2402.02082, section 5.4). Beams that
+  fall behind stay in the tree and are only not extended, so that no cache is reordered
+  (arXiv 2502.17421, section 3.3).
+
+In both the drafter's main chain is kept whatever its probability, so that node d is chain node d and an
+expansion never accepts less than its chain.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_specdec import cache as kv
+from jax_specdec._types import Array, Float, Int
+from jax_specdec.drafters.base import Drafter
+from jax_specdec.drafters.expand import Rule, select
+from jax_specdec.drafters.neural import NeuralDrafter, best_children, perturbed
+from jax_specdec.errors import UserError
+from jax_specdec.sampling import Noise, Sampling, argmax, warp
+from jax_specdec.tree import TOP, Draft, Text, ancestor_bits, root_only
+from pallas_kernels import masks
+
+
+@dataclasses.dataclass(frozen=True)
+class Grown:
+    """Candidates of every depth, C = width * children of each; candidate 0 of each is the main chain.
+
+    Attributes:
+      tokens: `int32[B, P, C]`. value: `float32[B, P, C]`, log-probability of the path, -inf for none.
+      read: `int32[B, P, width]`, which candidates of each depth the drafter read; the last depth's
+        would be read next. Candidate j is the child of `read[j // children]` of the depth before.
+      new_kv: keys and values of what was read, node `width * (depth - 1) + place in read`.
+    """
+
+    tokens: Int[Array, "B P C"]
+    value: Float[Array, "B P C"]
+    read: Int[Array, "B P width"]
+    new_kv: Any
+
+
+class Growth(Rule):
+    """A rule that grows a tree over a neural drafter.
+
+    For the match rule. Under the rejection rule it is exact, too, its tokens being certain, but there
+    only the chain and its siblings can be accepted.
+    """
+
+    def shape(self, depth: int) -> tuple[int, int]:
+        """(width, children): nodes read at each depth, and candidates below each of them."""
+        raise NotImplementedError
+
+    def chosen(self, grown: Grown, drafter: Drafter) -> tuple[Array, Array]:
+        """The nodes off the main chain: candidates `int32[B, S]`, counted over all depths, and valid.
+
+        They must be in rising order, and a valid one's parent is among them or in the chain.
+        """
+        raise NotImplementedError
+
+    def check(self, drafter):
+        if not isinstance(drafter, NeuralDrafter):
+            raise UserError(
+                f"The drafter {drafter.name!r} cannot grow trees: it is not a neural one."
+            )
+
+    def init(self, drafter, batch, capacity):
+        assert isinstance(drafter, NeuralDrafter)
+        width, _ = self.shape(drafter.depth)
+        new_kv = drafter.blank(batch, width * max(drafter.depth - 1, 1))
+        slot = jnp.zeros((batch, self.size(drafter.depth)), jnp.int32)
+        return {**drafter.init(batch, capacity), _key(drafter): (new_kv, slot)}
+
+    def draft(self, drafter, params, states, text, view, sampling, noise, active, room):
+        del active, room
+        cache, logits = drafter.read(params, states, text, view)
+        new_kv = states[_key(drafter)][0]
+        grown = self.grow(drafter, params, cache, new_kv, logits, text, view, sampling, noise)
+        draft, slot = self.assemble(drafter, grown, text)
+        return draft, {**states, drafter.name: cache, _key(drafter): (grown.new_kv, slot)}
+
+    def grow(
+        self,
+        drafter: NeuralDrafter,
+        params: dict[str, Any],
+        cache: kv.KVCache,
+        new_kv: Any,
+        logits: Float[Array, "B 1 V"],
+        text: Text,
+        view: Any,
+        sampling: Sampling,
+        noise: Noise,
+    ) -> Grown:
+        """Reads and expands depth after depth, from the logits after the root."""
+        width, children = self.shape(drafter.depth)
+        batch, steps = logits.shape[0], drafter.depth - 1
+        slots = width * max(steps, 1)
+        candidates = width * children
+
+        def expand(logits, value, depth):
+            scores = warp(logits, sampling)
+            if not noise.return_q:  # no law is handed over, so that nothing need be drawn from it
+                scores = perturbed(scores, noise, depth, drafter.proposal)
+            ids, probs = best_children(scores, argmax(scores), sampling, children)
+            value = value[..., None] + jnp.log(probs)
+            return ids.reshape(batch, -1), value.reshape(batch, -1)
+
+        def step(carry, depth):
+            tokens, value, seen, new_kv = carry
+            read = widest(value, width)
+            parent = read // children
+            # Whom a node sees: whom its parent saw, and the parent. Those of depth 1 see none.
+            before = jnp.take_along_axis(seen, parent[..., None], axis=1)
+            slot = (depth - 2) * width + parent
+            line = jnp.arange(slots, dtype=jnp.int32)[None, None]
+            seen = before | ((line == slot[..., None]) & (depth > 1))
+            itself = jnp.broadcast_to(jnp.eye(width, dtype=bool)[None], (batch, width, width))
+            out = drafter.forward(
+                params,
+                cache,
+                view,
+                jnp.take_along_axis(tokens, read, axis=1),
+                jnp.broadcast_to(text.length[:, None] - 1 + depth, read.shape),
+                new_kv,
+                masks.pack(jnp.concatenate([seen, itself], axis=-1)),
+            )
+            new_kv = jax.tree.map(
+                lambda old, new: lax.dynamic_update_slice_in_dim(
+                    old, new.astype(old.dtype), (depth - 1) * width, axis=old.ndim - 3
+                ),
+                new_kv,
+                out.new_kv,
+            )
+            path = jnp.take_along_axis(value, read, axis=1)
+            following = expand(out.logits, path, depth)
+            return (*following, seen, new_kv), (*following, read)
+
+        tokens, value = expand(logits, jnp.zeros((batch, 1), jnp.float32), 0)
+        pad = ((0, 0), (0, candidates - children))
+        tokens, value = jnp.pad(tokens, pad), jnp.pad(value, pad, constant_values=-jnp.inf)
+        seen = jnp.zeros((batch, width, slots), bool)
+        depth = jnp.arange(1, drafter.depth, dtype=jnp.int32)
+        (_, last, _, new_kv), rest = lax.scan(step, (tokens, value, seen, new_kv), depth)
+        rest_tokens, rest_value, rest_read = (jnp.swapaxes(x, 0, 1) for x in rest)
+        return Grown(
+            tokens=jnp.concatenate([tokens[:, None], rest_tokens], axis=1),
+            value=jnp.concatenate([value[:, None], rest_value], axis=1),
+            read=jnp.concatenate([rest_read, widest(last, width)[:, None]], axis=1),
+            new_kv=new_kv,
+        )
+
+    def assemble(
+        self, drafter: Drafter, grown: Grown, text: Text
+    ) -> tuple[Draft, Int[Array, "B T"]]:
+        """The draft, and where each node's keys and values lie in `grown.new_kv`, -1 for nowhere."""
+        width, children = self.shape(drafter.depth)
+        batch, depth, candidates = grown.tokens.shape
+        others, some = self.chosen(grown, drafter)
+        chain = jnp.arange(depth, dtype=jnp.int32)[None] * candidates
+        node = jnp.concatenate([jnp.broadcast_to(chain, (batch, depth)), others], axis=1)
+        valid = jnp.concatenate([jnp.ones((batch, depth), bool), some], axis=1)
+        level, place = node // candidates, node % candidates
+
+        def of(per_candidate: Array) -> Array:
+            return jnp.take_along_axis(per_candidate.reshape(batch, -1), node, axis=1)
+
+        # The candidate above each node; that of depth 1 is the root, which none is: -1.
+        above = jnp.maximum(level - 1, 0) * width + place // children
+        above = jnp.take_along_axis(grown.read.reshape(batch, -1), above, axis=1)
+        above = jnp.where(level > 0, (level - 1) * candidates + above, -1)
+        line = jnp.arange(1, node.shape[1] + 1, dtype=jnp.int32)[None, None]
+        parent = jnp.sum(
+            jnp.where(above[:, :, None] == node[:, None], line, 0), axis=2, dtype=jnp.int32
+        )
+        value = jnp.concatenate([jnp.zeros((batch, 1), jnp.float32), of(grown.value)], axis=1)
+        before = jnp.take_along_axis(value, parent, axis=1)
+        probability = jnp.where(valid, jnp.exp(value[:, 1:] - before), 0.0)
+
+        read = jnp.take_along_axis(grown.read, level[..., None], axis=1)  # [B, T-1, width]
+        hit = (read == place[..., None]) & (level < depth - 1)[..., None]
+        slot = level[..., None] * width + jnp.arange(width, dtype=jnp.int32)[None, None]
+        slot = jnp.max(jnp.where(hit, slot, -1), axis=2)
+
+        root = root_only(text)
+        zero = jnp.zeros_like(root.tokens)
+        parent = jnp.concatenate([zero, parent], axis=1)
+        is_chain = jnp.arange(node.shape[1], dtype=jnp.int32)[None] < depth
+        draft = Draft(
+            tokens=jnp.concatenate([root.tokens, of(grown.tokens)], axis=1),
+            valid=jnp.concatenate([root.valid, valid], axis=1),
+            origin=jnp.concatenate(
+                [root.origin, jnp.broadcast_to(jnp.where(is_chain, 1, 2), node.shape)], axis=1
+            ),
+            probability=jnp.concatenate([root.probability, probability], axis=1),
+            parent=parent,
+            depth=jnp.concatenate([zero, level + 1], axis=1),
+            ancestors=ancestor_bits(parent, depth),
+            depth_limit=depth,
+        )
+        return draft, jnp.concatenate([zero - 1, slot], axis=1)
+
+    def commit(self, drafter, states, outcome, view):
+        del view
+        cache, (new_kv, slot) = states[drafter.name], states[_key(drafter)]
+        slot = jnp.take_along_axis(slot, outcome.path[:, 1:], axis=1)  # [B, P]
+        level = jnp.arange(1, drafter.depth + 1, dtype=jnp.int32)[None]
+        # Only the last accepted node may not have been read; it is caught up with, as a chain's is.
+        held = (slot >= 0) & (level <= outcome.accepted[:, None])
+        count = jnp.sum(jnp.cumprod(held.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
+        cache = kv.commit(cache, new_kv, count, jnp.maximum(slot, 0))
+        return {**states, drafter.name: cache}
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicTree(Growth):
+    """EAGLE-2's tree: expand the most probable nodes of each depth, verify the most probable of all.
+
+    A node's probability is the product of those on its path, so that whatever is chosen, its parent is
+    too.
+
+    Attributes:
+      width: nodes read at each depth and children of each, EAGLE-2's top-k, at most 8.
+    """
+
+    width: int = 4
+
+    def check(self, drafter):
+        super().check(drafter)
+        if not 2 <= self.width <= TOP:
+            raise UserError(f"The width of a dynamic tree must be in 2 to {TOP}, got {self.width}.")
+
+    def budgets(self, depth):
+        return depth + 2, 1 + self.width + (depth - 1) * self.width**2
+
+    def shape(self, depth):
+        del depth
+        return self.width, self.width
+
+    def chosen(self, grown, drafter):
+        value = grown.value.at[:, :, 0].set(-jnp.inf)  # the chain is in already
+        count = self.nodes - 1 - drafter.depth
+        return select(value.reshape(value.shape[0], -1), count)
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamSearch(Growth):
+    """Beam search, every beam of every depth verified: as many beams as the budget holds."""
+
+    def budgets(self, depth):
+        return 1 + 2 * depth, 1 + TOP * depth
+
+    def size(self, depth):
+        return 1 + self.shape(depth)[0] * depth
+
+    def shape(self, depth):
+        width = (self.nodes - 1) // depth
+        return width, width
+
+    def chosen(self, grown, drafter):
+        batch, depth, candidates = grown.tokens.shape
+        beams = grown.read[:, :, 1:]
+        value = jnp.take_along_axis(grown.value, beams, axis=2)
+        node = jnp.arange(depth, dtype=jnp.int32)[None, :, None] * candidates + beams
+        return node.reshape(batch, -1), value.reshape(batch, -1) > -jnp.inf
+
+
+def widest(value: Float[Array, "B C"], width: int) -> Int[Array, "B width"]:
+    """The main chain's candidate and the most probable others, in rising order."""
+    return select(value.at[:, 0].set(jnp.inf), width)[0]
+
+
+def _key(drafter: Drafter) -> str:
+    return f"{drafter.name}+"

@@ -1,0 +1,132 @@
+"""Replaying drafts against a text that is known: what an expansion would have accepted.
+
+One record of long chains with all their siblings predicts every comb rule, draft length and budget, so
+that `tune` need not decode once for each.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_specdec import cache as kv
+from jax_specdec.checkpoints import Target
+from jax_specdec.drafters.base import Outcome, TargetView
+from jax_specdec.drafters.expand import Comb
+from jax_specdec.drafters.loading import LoadedDrafter
+from jax_specdec.errors import UserError
+from jax_specdec.prefill import read_text
+from jax_specdec.sampling import Noise, make_sampling
+from jax_specdec.tree import Text
+
+
+class Record(NamedTuple):
+    """R rounds of greedy decoding with a chain of P tokens.
+
+    Attributes:
+      agreed: `int32[R]`, chain tokens that are the text's.
+      rank: `int32[R, P]`, which child of the chain node above the text's next token is: 0 the chain's
+        own, -1 none. It means something down to the first that is not 0.
+      probs: `float32[R, P, 8]`, `Draft.top_probs` of the chain.
+    """
+
+    agreed: np.ndarray
+    rank: np.ndarray
+    probs: np.ndarray
+
+
+def record(
+    target: Target, drafter: LoadedDrafter, texts: Sequence[Sequence[int]], starts: Sequence[int]
+) -> Record:
+    """Drafts along texts of greedy decoding, each round going on where its chain was first wrong.
+
+    Args:
+      drafter: one of chains, with a distribution. texts: token ids, prompt included. starts: where the
+        drafting begins, the prompts' lengths.
+
+    Raises:
+      UserError: a drafter without a distribution.
+    """
+    inner, depth = drafter.drafter, drafter.drafter.depth
+    batch, rounds = len(texts), max(len(t) - s for t, s in zip(texts, starts, strict=True))
+    columns = max(map(len, texts)) + depth + 1
+    padded = np.zeros((batch, columns), np.int32)
+    for row, text in enumerate(texts):
+        padded[row, : len(text)] = text
+    ends = jnp.asarray([len(t) for t in texts], jnp.int32)
+    sampling = make_sampling(batch, max_new_tokens=1)
+    decoder, config = target.decoder, target.config
+    empty = kv.init_cache(
+        config.num_layers,
+        batch,
+        config.num_kv_heads,
+        columns,
+        config.head_dim,
+        decoder.dtype,
+        stacked=decoder.layer_loop == "scan",
+    )
+
+    @jax.jit
+    def run(params: dict[str, Any], tokens, starts):
+        cache = read_text(decoder, params["target"], empty, tokens, ends - 1)
+        place = jnp.arange(depth, dtype=jnp.int32)[None]
+        greedy = jnp.zeros((batch, depth + 1, config.vocab_size), jnp.float32)
+        noise = Noise(greedy, return_top=True)
+        active, room = jnp.ones((batch,), bool), jnp.full((batch,), depth + 1, jnp.int32)
+        path = jnp.broadcast_to(jnp.arange(depth + 1, dtype=jnp.int32)[None], (batch, depth + 1))
+
+        def step(carry, _):
+            states, length = carry
+            text, view = Text(tokens, length), TargetView(cache.replace(length=length - 1))
+            draft, states = inner.draft(
+                params["drafter"], states, text, view, sampling, noise, active, room
+            )
+            if draft.top_ids is None or draft.top_probs is None or not draft.is_chain:
+                raise UserError(f"The drafter {inner.name!r} has no chains to expand.")
+            at = length[:, None] + place
+            known = jnp.take_along_axis(tokens, jnp.minimum(at, columns - 1), axis=1)
+            probs = draft.top_probs[:, :depth]
+            same = (draft.top_ids[:, :depth] == known[..., None]) & (probs > 0)
+            rank = jnp.where(jnp.any(same, axis=2), jnp.argmax(same, axis=2).astype(jnp.int32), -1)
+            rank = jnp.where(at < ends[:, None], rank, -1)
+            agreed = jnp.sum(jnp.cumprod((rank == 0).astype(jnp.int32), axis=1), axis=1)
+            agreed = agreed.astype(jnp.int32)
+            following = jnp.minimum(length + agreed + 1, ends)
+            outcome = Outcome(following, length + agreed, path, agreed)
+            states = inner.commit(states, outcome, view)
+            return (states, following), (length < ends, agreed, rank, probs)
+
+        states = inner.init(batch, columns)
+        return lax.scan(step, (states, starts), None, length=rounds)[1]
+
+    params = {"target": target.params, "drafter": drafter.params}
+    out = run(params, jnp.asarray(padded), jnp.asarray(starts, jnp.int32))
+    live, *rest = (np.asarray(x) for x in out)
+    return Record(*(x[live] for x in rest))
+
+
+def acceptance(found: Record, length: int, rule: Comb | None = None) -> list[float]:
+    """A_1 .. A_length: how often a draft of that length has a token accepted at each position.
+
+    Args:
+      rule: which siblings the chain has; None for none. 1 + the sum of the answer is tau.
+    """
+    depth = np.arange(1, length + 1)
+    agreed = np.minimum(found.agreed, length)
+    accepted = agreed[:, None] >= depth
+    if rule is not None:
+        rule.fit(length)
+        priority = np.asarray(rule.rank(jnp.asarray(found.probs[:, :length])))
+        missed = np.minimum(agreed, length - 1)[:, None]
+        rank = np.take_along_axis(found.rank, missed, axis=1)
+        wanted = missed * (priority.shape[1] // length) + np.maximum(rank, 1) - 1
+        mine = np.take_along_axis(priority, wanted, axis=1)
+        first = np.arange(priority.shape[1]) < wanted
+        ahead = ((priority > mine) | ((priority == mine) & first)).sum(axis=1)
+        taken = (ahead < rule.nodes - 1 - length) & (mine[:, 0] > -np.inf)
+        covered = taken & (rank[:, 0] > 0) & (agreed < length)
+        accepted |= covered[:, None] & (agreed[:, None] + 1 == depth)
+    return accepted.mean(axis=0).tolist()

@@ -1,0 +1,112 @@
+"""The cost model and what it predicts of expansions."""
+
+import json
+
+import numpy as np
+import pytest
+
+import jax_specdec as sd
+from jax_specdec import costs, replay
+from jax_specdec.costs import Costs, acceptance_by_position, tune
+from jax_specdec.drafters.expand import Cape, Fixed, PathProbability, select
+from jax_specdec.theory import comb_tau
+
+PROMPTS = ["Once upon a time, there was", "Question: Tom has 3 apples and buys", "the cat ran"]
+TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def target(tiny_checkpoints):
+    return sd.load_target(tiny_checkpoints / "target", dtype="float32")
+
+
+def decode(target, spec):
+    decoder = sd.SpeculativeDecoder(target, sd.load_drafter(spec, target))
+    settings = {"max_new_tokens": TOKENS, "ignore_eos": True, "batch_size": 3}
+    return decoder, list(decoder.generate(PROMPTS, **settings))
+
+
+@pytest.fixture(scope="module")
+def found(target):
+    decoder, answers = decode(target, "lm:5")
+    texts = [decoder.encode(a.prompt) + a.token_ids for a in answers]
+    starts = [len(decoder.encode(a.prompt)) for a in answers]
+    return replay.record(target, decoder.loaded, texts, starts), answers
+
+
+def test_a_replay_is_the_decoding(found):
+    """Of the drafter that was recorded the replay has every round, one by one."""
+    record, answers = found
+    assert len(record.agreed) == sum(a.stats.num_spec_steps for a in answers)
+    want = acceptance_by_position(answers)
+    np.testing.assert_allclose(replay.acceptance(record, 5), want, atol=1e-12)
+    assert replay.acceptance(record, 2) == replay.acceptance(record, 5)[:2]
+    rows = np.arange(len(record.agreed))
+    below = record.agreed < 5
+    assert (record.rank[rows[below], record.agreed[below]] != 0).all()
+
+
+@pytest.mark.parametrize("rule", [Cape(20), Fixed(12), PathProbability(9)], ids=str)
+def test_replayed_expansions(found, rule):
+    """The prediction is of the siblings that the rule takes, and is tau of a comb."""
+    record, _ = found
+    got = replay.acceptance(record, 4, rule)
+    agreed = np.minimum(record.agreed, 4)
+    chosen, some = (np.asarray(x) for x in select(rule.rank(record.probs[:, :4]), rule.nodes - 5))
+    tau = 0
+    reached, kept, covered = np.zeros(4), np.zeros(4), np.zeros(4)
+    for r, n in enumerate(agreed):
+        taken = {divmod(int(c), 7) for c, good in zip(chosen[r], some[r], strict=True) if good}
+        sibling = n < 4 and (n, record.rank[r, n] - 1) in taken
+        tau += 1 + n + sibling
+        reached[: n + 1] += 1
+        kept[:n] += 1
+        covered[: n + sibling] += 1
+    assert abs(1 + sum(got) - tau / len(agreed)) < 1e-9
+    assert sum(got) > sum(replay.acceptance(record, 4)), "no sibling helps"
+    assert abs(comb_tau(kept / reached, covered / reached) - (1 + sum(got))) < 1e-9
+
+
+def test_predicted_tau_is_near_the_decoded_one(target, found):
+    """Rounds begin elsewhere, so that they differ; by how much says how far to trust a choice."""
+    _, answers = decode(target, "lm:4+path:12")
+    want = 1 + sum(acceptance_by_position(answers))
+    got = 1 + sum(replay.acceptance(found[0], 4, PathProbability(12)))
+    assert abs(got - want) < 0.15 * want
+
+
+def test_the_best_expansion(found):
+    """Free verification takes the widest draft, expensive verification none that is wide."""
+    record, _ = found
+    widths = (1, 2, 4, 8, 16, 32)
+    flat = Costs(dict.fromkeys(widths, 1.0), {1: 0.0, 5: 0.0})
+    _, length, nodes = flat.best_expansion(record, PathProbability)
+    assert length == 5 and nodes == 32
+    steep = Costs({t: float(t) for t in widths}, {1: 0.0, 5: 0.0})
+    assert steep.best_expansion(record, PathProbability)[2] == 4
+    accepted = replay.acceptance(record, 5, PathProbability(32))
+    assert flat.best_expansion(record, PathProbability)[0] == flat.speedup(accepted, 5, 32)
+    assert steep.round(3, 12) == 12.0 and steep.round(3) == 4.0
+
+
+def test_tune_chooses_lengths_and_budgets(target, monkeypatch):
+    monkeypatch.setattr(costs, "verify_arm", lambda target, nodes, ids: lambda: 1 + nodes / 50)
+    monkeypatch.setattr(costs, "draft_arm", lambda target, drafter, ids: lambda: 0.1)
+    out = tune(
+        target,
+        lambda spec: sd.load_drafter(spec, target),
+        ["lm+path"],
+        PROMPTS,
+        longest=2,
+        max_new_tokens=8,
+        repeats=1,
+    )
+    json.dumps(out)
+    length, nodes = out["lengths"]["lm+path"], out["nodes"]["lm+path"]
+    assert out["default"] == f"lm:{length}+path:{nodes}"
+    assert PathProbability(nodes).fits(length)
+    found = out["measured"]["drafters"]["lm+path"]
+    tau = 1 + sum(found["accepted_per_pos"])
+    assert abs(found["predicted_speedup"] - tau * 1.02 / (1.1 + nodes / 50)) < 1e-9
+    with pytest.raises(sd.UserError, match=r"'lm\+tree' cannot be tuned"):
+        tune(target, lambda spec: sd.load_drafter(spec, target), ["lm+tree"], PROMPTS)

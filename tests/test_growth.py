@@ -1,0 +1,245 @@
+"""Grown trees: against EAGLE-2 and beam search in plain Python, and exactness of what comes of them."""
+
+import functools
+
+import helpers as h
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_loop import MIXED, RAGGED, check_stats
+
+from jax_specdec import DecodeLoop, Decoder, UserError
+from jax_specdec import sampling as laws
+from jax_specdec.cache import init_cache
+from jax_specdec.drafters.base import TargetView
+from jax_specdec.drafters.expand import Expand
+from jax_specdec.drafters.growth import BeamSearch, DynamicTree
+from jax_specdec.drafters.lm import LmDrafter
+from jax_specdec.drafters.max_gram import MaxGram
+from jax_specdec.models import stack_layers
+from jax_specdec.testing import check_drafter
+from jax_specdec.tree import Text, ancestor_bits
+from pallas_kernels import masks
+
+WIDTH = 24
+TEMPERATURES = [0.0, 1.0, 0.6]
+
+
+@jax.jit
+def forward(tokens):
+    positions = jnp.broadcast_to(jnp.arange(WIDTH, dtype=jnp.int32)[None], tokens.shape)
+    return h.TARGET.apply(h.close_params(), tokens, positions).logits
+
+
+def log_probs(paths, text, temperature, gumbel):
+    """After each path of one length, `[n, V]`: a softmax of logits + temperature * noise."""
+    tokens = np.zeros((8, WIDTH), np.int32)
+    for i, path in enumerate(paths):
+        tokens[i, : len(text) + len(path)] = [*text, *path]
+    logits = np.asarray(forward(jnp.asarray(tokens)), np.float64)
+    x = logits[: len(paths), len(text) + len(paths[0]) - 1] + temperature * gumbel[len(paths[0])]
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def grow(text, temperature, gumbel, depth, width):
+    """All candidates `{path: value}`, and those that were read, by depth. The best child of the best
+    child ... of the root is read at every depth.
+    """
+    value, main, read, levels = {(): 0.0}, (), [()], []
+    for _ in range(depth):
+        found = {}
+        for path, row in zip(read, log_probs(read, text, temperature, gumbel), strict=True):
+            for token in np.argsort(-row)[:width]:
+                found[(*path, int(token))] = value[path] + row[token]
+        best = log_probs([main], text, temperature, gumbel)[0].argmax()
+        main = (*main, int(best))
+        others = sorted((p for p in found if p != main), key=lambda p: -found[p])
+        read = [main, *others[: width - 1]]
+        levels.append(read)
+        value |= found
+    del value[()]
+    return value, levels, main
+
+
+def expected_tree(rule, text, temperature, gumbel, depth):
+    """The paths that a rule verifies, with their values."""
+    width = rule.width if isinstance(rule, DynamicTree) else (rule.nodes - 1) // depth
+    value, levels, main = grow(text, temperature, gumbel, depth, width)
+    if isinstance(rule, BeamSearch):
+        return {path: value[path] for level in levels for path in level}, main
+    chain = {main[:d] for d in range(1, depth + 1)}
+    others = sorted((p for p in value if p not in chain), key=lambda p: -value[p])
+    return {p: value[p] for p in [*chain, *others[: rule.nodes - 1 - depth]]}, main
+
+
+@pytest.mark.parametrize(
+    ("rule", "depth"),
+    [(DynamicTree(17), 4), (DynamicTree(12, width=3), 5), (BeamSearch(13), 3), (DynamicTree(5), 1)],
+    ids=["tree", "narrow tree", "beam", "one level"],
+)
+def test_trees_against_plain_python(rule, depth):
+    prompts = h.prompts_of([5, 9, 1], seed=4)
+    tokens, lengths = h.pad(prompts, WIDTH)
+    text = Text(tokens, lengths)
+    drafter = Expand(LmDrafter(h.TARGET, depth), rule)
+    sampling = h.sampling_of(3, temperature=TEMPERATURES, seed=3)
+    keys = laws.row_keys(sampling, jnp.arange(3, dtype=jnp.int32))
+    gumbel = laws.shared_noise(keys, sampling, lengths, depth + 1, h.VOCAB)
+
+    @functools.partial(jax.jit, compiler_options=h.QUICK)
+    def draw(params):
+        states, view = drafter.init(3, WIDTH + depth + 1), TargetView(None)
+        states = drafter.extend(params, states, text, view)
+        args = (sampling, laws.Noise(gumbel), jnp.ones(3, bool), jnp.full(3, 9, jnp.int32))
+        return drafter.draft(params, states, text, view, *args)[0]
+
+    draft, gumbel = jax.device_get((draw({"lm": h.close_params()}), gumbel))
+    assert draft.tokens.shape[1] == drafter.num_nodes + 1 <= rule.nodes
+    for b, prompt in enumerate(prompts):
+        want, main = expected_tree(rule, prompt, TEMPERATURES[b], gumbel[b], depth)
+        got, path = {}, {0: ()}
+        for i in range(1, draft.tokens.shape[1]):
+            above = int(draft.parent[b, i])
+            path[i] = (*path[above], int(draft.tokens[b, i]))
+            assert draft.valid[b, i] and draft.depth[b, i] == len(path[i])
+            got[path[i]] = np.log(draft.probability[b, i]) + got.get(path[above], 0.0)
+        assert path[depth] == main, "the main chain comes first"
+        assert len(got) == len(path) - 1, "no path twice"
+        if set(got) != set(want):  # a tie at the edge
+            edge = min(want.values())
+            assert all(abs(got.get(p, want.get(p)) - edge) < 1e-3 for p in set(got) ^ set(want))
+        for p in set(got) & set(want):
+            assert abs(got[p] - want[p]) < 1e-3
+
+
+# Exactness
+
+TREES = {
+    "tree": lambda n: DynamicTree(min(16, 2 + 3 * n)),
+    "beam": lambda n: BeamSearch(1 + 3 * n),
+}
+
+
+@functools.cache
+def plain():
+    return h.decode(h.plain_loop(), h.all_params(), h.prompts_of(RAGGED), h.sampling_of(4, **MIXED))
+
+
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [("tree", 1), ("tree", 2), ("tree", 5), ("tree", 6), ("beam", 2), ("beam", 6)],
+)
+def test_ragged_batch_is_plain_decoding(name, length):
+    """Greedy and sampled rows, with filters of their own."""
+    loop = DecodeLoop(h.TARGET, Expand(LmDrafter(h.TARGET, length), TREES[name](length)))
+    params = h.all_params(lm=h.close_params())
+    got = h.decode(loop, params, h.prompts_of(RAGGED), h.sampling_of(4, **MIXED))
+    h.assert_identical(got, plain())
+    check_stats(got, loop)
+    assert (got.stats.accepted[:, 1:].sum(axis=0) > 0).all(), "no branch was ever accepted"
+
+
+def test_scanned_layers():
+    target = Decoder(h.CONFIG, layer_loop="scan")
+    loop = DecodeLoop(target, Expand(LmDrafter(target, 4), DynamicTree(14)))
+    params = h.all_params(target=stack_layers(h.target_params()), lm=stack_layers(h.close_params()))
+    got = h.decode(loop, params, h.prompts_of(RAGGED), h.sampling_of(4, **MIXED))
+    h.assert_identical(got, plain())
+    assert got.stats.accepted[:, 2].sum() > 0
+
+
+@pytest.mark.parametrize(("name", "length"), [("tree", 3), ("beam", 4)])
+def test_contract(name, length):
+    """The rejection rule included, under which the tokens are certain."""
+    drafter = Expand(LmDrafter(h.SMALL, length), TREES[name](length))
+    params = {"lm": h.perturbed(h.small_params(), 0.25)}
+    check_drafter(drafter, params, h.SMALL, h.small_params(), compiler_options=h.QUICK)
+
+
+def test_what_was_read_is_not_read_again():
+    """After a round in which a branch was accepted, the drafter lags by its two last tokens at most."""
+    length = 4
+    loop = DecodeLoop(h.TARGET, Expand(LmDrafter(h.TARGET, length), DynamicTree(16)))
+    params = h.all_params(lm=h.close_params())
+    tokens, lengths = h.pad(h.prompts_of(RAGGED))
+    sampling, ids = h.sampling_of(4, **MIXED), jnp.arange(4, dtype=jnp.int32)
+    state = h.start(loop, params, tokens, lengths, sampling, ids, capacity=48)
+    branches = 0
+    for _ in range(5):
+        state = h.run(loop, params, state, jnp.int32(1))
+        running = np.asarray(state.stats.finish) == 0
+        lag = np.asarray(state.text.length - state.drafts["lm"].length)[running]
+        assert ((lag >= 1) & (lag <= 2)).all()
+        branches = int(state.stats.accepted[:, 2].sum())
+    assert branches > 2
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Expand(MaxGram(4), DynamicTree(12)), "max-gram.* cannot grow trees"),
+        (lambda: Expand(LmDrafter(h.TARGET, 4), DynamicTree(5)), "takes 6 to 53 nodes"),
+        (lambda: Expand(LmDrafter(h.TARGET, 4), BeamSearch(8)), "takes 9 to 33 nodes"),
+        (lambda: Expand(LmDrafter(h.TARGET, 4), DynamicTree(16, width=9)), "2 to 8"),
+    ],
+)
+def test_wrong_use(make, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make()
+
+
+# The drafter's attention
+
+
+@pytest.mark.parametrize("layer_loop", ["unroll", "scan"])
+def test_levels_of_a_tree_are_one_forward_of_it(layer_loop):
+    """A tree read level by level, its keys beside the cache, gives the logits of one pass over it."""
+    rng = np.random.default_rng(0)
+    decoder = Decoder(h.CONFIG, layer_loop=layer_loop)
+    params = h.target_params()
+    params = stack_layers(params) if layer_loop == "scan" else params
+    batch, slots, widths = 3, 12, (2, 3, 4)
+    c = h.CONFIG
+    cache = init_cache(
+        c.num_layers, batch, c.num_kv_heads, slots, c.head_dim, jnp.float32,
+        stacked=layer_loop == "scan",
+    )  # fmt: skip
+    filled = [
+        jax.random.normal(jax.random.key(i), x.shape)
+        for i, x in enumerate(jax.tree.leaves(cache)[:-1])
+    ]
+    cache = jax.tree.unflatten(
+        jax.tree.structure(cache), [*filled, jnp.asarray([0, 5, 11], jnp.int32)]
+    )
+    parent, level, first = [0], [0], 1
+    for depth, width in enumerate(widths, 1):
+        above = [i for i, x in enumerate(level) if x == depth - 1]
+        parent += rng.choice(above, width).tolist()
+        level += [depth] * width
+    nodes = len(parent)
+    bits = ancestor_bits(jnp.broadcast_to(jnp.asarray(parent, jnp.int32), (batch, nodes)), 3)
+    tokens = jnp.asarray(rng.integers(0, h.VOCAB, (batch, nodes)), jnp.int32)
+    positions = cache.length[:, None] + jnp.asarray(level, jnp.int32)[None]
+    want = decoder.apply(params, tokens, positions, cache, bits)
+    seen = masks.unpack(bits, nodes)
+    done = None
+    for width in (1, *widths):
+        new = slice(first - 1, first - 1 + width)
+        first += width
+        ancestors = masks.pack(seen[:, new, : new.stop])
+        got = decoder.apply(
+            params, tokens[:, new], positions[:, new], cache, ancestors, drafted=done
+        )
+        np.testing.assert_allclose(got.logits, want.logits[:, new], atol=2e-4)
+        axis = 2 if layer_loop == "scan" else 1
+        done = got.new_kv if done is None else jax.tree.map(
+            lambda a, b, axis=axis: jnp.concatenate([a, b], axis=axis), done, got.new_kv
+        )  # fmt: skip
+    windowed = Decoder(h.dataclasses.replace(h.CONFIG, windows=(5, None)))
+    with pytest.raises(ValueError, match="without a window"):
+        windowed.apply(
+            h.target_params(), tokens[:, :1], positions[:, :1],
+            init_cache(2, batch, 2, slots, 8, jnp.float32), bits[:, :1], drafted=done,
+        )  # fmt: skip

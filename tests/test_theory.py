@@ -1,0 +1,75 @@
+"""The formulas, against the paper's numbers and against enumeration."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from jax_specdec import theory
+
+pytestmark = pytest.mark.smoke
+
+# GliDe's rows of Table 1 (arXiv 2402.02082): cost in percent, then acceptance in percent and expected
+# speedup on GSM8K, Finance-Alpaca, Spider and Code-Python, at draft length 5.
+TABLE_1 = {
+    "vicuna-7b": (6.7, (64.8, 1.97), (63.2, 1.90), (55.7, 1.64), (67.0, 2.06)),
+    "vicuna-13b": (5.5, (67.1, 2.16), (65.0, 2.07), (57.1, 1.77), (68.6, 2.24)),
+    "vicuna-33b": (6.8, (69.3, 2.16), (64.3, 1.94), (62.7, 1.87), (68.9, 2.14)),
+    "mistral-7b": (6.6, (60.1, 1.80), (56.4, 1.67), (59.8, 1.79), (62.6, 1.89)),
+}
+
+
+@pytest.mark.parametrize("model", TABLE_1)
+def test_table_1_of_the_paper(model):
+    cost, *sets = TABLE_1[model]
+    for rate, speedup in sets:
+        assert abs(theory.expected_speedup(rate / 100, 5, cost / 100) - speedup) <= 0.01
+
+
+def test_chain():
+    assert theory.chain_tau(1.0, 5) == 6 and theory.chain_tau(0.0, 5) == 1
+    for rate, length in [(0.3, 1), (0.7, 4), (0.95, 8)]:
+        tau = 1 + sum(rate**i for i in range(1, length + 1))
+        assert abs(theory.chain_tau(rate, length) - tau) < 1e-12
+        assert abs(theory.comb_tau([rate] * length, [rate] * length) - tau) < 1e-12
+        reach = [rate**i for i in range(1, length + 1)]
+        assert abs(theory.tree_tau(reach) - tau) < 1e-12
+    assert theory.expected_speedup(0.6, 3, 0.0) == theory.chain_tau(0.6, 3)
+
+
+def test_comb_against_enumeration():
+    """Every outcome of a comb of three levels: chain accepted, sibling accepted, nothing."""
+    a, c = [0.6, 0.5, 0.4], [0.8, 0.5, 0.9]
+    mean = 0.0
+    for outcome in itertools.product(("chain", "sibling", "none"), repeat=3):
+        chance, tokens, on = 1.0, 1, True
+        for i, what in enumerate(outcome):
+            chance *= {"chain": a[i], "sibling": c[i] - a[i], "none": 1 - c[i]}[what]
+            tokens += on and what != "none"
+            on = on and what == "chain"
+        mean += chance * tokens
+    assert abs(theory.comb_tau(a, c) - mean) < 1e-12
+    assert theory.comb_tau([], []) == 1
+    reach = [0.6, 0.2, 0.6 * 0.5, 0.6 * 0.5 * 0.4, 0.6 * 0.5 * 0.5]
+    assert abs(theory.comb_tau(a, c) - theory.tree_tau(reach)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("chain", "covered"), [([0.5], [0.4]), ([0.5], [1.1]), ([0.5], [0.6, 0.7])]
+)
+def test_combs_that_cannot_be(chain, covered):
+    with pytest.raises(ValueError):
+        theory.comb_tau(chain, covered)
+
+
+def test_rates():
+    rng = np.random.default_rng(0)
+    p, q = rng.dirichlet(np.ones(6), 2)
+    tv = 0.5 * abs(p - q).sum()
+    assert abs(theory.acceptance_rate(p, q) - (1 - tv)) < 1e-12
+    assert abs(theory.matching_rate_bound(p, q) - (1 - tv) / (1 + tv)) < 1e-12
+    both = theory.acceptance_rate(np.stack([p, p]), np.stack([q, p]))
+    assert both.shape == (2,) and abs(both[1] - 1) < 1e-12
+    noise = rng.gumbel(size=(50_000, 6))
+    same = ((np.log(p) + noise).argmax(1) == (np.log(q) + noise).argmax(1)).mean()
+    assert theory.matching_rate_bound(p, q) - 0.01 < same <= theory.acceptance_rate(p, q) + 0.01
