@@ -286,9 +286,10 @@ class Decoder:
         """Keys and values of `nodes` tree nodes, all 0, in the form of `Output.new_kv`."""
         c = self.config
         shape = (batch, nodes, c.num_kv_heads, c.head_dim)
+        zeros: Any = (jnp.zeros(shape, self.dtype),) * c.num_layers
         if self.layer_loop == "scan":
-            return (jnp.zeros((c.num_layers, *shape), self.dtype),) * 2
-        return ((jnp.zeros(shape, self.dtype),) * c.num_layers,) * 2
+            zeros = jnp.stack(zeros)
+        return zeros, zeros
 
     def init_layer(self, key: Array) -> Params:
         """Fresh parameters of one layer."""
