@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jax_specdec import cache as kv
 from jax_specdec.drafters.neural import CATCH_UP, NeuralDrafter
+from jax_specdec.errors import UserError
 from jax_specdec.models.decoder import Decoder
 from jax_specdec.prefill import read_text
 
@@ -63,6 +64,11 @@ class LmDrafter(NeuralDrafter):
 
     def blank(self, batch, nodes):
         c, d = self.decoder.config, self.decoder
+        if any(c.windows):
+            raise UserError(
+                f"The drafter {self.name!r} has layers with a sliding window, which cannot grow trees: "
+                "expand it by cape, fixed or path."
+            )
         shape = (batch, nodes, c.num_kv_heads, c.head_dim)
         if d.layer_loop == "scan":
             return (jnp.zeros((c.num_layers, *shape), d.dtype),) * 2
