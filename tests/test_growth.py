@@ -1,5 +1,6 @@
 """Grown trees: against EAGLE-2 and beam search in plain Python, and exactness of what comes of them."""
 
+import dataclasses
 import functools
 
 import helpers as h
@@ -202,17 +203,12 @@ def test_levels_of_a_tree_are_one_forward_of_it(layer_loop):
     params = stack_layers(params) if layer_loop == "scan" else params
     batch, slots, widths = 3, 12, (2, 3, 4)
     c = h.CONFIG
+    stacked = layer_loop == "scan"
     cache = init_cache(
-        c.num_layers, batch, c.num_kv_heads, slots, c.head_dim, jnp.float32,
-        stacked=layer_loop == "scan",
-    )  # fmt: skip
-    filled = [
-        jax.random.normal(jax.random.key(i), x.shape)
-        for i, x in enumerate(jax.tree.leaves(cache)[:-1])
-    ]
-    cache = jax.tree.unflatten(
-        jax.tree.structure(cache), [*filled, jnp.asarray([0, 5, 11], jnp.int32)]
+        c.num_layers, batch, c.num_kv_heads, slots, c.head_dim, jnp.float32, stacked=stacked
     )
+    cache = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.ndim), x.shape), cache)
+    cache = cache.replace(length=jnp.asarray([0, 5, 11], jnp.int32))
     parent, level, first = [0], [0], 1
     for depth, width in enumerate(widths, 1):
         above = [i for i, x in enumerate(level) if x == depth - 1]
@@ -233,13 +229,14 @@ def test_levels_of_a_tree_are_one_forward_of_it(layer_loop):
             params, tokens[:, new], positions[:, new], cache, ancestors, drafted=done
         )
         np.testing.assert_allclose(got.logits, want.logits[:, new], atol=2e-4)
-        axis = 2 if layer_loop == "scan" else 1
-        done = got.new_kv if done is None else jax.tree.map(
-            lambda a, b, axis=axis: jnp.concatenate([a, b], axis=axis), done, got.new_kv
-        )  # fmt: skip
-    windowed = Decoder(h.dataclasses.replace(h.CONFIG, windows=(5, None)))
-    with pytest.raises(ValueError, match="without a window"):
-        windowed.apply(
-            h.target_params(), tokens[:, :1], positions[:, :1],
-            init_cache(2, batch, 2, slots, 8, jnp.float32), bits[:, :1], drafted=done,
-        )  # fmt: skip
+        axis = 2 if stacked else 1
+        join = functools.partial(lambda axis, *x: jnp.concatenate(x, axis=axis), axis)
+        done = got.new_kv if done is None else jax.tree.map(join, done, got.new_kv)
+
+
+def test_windows_are_refused():
+    windowed = Decoder(dataclasses.replace(h.CONFIG, windows=(5, None)))
+    drafter = Expand(LmDrafter(windowed, 3), DynamicTree(12))
+    params = h.all_params(lm=h.close_params())
+    with pytest.raises(UserError, match="sliding window"):
+        h.decode(DecodeLoop(h.TARGET, drafter), params, h.prompts_of([4]), h.sampling_of(1))

@@ -37,7 +37,11 @@ class NeuralDrafter(ChainDrafter):
         raise NotImplementedError
 
     def blank(self, batch: int, nodes: int) -> tuple[Any, Any]:
-        """Keys and values of `nodes` tree nodes, all 0, in the form of `Output.new_kv`."""
+        """Keys and values of `nodes` tree nodes, all 0, in the form of `Output.new_kv`.
+
+        Raises:
+          UserError: the drafter cannot read trees.
+        """
         raise NotImplementedError
 
     def forward(

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_specdec.cache import KVCache
+from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig, RopeConfig
 from pallas_kernels import masks, tree_attention
 
@@ -283,8 +284,17 @@ class Decoder:
         return stack_layers(params) if self.layer_loop == "scan" else params
 
     def blank(self, batch: int, nodes: int) -> tuple[Any, Any]:
-        """Keys and values of `nodes` tree nodes, all 0, in the form of `Output.new_kv`."""
+        """Keys and values of `nodes` tree nodes, all 0, in the form of `Output.new_kv`.
+
+        Raises:
+          UserError: layers with a sliding window, for which `drafted` does not work.
+        """
         c = self.config
+        if any(c.windows):
+            raise UserError(
+                f"The drafter {self.name!r} has layers with a sliding window, which cannot grow trees: "
+                "expand it by cape, fixed or path."
+            )
         shape = (batch, nodes, c.num_kv_heads, c.head_dim)
         zeros: Any = (jnp.zeros(shape, self.dtype),) * c.num_layers
         if self.layer_loop == "scan":
