@@ -67,6 +67,9 @@ def test_shifts_train_every_delay():
             assert len(here) == 1, "a text has one delay"
             seen |= here
     assert seen == set(range(1, 17))
+    many = np.asarray(visible_keys("shift", (16_000, 17), 16, jax.random.key(0)))
+    share = np.bincount(17 - many[:, -1], minlength=17)[1:] / 16_000
+    assert abs(share * 16 - 1).max() < 0.15, "the delays are uniform"
     none = np.asarray(visible_keys("none", (1, 5), 16, jax.random.key(0)))
     assert none.tolist() == [[0, 1, 2, 3, 4]]
 

@@ -23,8 +23,8 @@ def visible_keys(
     Args:
       kind: `block`, the mask of GliDe (arXiv 2402.02082, section 4.2): blocks of `delay` tokens, each of
         which sees the blocks before it, as the tokens of one draft do; delays follow from positions.
-        `shift`, after LongSpec (arXiv 2502.17421, section 3.2): every text has one random delay. `none`:
-        the delay is 1 everywhere.
+        `shift`, after LongSpec (arXiv 2502.17421, section 3.2): every text has one delay, uniform in 1
+        to `delay`. `none`: the delay is 1 everywhere.
       shape: (B, T). delay: the largest one.
 
     A query of the first block sees nothing. (GliDe's code lets it see all up to itself, which no draft can.)
@@ -35,7 +35,5 @@ def visible_keys(
         return jnp.broadcast_to(position // delay * delay, (batch, length))
     shift = jnp.ones((batch, 1), jnp.int32)
     if kind == "shift":
-        # The smaller of two: late places of a draft are reached less often than early ones.
-        draws = jax.random.randint(key, (2, batch, 1), 1, delay + 1, jnp.int32)
-        shift = jnp.min(draws, axis=0)
+        shift = jax.random.randint(key, (batch, 1), 1, delay + 1, jnp.int32)
     return jnp.maximum(position + 1 - shift, 0)
