@@ -165,15 +165,16 @@ class SpeculativeDecoder:
             config, dtype = self.target.config, self.target.decoder.dtype
             slots = capacity + self.loop.nodes
             plan = memory_plan(config, dtype, tokens.shape[0], slots, width=self.loop.nodes)
-            check_fits(dataclasses.replace(plan, parameters=0), available_memory())
-            began = time.perf_counter()
             args = (self.params, tokens, lengths, sampling, ids)
+            state = jax.eval_shape(lambda *a: self.loop.start(*a, capacity=capacity), *args)
+            held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+            check_fits(dataclasses.replace(plan, parameters=0, cache=held), available_memory())
+            began = time.perf_counter()
             start = (
                 jax.jit(self.loop.start, static_argnames=("capacity",))
                 .lower(*args, capacity=capacity)
                 .compile()
             )
-            state = jax.eval_shape(lambda *a: self.loop.start(*a, capacity=capacity), *args)
             run = (
                 jax.jit(self.loop.run, donate_argnums=1)
                 .lower(self.params, state, jnp.int32(0))

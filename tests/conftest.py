@@ -11,6 +11,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 if jax.config.jax_num_cpu_devices < 1 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_num_cpu_devices", 2)
 
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs are dropped after each module: Linux allows a process 65,530 memory maps, each
+    program takes several, and XLA crashes where there are no more."""
+    yield
+    jax.clear_caches()
+
+
 TINY_TEXTS = (
     "Once upon a time, there was a little girl named Lily. She had a red ball.",
     "One day, the cat saw a big dog. The dog was happy and the cat ran away.",

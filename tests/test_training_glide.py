@@ -76,14 +76,15 @@ def test_shifts_train_every_delay():
 
 def test_nothing_of_the_hidden_keys_reaches_a_prediction():
     """A later token of the text changes the target's keys; a query must not see that."""
-    pair = glide.Pair(MODEL, h.SMALL)
+    pair = glide.Pair(MODEL, h.SMALL, GliDeRecipe())
     own = MODEL.init(jax.random.key(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, h.VOCAB, (1, 12)), jnp.int32)
     visible = visible_keys("block", (1, 12), 4, jax.random.key(0))
 
     def read(tokens, others):
-        kv, _ = pair.target_reads(h.small_params(), others, False)
-        return np.asarray(pair.drafter_reads(own, h.small_params(), tokens, kv, visible))[0]
+        reading = pair.read(h.small_params(), jnp.pad(others, ((0, 0), (0, 1))))
+        tokens = jnp.pad(tokens, ((0, 0), (0, 1)))
+        return np.asarray(pair.drafter_reads(own, h.small_params(), reading, tokens, visible))[0]
 
     want = read(tokens, tokens)
     changed = read(tokens, tokens.at[0, 4:8].set(1))  # the second block of the target's text

@@ -7,11 +7,12 @@ dropped. The paper's recipe is `GliDeConfig.paper`, visibility `block` and the l
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jax_specdec._types import Array
 from jax_specdec.models.decoder import Decoder, Params
@@ -24,29 +25,87 @@ from jax_specdec.training.visibility import visible_keys
 MEASURED_DELAYS = 16
 
 
+class Reading(NamedTuple):
+    """What the target made of a batch of texts `[B, T+1]`, their last tokens left out.
+
+    Attributes:
+      kv: its keys and values by layer, as in `Output.new_kv`.
+      log_p: log-probabilities `float32[B, T, V]` of the token after each input.
+    """
+
+    kv: Any
+    log_p: Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A drafter and its target, reading the same text."""
+    """A drafter and its target, reading the same text.
+
+    The target reads a batch once (`read`), for as many drafters as learn from it.
+    """
 
     model: GliDe
     target: Decoder
+    recipe: GliDeRecipe
     remat: bool = False
 
-    def target_reads(self, params: Params, inputs: Array, logits: bool) -> tuple[Any, Any]:
-        """`(keys and values by layer, log-probabilities float32[B, T, V] or None)` of `inputs [B, T]`."""
-        out = self.target.apply(params, inputs, _positions(inputs), logits=logits)
-        log_p = None if out.logits is None else jax.nn.log_softmax(out.logits, axis=-1)
-        return out.new_kv, log_p
+    def read(self, target_params: Params, tokens: Array) -> Reading:
+        """The target's reading of `tokens [B, T+1]` without the last one."""
+        inputs = tokens[:, :-1]
+        out = self.target.apply(target_params, inputs, _positions(inputs))
+        return Reading(out.new_kv, jax.nn.log_softmax(out.logits, axis=-1))
+
+    def loss(
+        self, params: Params, target_params: Params, reading: Reading, tokens: Array, key: Array
+    ) -> Array:
+        """The mean loss over `tokens [B, T+1]`, keys hidden as the recipe says."""
+        shape = (tokens.shape[0], tokens.shape[1] - 1)
+        delay = self.model.config.trained_delay
+        visible = visible_keys(self.recipe.visibility, shape, delay, key)
+        log_q = self.drafter_reads(params, target_params, reading, tokens, visible)
+        return self._losses(reading, log_q, tokens).mean()
+
+    def agreement(
+        self, params: Params, target_params: Params, reading: Reading, tokens: Array
+    ) -> dict[str, Array]:
+        """Every block is a draft: one pass measures all delays, each on its share of positions."""
+        length = tokens.shape[1] - 1
+        delays = max(1, min(MEASURED_DELAYS, length // 2))
+        visible = visible_keys("block", (tokens.shape[0], length), delays, jax.random.key(0))
+        log_q = self.drafter_reads(params, target_params, reading, tokens, visible)
+        position = jnp.arange(length, dtype=jnp.int32)[:, None]
+        place = jnp.arange(delays, dtype=jnp.int32)[None]
+        # The first block sees nothing, which happens once in a text.
+        counts = ((position % delays == place) & (position >= delays)).astype(jnp.float32)
+
+        def by_delay(values: Array) -> Array:
+            return (jnp.matmul(values, counts, precision=lax.Precision.HIGHEST)).mean(
+                axis=0
+            ) / counts.sum(axis=0)
+
+        acceptance, match = losses.agreement(reading.log_p, log_q)
+        return {
+            "heldout_loss": self._losses(reading, log_q, tokens).mean(),
+            "heldout_cross_entropy": losses.cross_entropy(log_q, tokens[:, 1:]).mean(),
+            "acceptance": by_delay(acceptance),
+            "greedy_match": by_delay(match),
+        }
 
     def drafter_reads(
-        self, params: Params, target_params: Params, inputs: Array, kv: Any, visible: Array
+        self, params: Params, target_params: Params, reading: Reading, tokens: Array, visible: Array
     ) -> Array:
-        """Log-probabilities `float32[B, T, V]` of the token after each of `inputs [B, T]`."""
+        """Log-probabilities `float32[B, T, V]` of the token after each of `tokens [B, T+1]` but the last."""
+        inputs = tokens[:, :-1]
         joined = self.model.join(params, target_params)
-        glimpse = glimpse_text(kv, visible, self.model.target.windows)
+        glimpse = glimpse_text(reading.kv, visible, self.model.target.windows)
         out = self.model.apply(joined, inputs, _positions(inputs), glimpse, remat=self.remat)
         assert out.logits is not None
         return jax.nn.log_softmax(out.logits, axis=-1)
+
+    def _losses(self, reading: Reading, log_q: Array, tokens: Array) -> Array:
+        weights = losses.parse_mixture(self.recipe.loss)
+        beta = self.recipe.jensen_shannon_beta
+        return losses.mixture(weights, reading.log_p, log_q, tokens[:, 1:], beta)
 
 
 def _positions(tokens: Array) -> Array:
@@ -70,44 +129,15 @@ def make_objective(
     pair = Pair(
         dataclasses.replace(model, dtype=dtype),
         dataclasses.replace(target, dtype=dtype),
+        recipe,
         config.remat,
     )
-    weights = losses.parse_mixture(recipe.loss)
-    needs_target = any(name != "cross_entropy" for name, _ in weights)
 
     def loss(params: Params, frozen: Params, tokens: Array, key: Array) -> Array:
-        inputs, labels = tokens[:, :-1], tokens[:, 1:]
-        kv, log_p = pair.target_reads(frozen, inputs, needs_target)
-        visible = visible_keys(recipe.visibility, inputs.shape, model.config.trained_delay, key)
-        log_q = pair.drafter_reads(params, frozen, inputs, kv, visible)
-        log_p = log_q if log_p is None else log_p
-        each = losses.mixture(weights, log_p, log_q, labels, recipe.jensen_shannon_beta)
-        return each.mean()
+        return pair.loss(params, frozen, pair.read(frozen, tokens), tokens, key)
 
     def measure(params: Params, frozen: Params, tokens: Array) -> dict[str, Array]:
-        """Every block is a draft: one pass measures all delays, each on its share of positions."""
-        inputs, labels = tokens[:, :-1], tokens[:, 1:]
-        length = inputs.shape[1]
-        delays = max(1, min(MEASURED_DELAYS, length // 2))
-        kv, log_p = pair.target_reads(frozen, inputs, True)
-        visible = visible_keys("block", inputs.shape, delays, jax.random.key(0))
-        log_q = pair.drafter_reads(params, frozen, inputs, kv, visible)
-        each = losses.mixture(weights, log_p, log_q, labels, recipe.jensen_shannon_beta)
-        position = jnp.arange(length, dtype=jnp.int32)[:, None]
-        place = jnp.arange(delays, dtype=jnp.int32)[None]
-        # The first block sees nothing, which happens once in a text.
-        counts = ((position % delays == place) & (position >= delays)).astype(jnp.float32)
-
-        def by_delay(values: Array) -> Array:
-            return (values @ counts).mean(axis=0) / counts.sum(axis=0)
-
-        acceptance, match = losses.agreement(log_p, log_q)
-        return {
-            "heldout_loss": each.mean(),
-            "heldout_cross_entropy": losses.cross_entropy(log_q, labels).mean(),
-            "acceptance": by_delay(acceptance),
-            "greedy_match": by_delay(match),
-        }
+        return pair.agreement(params, frozen, pair.read(frozen, tokens), tokens)
 
     return trainer.Objective(
         init=dataclasses.replace(model, dtype=jnp.dtype(jnp.float32)).init,
