@@ -17,7 +17,7 @@ import numpy as np
 from _common import machine, read_prompts, spread, write_json
 
 import jax_specdec as sd
-from jax_specdec.costs import Costs, acceptance_by_position, draft_arm, medians, verify_arm
+from jax_specdec.costs import Costs, acceptance_by_position, draft_arm, verify_arm
 
 SETS = ("gsm8k", "mbpp", "stories", "spec_bench")
 
@@ -110,21 +110,8 @@ def main() -> None:
             arm.answers.clear()
         print(f"warm: {name}", file=sys.stderr)
 
-    # seconds[arm][repeat] = sum over prompts
-    seconds = {name: [0.0] * args.repeats for name in arms}
-    decode_only = {name: [0.0] * args.repeats for name in arms}
-    first: dict = {name: [] for name in arms}
-    for repeat in range(args.repeats):
-        for ids in prompts:
-            for name, arm in arms.items():
-                out, wall, prefill = arm.run(ids)
-                assert len(out) == tokens, (name, len(out))
-                seconds[name][repeat] += wall
-                decode_only[name][repeat] += wall - prefill
-                if repeat == 0:
-                    first[name].append(out)
-
-    # The parts, measured alone in this same run, on prompts short, middling and long.
+    # The parts, measured alone on prompts short, middling and long. They take turns with the prompts,
+    # so that a machine that grows slower does so for both.
     by_length = sorted(prompts, key=len)
     texts = [by_length[len(prompts) * sixths // 6] for sixths in (1, 3, 5)]
     used = {d.drafter.num_nodes + 1 for d in loaded.values() if d} | {1, 2, 4, 8, 16}
@@ -133,7 +120,24 @@ def main() -> None:
         parts |= {("verify", t, i): verify_arm(target, t, [text], rounds=64) for t in used}
         for d in filter(None, loaded.values()):
             parts["draft", d.spec, i] = draft_arm(target, d, [text], rounds=64)
-    taken = medians(parts, 7)
+    taken: dict = {key: [] for key in parts}
+
+    # seconds[arm][repeat] = sum over prompts
+    seconds = {name: [0.0] * args.repeats for name in arms}
+    decode_only = {name: [0.0] * args.repeats for name in arms}
+    first: dict = {name: [] for name in arms}
+    for repeat in range(args.repeats):
+        for number, ids in enumerate(prompts):
+            for name, arm in arms.items():
+                out, wall, prefill = arm.run(ids)
+                assert len(out) == tokens, (name, len(out))
+                seconds[name][repeat] += wall
+                decode_only[name][repeat] += wall - prefill
+                if repeat == 0:
+                    first[name].append(out)
+            if number % max(1, len(prompts) // 4) == 0:
+                for key, part in parts.items():
+                    taken[key].append(part())
     cost = {
         (kind, what): spread(
             np.mean([taken[kind, what, i] for i in range(len(texts))], axis=0).tolist()
