@@ -74,16 +74,18 @@ def test_shifts_train_every_delay():
     assert none.tolist() == [[0, 1, 2, 3, 4]]
 
 
-def test_nothing_of_the_hidden_keys_reaches_a_prediction():
-    """A later token of the text changes the target's keys; a query must not see that."""
-    pair = glide.Pair(MODEL, h.SMALL)
-    own = MODEL.init(jax.random.key(0))
+@pytest.mark.parametrize("hidden", [False, True])
+def test_nothing_of_the_hidden_keys_reaches_a_prediction(hidden):
+    """A later token of the text changes what the target makes of it; a query must not see that."""
+    config = dataclasses.replace(MODEL.config, hidden_input=hidden)
+    pair = glide.Pair(GliDe(config, h.SMALL_CONFIG), h.SMALL)
+    own = pair.model.init(jax.random.key(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, h.VOCAB, (1, 12)), jnp.int32)
     visible = visible_keys("block", (1, 12), 4, jax.random.key(0))
 
     def read(tokens, others):
-        kv, _ = pair.target_reads(h.small_params(), others, False)
-        return np.asarray(pair.drafter_reads(own, h.small_params(), tokens, kv, visible))[0]
+        seen, _ = pair.target_reads(h.small_params(), others, False)
+        return np.asarray(pair.drafter_reads(own, h.small_params(), tokens, seen, visible))[0]
 
     want = read(tokens, tokens)
     changed = read(tokens, tokens.at[0, 4:8].set(1))  # the second block of the target's text
@@ -165,6 +167,7 @@ def test_a_killed_and_resumed_run_logs_the_losses_of_one_that_was_not(tmp_path):
         ({"loss": "cross_entropy", "visibility": "block"}, {"cross_norm": False, "share": False}),
         ({"visibility": "none", "loss": "jensen_shannon"}, {"trained_delay": 1}),
         ({"loss": "reverse_kl"}, {"cross_attention": False}),
+        ({}, {"hidden_input": True}),
     ],
 )
 def test_every_form_learns(recipe, fields, tmp_path):

@@ -24,6 +24,7 @@ SWITCHES = (
     ("cross-norm", "cross_norm", "norm before the cross-attention (default: yes)"),
     ("final-norm", "final_norm", "norm before the head (default: yes)"),
     ("share", "share", "use the target's embedding and head, frozen (default: yes)"),
+    ("hidden-input", "hidden_input", "the target's last hidden state as an input (default: no)"),
 )
 
 

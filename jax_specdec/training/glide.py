@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jax_specdec._types import Array
-from jax_specdec.models.decoder import Decoder, Params
-from jax_specdec.models.glide import GliDe, glimpse_text
+from jax_specdec.models.decoder import Decoder, Output, Params
+from jax_specdec.models.glide import GliDe, glimpse_text, last_seen
 from jax_specdec.training import losses, trainer
 from jax_specdec.training.config import GliDeRecipe, TrainConfig
 from jax_specdec.training.visibility import visible_keys
@@ -32,19 +33,28 @@ class Pair:
     target: Decoder
     remat: bool = False
 
-    def target_reads(self, params: Params, inputs: Array, logits: bool) -> tuple[Any, Any]:
-        """`(keys and values by layer, log-probabilities float32[B, T, V] or None)` of `inputs [B, T]`."""
+    def target_reads(
+        self, params: Params, inputs: Array, logits: bool
+    ) -> tuple[Output, Array | None]:
+        """What the target makes of `inputs [B, T]`, and log-probabilities `float32[B, T, V]` or None."""
         out = self.target.apply(params, inputs, _positions(inputs), logits=logits)
         log_p = None if out.logits is None else jax.nn.log_softmax(out.logits, axis=-1)
-        return out.new_kv, log_p
+        return out, log_p
 
     def drafter_reads(
-        self, params: Params, target_params: Params, inputs: Array, kv: Any, visible: Array
+        self, params: Params, target_params: Params, inputs: Array, seen: Output, visible: Array
     ) -> Array:
-        """Log-probabilities `float32[B, T, V]` of the token after each of `inputs [B, T]`."""
+        """Log-probabilities `float32[B, T, V]` of the token after each of `inputs [B, T]`.
+
+        Args:
+          seen: what the target made of the inputs. visible: see `visible_keys`.
+        """
         joined = self.model.join(params, target_params)
-        glimpse = glimpse_text(kv, visible, self.model.target.windows)
-        out = self.model.apply(joined, inputs, _positions(inputs), glimpse, remat=self.remat)
+        glimpse = glimpse_text(seen.new_kv, visible, self.model.target.windows)
+        hidden = last_seen(seen.hidden, visible) if self.model.config.hidden_input else None
+        out = self.model.apply(
+            joined, inputs, _positions(inputs), glimpse, hidden=hidden, remat=self.remat
+        )
         assert out.logits is not None
         return jax.nn.log_softmax(out.logits, axis=-1)
 
@@ -77,21 +87,26 @@ def make_objective(
 
     def loss(params: Params, frozen: Params, tokens: Array, key: Array) -> Array:
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
-        kv, log_p = pair.target_reads(frozen, inputs, needs_target)
+        seen, log_p = pair.target_reads(frozen, inputs, needs_target)
         visible = visible_keys(recipe.visibility, inputs.shape, model.config.trained_delay, key)
-        log_q = pair.drafter_reads(params, frozen, inputs, kv, visible)
-        log_p = log_q if log_p is None else log_p
+        log_q = pair.drafter_reads(params, frozen, inputs, seen, visible)
         each = losses.mixture(weights, log_p, log_q, labels, recipe.jensen_shannon_beta)
         return each.mean()
 
     def measure(params: Params, frozen: Params, tokens: Array) -> dict[str, Array]:
-        """Every block is a draft: one pass measures all delays, each on its share of positions."""
+        """Every block is a draft: one pass measures all delays, each on its share of positions.
+
+        What is measured is decoding's law for one layer without the target's hidden state, whose own keys
+        depend on the text alone. Otherwise decoding reads committed tokens again at delay 1, and here
+        the keys of a block carry the delays of their own places.
+        """
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         length = inputs.shape[1]
         delays = max(1, min(MEASURED_DELAYS, length // 2))
-        kv, log_p = pair.target_reads(frozen, inputs, True)
+        seen, log_p = pair.target_reads(frozen, inputs, True)
+        assert log_p is not None
         visible = visible_keys("block", inputs.shape, delays, jax.random.key(0))
-        log_q = pair.drafter_reads(params, frozen, inputs, kv, visible)
+        log_q = pair.drafter_reads(params, frozen, inputs, seen, visible)
         each = losses.mixture(weights, log_p, log_q, labels, recipe.jensen_shannon_beta)
         position = jnp.arange(length, dtype=jnp.int32)[:, None]
         place = jnp.arange(delays, dtype=jnp.int32)[None]
@@ -99,7 +114,8 @@ def make_objective(
         counts = ((position % delays == place) & (position >= delays)).astype(jnp.float32)
 
         def by_delay(values: Array) -> Array:
-            return (values @ counts).mean(axis=0) / counts.sum(axis=0)
+            total = jnp.dot(values, counts, precision=lax.Precision.HIGHEST)
+            return total.mean(axis=0) / counts.sum(axis=0)
 
         acceptance, match = losses.agreement(log_p, log_q)
         return {

@@ -56,7 +56,7 @@ def total_variation(log_p: Float[Array, "*s V"], log_q: Float[Array, "*s V"]) ->
 
 def mixture(
     weights: tuple[tuple[str, float], ...],
-    log_p: Float[Array, "*s V"],
+    log_p: Float[Array, "*s V"] | None,
     log_q: Float[Array, "*s V"],
     labels: Int[Array, "*s"],
     beta: float,
@@ -64,18 +64,23 @@ def mixture(
     """The weighted sum of losses at each position.
 
     Args:
-      labels: the next token of the data, for the cross-entropy. beta: of Jensen-Shannon.
+      log_p: None will do where the cross-entropy is all there is. labels: the next token of the data,
+        for the cross-entropy. beta: of Jensen-Shannon.
     """
     losses = {
-        "cross_entropy": lambda: cross_entropy(log_q, labels),
-        "forward_kl": lambda: kl(log_p, log_q),
-        "reverse_kl": lambda: kl(log_q, log_p),
-        "jensen_shannon": lambda: jensen_shannon(log_p, log_q, beta),
-        "total_variation": lambda: total_variation(log_p, log_q),
+        "forward_kl": kl,
+        "reverse_kl": lambda p, q: kl(q, p),
+        "jensen_shannon": lambda p, q: jensen_shannon(p, q, beta),
+        "total_variation": total_variation,
     }
     total = jnp.zeros(labels.shape, jnp.float32)
     for name, weight in weights:
-        total = total + weight * losses[name]()
+        if name == "cross_entropy":
+            each = cross_entropy(log_q, labels)
+        else:
+            assert log_p is not None, "the divergences need the target"
+            each = losses[name](log_p, log_q)
+        total = total + weight * each
     return total
 
 
