@@ -22,6 +22,7 @@ from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.sampling import Noise, shared_noise
 from jax_specdec.testing import check_drafter
 from jax_specdec.training.glide import Pair
+from jax_specdec.training.on_policy import Unverified
 
 TEMPERATURES = (0.0, 0.3, 1.0, 1.7)
 
@@ -301,6 +302,31 @@ def test_contract(kind, rule):
         max_new_tokens=8,
         compiler_options=h.QUICK,
     )
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_text_that_the_drafter_writes(length):
+    """Every token is the drafter's, predicted as the place in its block says; limits hold."""
+    target, params, model, joined = pair(1)
+    loop = Unverified(target, GliDeDrafter(model, length))
+    prompts, limit = h.prompts_of([1, 3, 8, 13]), 18
+    sampling = h.sampling_of(4, max_new_tokens=limit)
+    got = h.decode(loop, h.all_params(target=params, glide=joined), prompts, sampling)
+    tokens, starts = jnp.asarray(got.text), np.asarray([len(p) for p in prompts])
+    place = np.arange(tokens.shape[1])[None] - (starts[:, None] - 1)
+    root = np.where(place < 0, 99, starts[:, None] - 1 + place // length * length)
+    visible = np.minimum(np.arange(tokens.shape[1])[None], root).astype(np.int32)
+    seen, _ = Pair(model, target).target_reads(params, tokens, False)
+    said = Pair(model, target).drafter_reads(joined, params, tokens, seen, jnp.asarray(visible))
+    best, said = np.argmax(said, axis=-1), np.sort(said, axis=-1)
+    for row, start in enumerate(starts):
+        assert len(got.tokens[row]) == limit
+        for i, token in enumerate(got.tokens[row]):
+            at = start - 1 + i
+            near = said[row, at, -1] - said[row, at, -2] < h.NEAR_TIE
+            assert near or token == best[row, at]
+    plain = h.decode(h.plain_loop(target=target), h.all_params(target=params), prompts, sampling)
+    assert got.tokens != plain.tokens
 
 
 VARIANTS = {

@@ -152,6 +152,9 @@ def test_a_killed_and_resumed_run_logs_the_losses_of_one_that_was_not(tmp_path):
     cut = run(tmp_path / "cut", config, stop_after=3)
     assert [row["step"] for row in cut] == [1, 2, 3]
     assert logged(run(tmp_path / "cut", config, resume=True)) == logged(whole)
+    # Killed after the last save of the state and before what follows it.
+    run(tmp_path / "cut", config, resume=True, on_save=saved.append)
+    assert len(saved) == 3
     last = whole[-1]
     assert len(last["acceptance"]) == len(last["greedy_match"]) == 8  # half of a window
     assert all(0 <= value <= 1 for value in last["acceptance"] + last["greedy_match"])

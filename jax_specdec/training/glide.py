@@ -19,6 +19,7 @@ from jax_specdec.models.decoder import Decoder, Output, Params
 from jax_specdec.models.glide import GliDe, glimpse_text, last_seen
 from jax_specdec.training import losses, trainer
 from jax_specdec.training.config import GliDeRecipe, TrainConfig
+from jax_specdec.training.data import Documents
 from jax_specdec.training.visibility import visible_keys
 
 # Held-out agreement is measured at delays up to this, whatever was trained.
@@ -144,7 +145,7 @@ def train(
     target_params: Params,
     recipe: GliDeRecipe,
     config: TrainConfig,
-    documents: Sequence[np.ndarray],
+    documents: Documents,
     heldout: Sequence[np.ndarray],
     workdir: str | Path,
     *,
