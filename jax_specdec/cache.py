@@ -24,9 +24,9 @@ class KVCache(flax.struct.PyTreeNode):
     Attributes:
       k, v: a tuple of L arrays `[B, K, S, D]`, or one stacked array `[L, B, K, S, D]` where layers
         are scanned.
+      length: `int32[B]`, committed slots of each row; what lies behind them is garbage.
       hidden: `[B, S, E]`, the model's last hidden states of the same tokens, where somebody reads them;
         otherwise None.
-      length: `int32[B]`, committed slots of each row; what lies behind them is garbage.
     """
 
     k: Any
@@ -114,9 +114,9 @@ def commit(
         it is.
       path: `int32[B, P]`, node index at each depth, or None where the draft is a chain, whose path is
         contiguous already.
-      after: the forward's hidden states `[B, T, E]`, which a cache that keeps them needs. Inside a loop the write must wait for the last
-        layer: a layer's new keys are known before its old ones are read, and XLA, free to write first,
-        would copy every cache twice a round.
+      after: the forward's hidden states `[B, T, E]`, which a cache that keeps them needs. Inside a loop
+        the write must wait for the last layer: a layer's new keys are known before its old ones are
+        read, and XLA, free to write first, would copy every cache twice a round.
 
     The slots behind the accepted ones are overwritten with garbage, so a cache needs as many spare
     slots as the draft is wide: `dynamic_update_slice` would clamp, and move the write onto live keys.
