@@ -25,11 +25,14 @@ class KVCache(flax.struct.PyTreeNode):
       k, v: a tuple of L arrays `[B, K, S, D]`, or one stacked array `[L, B, K, S, D]` where layers
         are scanned.
       length: `int32[B]`, committed slots of each row; what lies behind them is garbage.
+      hidden: `[B, S, E]`, the model's last hidden states of the same tokens, where somebody reads them;
+        otherwise None.
     """
 
     k: Any
     v: Any
     length: Array
+    hidden: Array | None = None
 
     @property
     def stacked(self) -> bool:
@@ -49,14 +52,20 @@ def init_cache(
     dtype: Any,
     *,
     stacked: bool = False,
+    hidden_size: int | None = None,
 ) -> KVCache:
-    """An empty cache. `slots` is the capacity plus the widest draft: see `commit`."""
+    """An empty cache, with hidden states where their size is given.
+
+    Args:
+      slots: the capacity plus the widest draft, see `commit`.
+    """
     shape = (batch, num_kv_heads, slots, head_dim)
     if stacked:
         k, v = (jnp.zeros((num_layers, *shape), dtype) for _ in range(2))
     else:
         k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)) for _ in range(2))
-    return KVCache(k=k, v=v, length=jnp.zeros((batch,), jnp.int32))
+    hidden = None if hidden_size is None else jnp.zeros((batch, slots, hidden_size), dtype)
+    return KVCache(k=k, v=v, length=jnp.zeros((batch,), jnp.int32), hidden=hidden)
 
 
 def write_rows(cache: Array, new: Array, start: Array) -> Array:
@@ -105,9 +114,9 @@ def commit(
         it is.
       path: `int32[B, P]`, node index at each depth, or None where the draft is a chain, whose path is
         contiguous already.
-      after: the forward's hidden states `[B, T, E]`. Inside a loop the write must wait for the last
-        layer: a layer's new keys are known before its old ones are read, and XLA, free to write first,
-        would copy every cache twice a round.
+      after: the forward's hidden states `[B, T, E]`, which a cache that keeps them needs. Inside a loop
+        the write must wait for the last layer: a layer's new keys are known before its old ones are
+        read, and XLA, free to write first, would copy every cache twice a round.
 
     The slots behind the accepted ones are overwritten with garbage, so a cache needs as many spare
     slots as the draft is wide: `dynamic_update_slice` would clamp, and move the write onto live keys.
@@ -131,4 +140,8 @@ def commit(
     else:
         new_k = tuple(write(old, new) for old, new in zip(cache.k, k, strict=True))
         new_v = tuple(write(old, new) for old, new in zip(cache.v, v, strict=True))
-    return cache.replace(k=new_k, v=new_v, length=cache.length + count)
+    hidden = cache.hidden
+    if hidden is not None:
+        assert after is not None, "a cache with hidden states is given those of the nodes"
+        hidden = write(hidden[:, None], after[:, :, None])[:, 0]
+    return cache.replace(k=new_k, v=new_v, length=cache.length + count, hidden=hidden)

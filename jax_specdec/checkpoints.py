@@ -31,6 +31,7 @@ from jax_specdec.tensor_files import (
     DTYPES,
     MAX_SHARD_BYTES,
     aligned,
+    check_tensors,
     new_folder,
     open_tensors,
     read_into,
@@ -55,7 +56,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_MAX_LISTED = 20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -355,23 +355,12 @@ def _stored_dtype(folder: Path, tensors: dict[str, Any]) -> str:
 
 
 def _check_tensors(folder: Path, tensors: dict[str, Any], config: ModelConfig) -> None:
-    """Every difference from `weight_names` in one error."""
-    expected = weight_names(config)
-    problems = [f"missing {name}" for name in expected if name not in tensors]
-    for name in sorted(tensors.keys() - expected.keys()):
-        if not IGNORED.fullmatch(name) and not (config.tied_head and name == "lm_head.weight"):
-            problems.append(f"unexpected {name}")
-    for name in expected.keys() & tensors.keys():
-        view = tensors[name].get_slice(name)
-        shape, dtype = tuple(view.get_shape()), view.get_dtype()
-        if shape != expected[name].shape:
-            problems.append(f"{name} has shape {shape} instead of {expected[name].shape}")
-        elif dtype not in DTYPES:
-            problems.append(f"{name} is stored as {dtype} instead of {', '.join(DTYPES)}")
-    if problems:
-        rest = len(problems) - _MAX_LISTED
-        listed = "; ".join(problems[:_MAX_LISTED]) + (f"; and {rest} more" if rest > 0 else "")
-        raise UserError(f"{folder} does not hold what its config.json describes: {listed}.")
+    kept = {
+        name: file
+        for name, file in tensors.items()
+        if not IGNORED.fullmatch(name) and not (config.tied_head and name == "lm_head.weight")
+    }
+    check_tensors(folder, kept, weight_names(config))
 
 
 def _read_params(

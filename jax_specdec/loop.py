@@ -146,6 +146,7 @@ class DecodeLoop:
             c.head_dim,
             self.target.dtype,
             stacked=self.target.layer_loop == "scan",
+            hidden_size=c.hidden_size if self.drafter.reads_hidden else None,
         )
         cache = read_text(self.target, params["target"], cache, text.tokens, lengths - 1, chunk)
         drafts = self.drafter.init(batch, columns)

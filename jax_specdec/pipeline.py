@@ -109,10 +109,11 @@ class SpeculativeDecoder:
         *,
         rule: Literal["match", "reject"] = "match",
         processors: Sequence[Processor] = (),
+        loop: type[DecodeLoop] = DecodeLoop,
     ):
         self.target = target
         self.loaded = drafter or LoadedDrafter(NoDrafter(), {}, "none")
-        self.loop = DecodeLoop(
+        self.loop = loop(
             target.decoder, self.loaded.drafter, rule=rule, processors=tuple(processors)
         )
         self.params = {"target": target.params, "drafters": self.loaded.params}

@@ -32,7 +32,7 @@ class Reader(Protocol):
 
 
 def read_text(
-    decoder: Reader,
+    reader: Reader,
     params: Params,
     cache: kv.KVCache,
     tokens: Int[Array, "B C"],
@@ -56,7 +56,7 @@ def read_text(
         position = start[:, None] + line
         read = jnp.take_along_axis(tokens, jnp.minimum(position, tokens.shape[1] - 1), axis=1)
         old = cache.replace(length=start)
-        out = decoder.apply(params, read, position, old, logits=False)
+        out = reader.apply(params, read, position, old, logits=False)
         # The row's own length decides what counts; a row that does not lag has garbage written behind it.
         after = jnp.maximum(cache.length, jnp.minimum(start + width, upto))
         return kv.commit(old, out.new_kv, after - start, after=out.hidden)
@@ -65,7 +65,7 @@ def read_text(
 
 
 def read_ending(
-    decoder: Reader, params: Params, cache: kv.KVCache, text: Text, width: int
+    reader: Reader, params: Params, cache: kv.KVCache, text: Text, width: int
 ) -> tuple[kv.KVCache, Array]:
     """Feeds the last `width` tokens of every row, whether they were read before or not.
 
@@ -82,7 +82,7 @@ def read_ending(
     position = start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
     position = jnp.minimum(position, text.length[:, None] - 1)
     tokens = jnp.take_along_axis(text.tokens, position, axis=1)
-    out = decoder.apply(params, tokens, position, cache, logits=False)
+    out = reader.apply(params, tokens, position, cache, logits=False)
     last = (text.length - 1 - start)[:, None, None]
     hidden = jnp.take_along_axis(out.hidden, last, axis=1)
     return kv.commit(cache, out.new_kv, text.length - start, after=out.hidden), hidden

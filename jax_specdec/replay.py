@@ -67,6 +67,7 @@ def record(
         config.head_dim,
         decoder.dtype,
         stacked=decoder.layer_loop == "scan",
+        hidden_size=config.hidden_size if inner.reads_hidden else None,
     )
 
     @jax.jit

@@ -61,6 +61,27 @@ def open_tensors(folder: Path) -> dict[str, Any]:
     return tensors
 
 
+def check_tensors(folder: Path, tensors: dict[str, Any], weights: dict[str, Weight]) -> None:
+    """Compares open files with the tensors that there should be, by name, shape and dtype.
+
+    Raises:
+      UserError: every difference.
+    """
+    problems = [f"missing {name}" for name in weights if name not in tensors]
+    problems += [f"unexpected {name}" for name in sorted(tensors.keys() - weights.keys())]
+    for name in sorted(weights.keys() & tensors.keys()):
+        view = tensors[name].get_slice(name)
+        shape, dtype = tuple(view.get_shape()), view.get_dtype()
+        if shape != weights[name].shape:
+            problems.append(f"{name} has shape {shape} instead of {weights[name].shape}")
+        elif dtype not in DTYPES:
+            problems.append(f"{name} is stored as {dtype} instead of {', '.join(DTYPES)}")
+    if problems:
+        raise UserError(
+            f"{folder} does not hold what its config.json describes: {'; '.join(problems)}."
+        )
+
+
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An uninitialised array that the CPU back-end takes over as it is, without a copy."""
     size = math.prod(shape) * jnp.dtype(dtype).itemsize

@@ -190,6 +190,7 @@ def _check_static(drafter: Any) -> None:
             "num_nodes",
             "depth",
             "proposers",
+            "reads_hidden",
             "init",
             "extend",
             "draft",
@@ -243,6 +244,7 @@ def _programs(target: Decoder, options: tuple[tuple[str, Any], ...]) -> tuple[An
             c.head_dim,
             target.dtype,
             stacked=target.layer_loop == "scan",
+            hidden_size=c.hidden_size,
         )
         return read_text(target, params, cache, text.tokens, text.length - 1)
 

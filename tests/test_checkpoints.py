@@ -370,10 +370,11 @@ def test_all_mismatches_are_listed(folder):
         assert part in str(caught.value)
 
 
-def test_long_lists_are_trimmed(folder):
+def test_lists_are_whole(folder):
     rewrite(folder, lambda t: [t.pop(name) for name in list(t) if ".layers." in name])
-    with pytest.raises(UserError, match=r"missing model.layers.0.*; and 7 more"):
-        load_target(folder, tokenizer=False)  # 3 layers of 9 tensors
+    with pytest.raises(UserError) as caught:
+        load_target(folder, tokenizer=False)
+    assert str(caught.value).count("missing model.layers.") == 3 * 9
 
 
 def test_other_architectures(folder):

@@ -49,12 +49,12 @@ def shared_programs(decoders, monkeypatch):
     """Commands that would build the same decoder share one, and so its compiled programs."""
     real: Any = pipeline.SpeculativeDecoder
 
-    def make(target, drafter=None, *, rule="match"):
+    def make(target, drafter=None, *, rule="match", **loop):
         spec = drafter.spec if drafter else "none"
         # Copies of the checkpoints hold the same parameters.
-        key = (target.decoder, spec, rule)
+        key = (target.decoder, spec, rule, *loop.values())
         if key not in decoders:
-            decoders[key] = real(target, drafter, rule=rule)
+            decoders[key] = real(target, drafter, rule=rule, **loop)
         return decoders[key]
 
     monkeypatch.setattr(pipeline, "SpeculativeDecoder", make)
@@ -526,6 +526,10 @@ def test_train_glide(model, data, capsys, tmp_path):
     args += ["--batch-size", 2, "--sequence-length", 16, "--steps", 2, "--save-every", 1]
     shape = ["--hidden-size", 32, "--kv-heads", 4, "--trained-delay", 3]
     ok(capsys, *args, *shape, "--target-layers", "1", "--loss", "total_variation", "--out", out)
+    # Killed before the checkpoint was written: resuming has no step left, and writes it.
+    shutil.rmtree(out / "checkpoint")
+    loss = ["--loss", "total_variation"]
+    ok(capsys, *args, *shape, "--target-layers", "1", *loss, "--out", out, "--resume")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and len(rows[-1]["acceptance"]) == 8
     assert (out / "loss.png").is_file()
@@ -542,6 +546,21 @@ def test_train_glide(model, data, capsys, tmp_path):
     assert about["drafter"]["own_parameters"] > 10_000
     init = [*args, "--init", out / "checkpoint", "--out", tmp_path / "next"]
     assert "fixes the drafter's shape" in fails(capsys, *init, "--vanilla")
+    paper = ["--paper", "--hidden-size", 32, "--mlp-size", 32, "--heads", 2, "--kv-heads", 2]
+    paper += ["--head-dim", 16, "--hidden-input", "--out", tmp_path / "paper"]
+    ok(capsys, *args, *paper, "--data", f"{data}=0.5")
+    rows = (tmp_path / "paper/metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[0])["learning_rate"] == pytest.approx(5e-4)
+    (meta,) = (tmp_path / "paper/state/2/meta").iterdir()
+    meta = json.loads(meta.read_text())
+    assert (meta["train"]["weight_decay"], meta["weights"]) == (0, [1, 0.5])
+    found, _ = read_glide_config(tmp_path / "paper/checkpoint")
+    assert (found.hidden_input, found.trained_delay, found.share) == (True, 5, False)
+    draft = ["--draft", f"glide={tmp_path / 'paper/checkpoint'}"]
+    (answer,) = records(capsys, *generate, "--drafter", "glide:2+cape:6", *draft)
+    (plain,) = records(capsys, *generate, "--drafter", "none")
+    assert answer["token_ids"] == plain["token_ids"]
+    assert "must be a number above 0" in fails(capsys, *args, *paper, "--data", f"{data}=0")
     vanilla = ["--vanilla", "--visibility", "none", "--steps", 1, "--out", tmp_path / "vanilla"]
     ok(capsys, *args, *vanilla)
     vanilla, _ = read_glide_config(tmp_path / "vanilla/checkpoint")
@@ -586,6 +605,17 @@ def test_regenerate(model, capsys, tmp_path):
     one = lines(tmp_path / "one.jsonl", {"id": 0, "prompt": PROMPT})
     args[args.index(prompts)] = one
     assert "only 1 prompts" in fails(capsys, *args, "--out", out, "--resume")
+
+    # What a draft model writes is what it decodes to by itself, whatever the length of its drafts.
+    args[args.index(one)] = prompts
+    own = [tmp_path / "own.jsonl", tmp_path / "written.jsonl"]
+    lm = str(Path(model).parent / "lm")
+    ok(capsys, *args, "--out", own[0], "--model", lm)
+    ok(capsys, *args, "--out", own[1], "--drafter", "lm:4", "--writer", "drafter")
+    assert own[0].read_bytes() == own[1].read_bytes() != whole
+    assert "cannot write text" in fails(
+        capsys, *args, "--out", tmp_path / "no", "--drafter", "lm:2+cape:5", "--writer", "drafter"
+    )
 
     # What was written is training data, its ids taken as they are.
     tokenizer = checkpoints.load_tokenizer(model)

@@ -113,7 +113,9 @@ def case(name):
     if name.startswith("glide"):
         fields = ("hidden_size", "mlp_size", "num_heads", "num_kv_heads", "head_dim")
         shape = GliDeConfig(**{field: getattr(h.CONFIG, field) for field in fields})
-        model = GliDe(dataclasses.replace(shape, num_layers=int(name[-1])), h.CONFIG)
+        _, layers, *hidden = name.split()
+        shape = dataclasses.replace(shape, num_layers=int(layers), hidden_input=bool(hidden))
+        model = GliDe(shape, h.CONFIG)
         params = model.join(model.init(jax.random.key(0)), h.target_params())
         return DecodeLoop(h.TARGET, GliDeDrafter(model, 4)), h.all_params(glide=params)
     if name == "scan":
@@ -126,7 +128,8 @@ def case(name):
 
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize(
-    "name", ["none", "lm", "tree", "cape", "grown", "scan", "glide 1", "glide 2"]
+    "name",
+    ["none", "lm", "tree", "cape", "grown", "scan", "glide 1", "glide 2", "glide 1 hidden"],
 )
 def test_no_copy_of_a_cache_in_the_loop(name, batch, monkeypatch):
     # A catching-up chunk of 256 has activations larger than these small caches.

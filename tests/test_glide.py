@@ -17,10 +17,12 @@ from jax_specdec.drafters.glide import GliDeDrafter
 from jax_specdec.drafters.growth import DynamicTree
 from jax_specdec.models import RopeConfig, stack_layers
 from jax_specdec.models.decoder import rope_angles
-from jax_specdec.models.glide import CrossAttention, GliDe, glimpse_cache, glimpse_text
+from jax_specdec.models.glide import CrossAttention, GliDe, glimpse_cache, glimpse_text, last_seen
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.sampling import Noise, shared_noise
 from jax_specdec.testing import check_drafter
+from jax_specdec.training.glide import Pair
+from jax_specdec.training.on_policy import Unverified
 
 TEMPERATURES = (0.0, 0.3, 1.0, 1.7)
 
@@ -31,15 +33,15 @@ def config_like(target, **fields):
 
 
 @functools.cache
-def pair(layers):
+def pair(layers, hidden=False):
     """A target of `layers` layers, and a drafter of its shape that agrees with it now and then."""
     target, params = (h.SMALL, h.small_params()) if layers == 1 else (h.TARGET, h.target_params())
-    model = GliDe(config_like(target.config), target.config)
+    model = GliDe(config_like(target.config, hidden_input=hidden), target.config)
     own = model.init(jax.random.key(5))
     cross = [{**block["cross"], "out": block["cross"]["out"] * 4.0} for block in own["layers"]]
     near = h.perturbed({"layers": params["layers"], "norm": params["norm"]}, 0.15)
     blocks = zip(near["layers"], cross, strict=True)
-    own = {**near, "layers": tuple({**block, "cross": c} for block, c in blocks)}
+    own = {**own, **near, "layers": tuple({**block, "cross": c} for block, c in blocks)}
     return target, params, model, model.join(own, params)
 
 
@@ -137,6 +139,34 @@ def test_training_sees_what_decoding_sees():
     assert (np.asarray(a)[:, 0] == 0).all()
 
 
+def test_the_last_hidden_state_that_is_seen():
+    """Garbage behind what is committed does not matter, and nothing seen is 0."""
+    hidden = jnp.asarray(np.arange(12.0).reshape(1, 4, 3) + 1, jnp.float32).at[:, 2:].set(jnp.nan)
+    got = last_seen(hidden, jnp.asarray([[0, 1, 2, 2]], jnp.int32))
+    assert got[0].tolist() == [[0, 0, 0], [1, 2, 3], [4, 5, 6], [4, 5, 6]]
+
+
+@pytest.mark.parametrize("kind", [Cape(9), DynamicTree(12, 3), None], ids=["cape", "tree", "chain"])
+@pytest.mark.parametrize("batch", [4, 17])
+def test_hidden_states_that_the_loop_keeps_are_the_targets(kind, batch):
+    """After accepted chains and branches; rows written one by one, and in one scatter."""
+    target, params, model, joined = pair(1, True)
+    drafter = GliDeDrafter(model, 3)
+    loop = DecodeLoop(target, drafter if kind is None else Expand(drafter, kind))
+    sampling = h.sampling_of(batch, temperature=[TEMPERATURES[i % 4] for i in range(batch)])
+    prompts = h.prompts_of([1 + i % 13 for i in range(batch)])
+    got = h.decode(loop, h.all_params(target=params, glide=joined), prompts, sampling)
+    assert kind is None or got.stats.accepted[:, 2].sum() > 0, "a branch was accepted"
+    tokens = jnp.asarray(got.text)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    want = np.asarray(target.apply(params, tokens, positions, logits=False).hidden)
+    for row, length in enumerate(got.state.cache.length):
+        held = got.state.cache.hidden[row, :length]
+        np.testing.assert_allclose(held, want[row, :length], rtol=2e-4, atol=2e-4)
+    plain = h.decode(h.plain_loop(target=target), h.all_params(target=params), prompts, sampling)
+    assert plain.state.cache.hidden is None
+
+
 def test_shapes_and_sharing():
     t = h.CONFIG
     assert config_like(t).layers_read(t) == (0, 1)
@@ -164,9 +194,15 @@ def test_shapes_and_sharing():
 # Drafting
 
 
-def after_rounds(layers, length, rounds):
+# Layers of target and drafter, and whether the target's hidden state is an input.
+PAIRS = pytest.mark.parametrize(
+    "kind", [(1, False), (2, False), (1, True), (2, True)], ids=["1", "2", "1+hidden", "2+hidden"]
+)
+
+
+def after_rounds(kind, length, rounds):
     """A loop's state after some rounds, with rejections behind it."""
-    target, params, model, joined = pair(layers)
+    target, params, model, joined = pair(*kind)
     loop = DecodeLoop(target, GliDeDrafter(model, length))
     all_params = h.all_params(target=params, glide=joined)
     tokens, lengths = h.pad(h.prompts_of([1, 2, 7, 12]))
@@ -176,11 +212,12 @@ def after_rounds(layers, length, rounds):
     return loop, all_params, h.run(loop, all_params, state, jnp.int32(rounds))
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_drafting_is_the_training_forward_with_the_right_visibility(layers):
+@PAIRS
+def test_drafting_is_the_training_forward_with_the_right_visibility(kind):
     """Whatever was accepted or rejected before, each token is drafted as training would predict it."""
     length = 5
-    target, _, model, joined = pair(layers)
+    target, _, model, joined = pair(*kind)
+    teacher = Pair(model, target)
     hot = h.sampling_of(4, temperature=1.0)
     rows = jnp.ones((4,), bool), jnp.full((4,), 99, jnp.int32)
 
@@ -194,13 +231,12 @@ def test_drafting_is_the_training_forward_with_the_right_visibility(layers):
     def teach(params, joined, tokens, root):
         """Training's forward; delay 1 up to the root, from where the delay grows with the draft."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        seen = target.apply(params, tokens, positions, logits=False)
+        seen, _ = teacher.target_reads(params, tokens, False)
         visible = jnp.minimum(positions, root[:, None])
-        glimpse = glimpse_text(seen.new_kv, visible, target.config.windows)
-        return jax.nn.softmax(model.apply(joined, tokens, positions, glimpse).logits, axis=-1)
+        return jnp.exp(teacher.drafter_reads(joined, params, tokens, seen, visible))
 
     for rounds in (0, 4):
-        loop, params, state = after_rounds(layers, length, rounds)
+        loop, params, state = after_rounds(kind, length, rounds)
         got = draft(loop.drafter, params["drafters"], state)
         if rounds:
             accepted, drafted = state.stats.accepted.sum(), state.stats.drafted.sum()
@@ -230,10 +266,10 @@ def test_text_is_plain_decodings(layers, length):
     assert 0.1 < accepted / drafted < 0.95
 
 
-@pytest.mark.parametrize("layers", [1, 2])
+@PAIRS
 @pytest.mark.parametrize("rule", [Cape(9), DynamicTree(12, 3)], ids=["cape", "tree"])
-def test_expansions(rule, layers):
-    target, params, model, joined = pair(layers)
+def test_expansions(rule, kind):
+    target, params, model, joined = pair(*kind)
     prompts = h.prompts_of([1, 3, 8, 13])
     sampling = h.sampling_of(4, temperature=TEMPERATURES, max_new_tokens=20)
     plain = h.decode(h.plain_loop(target=target), h.all_params(target=params), prompts, sampling)
@@ -242,11 +278,24 @@ def test_expansions(rule, layers):
     h.assert_identical(got, plain)
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_contract(layers):
-    target, params, model, joined = pair(layers)
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [
+        ((1, False), None),
+        ((2, False), None),
+        ((1, True), None),
+        ((2, True), None),
+        ((1, True), Cape(9)),
+        ((2, True), DynamicTree(12, 3)),
+    ],
+)
+def test_contract(kind, rule):
+    """Of trees the committed path need not lie in order, in the hidden states as in the keys."""
+    target, params, model, joined = pair(*kind)
+    drafter = GliDeDrafter(model, 3)
+    assert drafter.reads_hidden == kind[1]
     check_drafter(
-        GliDeDrafter(model, 3),
+        drafter if rule is None else Expand(drafter, rule),
         {"glide": joined},
         target,
         params,
@@ -255,8 +304,34 @@ def test_contract(layers):
     )
 
 
+@pytest.mark.parametrize("length", [1, 4])
+def test_text_that_the_drafter_writes(length):
+    """Every token is the drafter's, predicted as the place in its block says; limits hold."""
+    target, params, model, joined = pair(1)
+    loop = Unverified(target, GliDeDrafter(model, length))
+    prompts, limit = h.prompts_of([1, 3, 8, 13]), 18
+    sampling = h.sampling_of(4, max_new_tokens=limit)
+    got = h.decode(loop, h.all_params(target=params, glide=joined), prompts, sampling)
+    tokens, starts = jnp.asarray(got.text), np.asarray([len(p) for p in prompts])
+    place = np.arange(tokens.shape[1])[None] - (starts[:, None] - 1)
+    root = np.where(place < 0, 99, starts[:, None] - 1 + place // length * length)
+    visible = np.minimum(np.arange(tokens.shape[1])[None], root).astype(np.int32)
+    seen, _ = Pair(model, target).target_reads(params, tokens, False)
+    said = Pair(model, target).drafter_reads(joined, params, tokens, seen, jnp.asarray(visible))
+    best, said = np.argmax(said, axis=-1), np.sort(said, axis=-1)
+    for row, start in enumerate(starts):
+        assert len(got.tokens[row]) == limit
+        for i, token in enumerate(got.tokens[row]):
+            at = start - 1 + i
+            near = said[row, at, -1] - said[row, at, -2] < h.NEAR_TIE
+            assert near or token == best[row, at]
+    plain = h.decode(h.plain_loop(target=target), h.all_params(target=params), prompts, sampling)
+    assert got.tokens != plain.tokens
+
+
 VARIANTS = {
     "vanilla, own head, window": {"cross_attention": False, "share": False, "window": 4},
+    "vanilla, hidden state": {"cross_attention": False, "hidden_input": True, "hidden_size": 24},
     "narrow, greedy": {"hidden_size": 24, "num_layers": 1, "qkv_bias": True, "final_norm": False},
 }
 
@@ -292,3 +367,12 @@ def test_a_draft_beyond_the_trained_delay_is_refused():
         GliDeDrafter(model, 17)
     vanilla = dataclasses.replace(model.config, cross_attention=False)
     assert GliDeDrafter(GliDe(vanilla, model.target), 17).depth == 17
+    with pytest.raises(UserError, match="trained for at most 16"):
+        GliDeDrafter(GliDe(dataclasses.replace(vanilla, hidden_input=True), model.target), 17)
+
+
+@pytest.mark.parametrize("name", ["num_heads", "num_kv_heads", "num_layers", "head_dim"])
+@pytest.mark.parametrize("value", [0, -2])
+def test_shapes_that_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got {value}"):
+        config_like(h.CONFIG, **{name: value})

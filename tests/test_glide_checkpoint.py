@@ -63,7 +63,14 @@ def assert_equal(got, want):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"share": False}, {"hidden_size": 32}, {"cross_attention": False}]
+    "fields",
+    [
+        {},
+        {"share": False},
+        {"hidden_size": 32},
+        {"cross_attention": False},
+        {"hidden_size": 32, "hidden_input": True},
+    ],
 )
 def test_round_trip(target, tmp_path, fields):
     model = GliDe(shape_of(target, **fields), target.config, "bfloat16")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_specdec import Decoder, ModelConfig, UserError
-from jax_specdec.training.data import PackedWindows, training_batches
+from jax_specdec.training.data import Mixed, PackedWindows, training_batches
 from jax_specdec.training.lm import TrainConfig, train
 
 MODEL = ModelConfig(
@@ -100,6 +100,28 @@ def test_bfloat16_and_rematerialisation_train(documents, tmp_path):
     config = dataclasses.replace(RUN, dtype="bfloat16", remat=True)
     rows = run(documents, tmp_path, config)
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_mixed_sources_get_their_shares(tmp_path):
+    """A small file and a large one at 3 to 1, the same after a resume; other weights are refused."""
+    mixed = Mixed(([np.full(40, 1, np.int32)], [np.full(4000, 2, np.int32)]), (3.0, 1.0))
+    batches = training_batches(mixed, 16, 4, 50, seed=0)
+    drawn = np.stack([batches[i] for i in range(50)])
+    assert drawn.shape == (50, 4, 17)
+    np.testing.assert_array_equal((drawn[..., 0] == 1).sum(axis=1), 3)
+    again = training_batches(mixed, 16, 4, 50, seed=0)
+    np.testing.assert_array_equal(again[37], drawn[37])
+
+    def go(folder, documents=mixed, **options):
+        heldout = mixed.sources[0]
+        train(Decoder(MODEL), RUN, documents, heldout, folder, progress=False, **options)
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    whole = go(tmp_path / "whole")
+    go(tmp_path / "cut", stop_after=3)
+    assert losses(go(tmp_path / "cut", resume=True)) == losses(whole)
+    with pytest.raises(UserError, match="other settings"):
+        go(tmp_path / "cut", dataclasses.replace(mixed, weights=(1.0, 1.0)), resume=True)
 
 
 def test_every_epoch_holds_every_window_once_in_another_order(documents):

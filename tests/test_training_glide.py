@@ -74,10 +74,12 @@ def test_shifts_train_every_delay():
     assert none.tolist() == [[0, 1, 2, 3, 4]]
 
 
-def test_nothing_of_the_hidden_keys_reaches_a_prediction():
-    """A later token of the text changes the target's keys; a query must not see that."""
-    pair = glide.Pair(MODEL, h.SMALL, GliDeRecipe())
-    own = MODEL.init(jax.random.key(0))
+@pytest.mark.parametrize("hidden", [False, True])
+def test_nothing_of_the_hidden_keys_reaches_a_prediction(hidden):
+    """A later token of the text changes what the target makes of it; a query must not see that."""
+    config = dataclasses.replace(MODEL.config, hidden_input=hidden)
+    pair = glide.Pair(GliDe(config, h.SMALL_CONFIG), h.SMALL, GliDeRecipe())
+    own = pair.model.init(jax.random.key(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, h.VOCAB, (1, 12)), jnp.int32)
     visible = visible_keys("block", (1, 12), 4, jax.random.key(0))
 
@@ -151,6 +153,9 @@ def test_a_killed_and_resumed_run_logs_the_losses_of_one_that_was_not(tmp_path):
     cut = run(tmp_path / "cut", config, stop_after=3)
     assert [row["step"] for row in cut] == [1, 2, 3]
     assert logged(run(tmp_path / "cut", config, resume=True)) == logged(whole)
+    # Killed after the last save of the state and before what follows it.
+    run(tmp_path / "cut", config, resume=True, on_save=saved.append)
+    assert len(saved) == 3
     last = whole[-1]
     assert len(last["acceptance"]) == len(last["greedy_match"]) == 8  # half of a window
     assert all(0 <= value <= 1 for value in last["acceptance"] + last["greedy_match"])
@@ -166,6 +171,7 @@ def test_a_killed_and_resumed_run_logs_the_losses_of_one_that_was_not(tmp_path):
         ({"loss": "cross_entropy", "visibility": "block"}, {"cross_norm": False, "share": False}),
         ({"visibility": "none", "loss": "jensen_shannon"}, {"trained_delay": 1}),
         ({"loss": "reverse_kl"}, {"cross_attention": False}),
+        ({}, {"hidden_input": True}),
     ],
 )
 def test_every_form_learns(recipe, fields, tmp_path):

@@ -5,18 +5,23 @@ import dataclasses
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+from jax_specdec.cli import common
 from jax_specdec.errors import UserError
+
+if TYPE_CHECKING:
+    from jax_specdec.training.data import Documents
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
-        metavar="FILE",
+        metavar="FILE[=WEIGHT]",
         action="append",
         required=True,
-        help='JSONL of {"text"} or {"token_ids"}; may be given several times',
+        help='JSONL of {"text"} or {"token_ids"}; may be given several times, with weights in proportion '
+        "to which windows are taken from each file (default: from all text alike)",
     )
     parser.add_argument("--heldout", metavar="FILE", help="JSONL to measure the loss on")
     parser.add_argument(
@@ -85,23 +90,53 @@ def _known(where: str, section: dict[str, Any], names: list[str]) -> None:
             raise UserError(f"{where}: unknown key {key!r}; did you mean {' or '.join(close)}?")
 
 
-def load_documents(args: argparse.Namespace, tokenizer: Any, length: int) -> tuple[list, list]:
-    """Token ids of the training documents and of the held-out ones."""
-    from jax_specdec.training.data import read_documents
+def weighted(item: str) -> tuple[str, float | None]:
+    """`FILE` or `FILE=WEIGHT`; the name of a file that exists is never split.
+
+    Raises:
+      UserError: a weight that is not above 0.
+    """
+    path, equals, weight = item.rpartition("=")
+    if not equals or Path(item).is_file():
+        return item, None
+    try:
+        value = float(weight)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UserError(f"--data {item}: the weight must be a number above 0.")
+    return path, value
+
+
+def load_documents(
+    args: argparse.Namespace, tokenizer: Any, length: int
+) -> tuple["Documents", list]:
+    """Token ids of the training documents and of the held-out ones.
+
+    Where a file has a weight, one without has the weight 1; the held-out share is taken from each file.
+    """
+    from jax_specdec.training.data import Mixed, read_documents
 
     if tokenizer.eos_token_id is None:
         raise UserError("The tokenizer has no end-of-text token, which separates documents.")
-    documents = read_documents(args.data, tokenizer)
+    files = [weighted(item) for item in args.data]
+    mixed = any(weight is not None for _, weight in files)
+    groups = [[path] for path, _ in files] if mixed else [[path for path, _ in files]]
+    sources = [read_documents(group, tokenizer) for group in groups]
     if args.heldout is not None:
         heldout = read_documents([args.heldout], tokenizer)
     else:
         if not 0 < args.heldout_share <= 0.5:
             raise UserError(f"--heldout-share must be in (0, 0.5], got {args.heldout_share}.")
         every = round(1 / args.heldout_share)
-        heldout = documents[::every]
-        documents = [ids for i, ids in enumerate(documents) if i % every]
-        if not documents:
+        heldout = [ids for source in sources for ids in source[::every]]
+        sources = [[ids for i, ids in enumerate(source) if i % every] for source in sources]
+        if not all(sources):
             raise UserError("One document cannot be both data and held out: give --heldout.")
+    tokens = sum(len(ids) for source in sources for ids in source)
+    common.say(f"{tokens:,} tokens of data")
+    weights = tuple(1.0 if weight is None else weight for _, weight in files)
+    documents = Mixed(tuple(sources), weights) if mixed else sources[0]
     if sum(map(len, heldout)) <= length:
         raise UserError(
             f"The held-out documents have {sum(map(len, heldout))} tokens, fewer than one window of "

@@ -1,4 +1,4 @@
-"""`train regenerate`: what a target writes, as training data for its drafters."""
+"""`train regenerate`: what a target or its drafter writes, as training data for drafters."""
 
 import argparse
 import json
@@ -15,10 +15,10 @@ from jax_specdec.prompts import read_prompts
 def register(kinds: Any) -> None:
     parser = kinds.add_parser(
         "regenerate",
-        help="training data for drafters: the target's own answers",
-        description="Answers a prompt file with the target and writes one document per prompt, prompt and "
-        "answer together, to train its drafters on (sequence-level distillation, arXiv 1606.07947 and "
-        "2310.08461).",
+        help="training data for drafters: the target's own answers, or the drafter's",
+        description="Answers a prompt file and writes one document per prompt, prompt and answer together, "
+        "to train drafters on: what the target writes (sequence-level distillation, arXiv 1606.07947), "
+        "or what the drafter does (on-policy data, arXiv 2310.08461).",
     )
     common.add_model(parser)
     common.add_drafter(parser)
@@ -28,6 +28,12 @@ def register(kinds: Any) -> None:
     parser.add_argument("--out", metavar="FILE", required=True, help="JSONL to write")
     parser.add_argument(
         "--resume", action="store_true", help="keep what OUT holds and go on behind it"
+    )
+    parser.add_argument(
+        "--writer",
+        choices=("target", "drafter"),
+        default="target",
+        help="drafter: every token that --drafter (lm or glide) proposes becomes text, right or wrong",
     )
     parser.add_argument("--max-new-tokens", type=int, default=160, metavar="N")
     parser.add_argument("--keep-last", type=int, default=256, metavar="N", help="of each prompt")
@@ -64,6 +70,10 @@ def run(args: argparse.Namespace) -> int:
 
     target, drafter = common.load(args)
     decoder = SpeculativeDecoder(target, drafter)
+    if args.writer == "drafter":
+        from jax_specdec.training.on_policy import Unverified
+
+        decoder = SpeculativeDecoder(target, drafter, loop=Unverified)
     todo = records[done:]
     if not todo:
         common.say(f"{out} is complete: {done} documents.")

@@ -123,7 +123,7 @@ def run_lm(args: argparse.Namespace) -> int:
     from jax_specdec.training.lm import train
 
     common.say(
-        f"{model.parameter_count():,} parameters, {sum(map(len, documents)):,} tokens of data, "
+        f"{model.parameter_count():,} parameters, "
         f"{config.steps * config.batch_size * config.sequence_length:,} tokens of training"
     )
     params = train(decoder, config, documents, heldout, out, initial=initial, resume=args.resume)

@@ -19,13 +19,18 @@ States = dict[str, Any]
 
 
 class TargetView(flax.struct.PyTreeNode):
-    """Read access to the target: its committed keys and values.
+    """Read access to the target: its committed keys and values, and hidden states where asked for.
 
     Attributes:
       cache: covers positions `0 .. length - 2` of the text; the root is not in it.
     """
 
     cache: KVCache
+
+    @property
+    def hidden(self) -> Array | None:
+        """`[B, S, E]`, before the final norm, of the same positions; None unless `reads_hidden`."""
+        return self.cache.hidden
 
 
 class Outcome(NamedTuple):
@@ -52,6 +57,7 @@ class Drafter(Protocol):
       name: key of its parameters and state.
       num_nodes: drafted nodes per round, root excluded. depth: the longest drafted path.
       proposers: names for `Draft.origin`, which counts from 1.
+      reads_hidden: whether the target's hidden states are kept for it.
     """
 
     @property
@@ -65,6 +71,9 @@ class Drafter(Protocol):
 
     @property
     def proposers(self) -> tuple[str, ...]: ...
+
+    @property
+    def reads_hidden(self) -> bool: ...
 
     def init(self, batch: int, capacity: int) -> States:
         """Empty states for `batch` rows of text of at most `capacity` tokens, drafts included."""
@@ -102,6 +111,10 @@ class Drafter(Protocol):
 class StatelessDrafter:
     """A drafter that reads everything from the text."""
 
+    @property
+    def reads_hidden(self) -> bool:
+        return False
+
     def init(self, batch: int, capacity: int) -> States:
         del batch, capacity
         return {}
@@ -132,6 +145,10 @@ class ChainDrafter:
     @property
     def proposers(self) -> tuple[str, ...]:
         return (self.name,)
+
+    @property
+    def reads_hidden(self) -> bool:
+        return False
 
 
 def rollback(length: Int[Array, " B"], outcome: Outcome) -> Int[Array, " B"]:

@@ -113,6 +113,10 @@ class Expand:
     def proposers(self) -> tuple[str, ...]:
         return (*self.drafter.proposers, "sibling")
 
+    @property
+    def reads_hidden(self) -> bool:
+        return self.drafter.reads_hidden
+
     def init(self, batch, capacity):
         return self.rule.init(self.drafter, batch, capacity)
 

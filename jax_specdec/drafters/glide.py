@@ -16,8 +16,7 @@ from jax_specdec.drafters.base import TargetView
 from jax_specdec.drafters.neural import CATCH_UP, NeuralDrafter
 from jax_specdec.errors import UserError
 from jax_specdec.models.decoder import Output, Params
-from jax_specdec.models.glide import GliDe, glimpse_cache
-from jax_specdec.prefill import read_ending, read_text
+from jax_specdec.models.glide import GliDe, glimpse_cache, last_seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,7 @@ class GliDeDrafter(NeuralDrafter):
 
     def __post_init__(self):
         config = self.model.config
-        if config.cross_attention and self.length > config.trained_delay:
+        if config.sees_target and self.length > config.trained_delay:
             raise UserError(
                 f"Token {self.length} of a draft is predicted {self.length} places behind the last key of "
                 f"the target that is known, and this GliDe drafter was trained for at most "
@@ -50,15 +49,19 @@ class GliDeDrafter(NeuralDrafter):
     def keeps_drafts(self) -> bool:
         """Whether the keys of accepted drafts are kept.
 
-        Those of the first layer depend on the text alone. Those of further layers depend on what the
-        cross-attention saw: accepted tokens are read again, at delay 1, so that a draft is a function of
-        the text, and sees all that is known.
+        Those of the first layer depend on the text alone, unless the target's hidden state is an input.
+        Those of further layers depend on what the cross-attention saw: accepted tokens are read again,
+        at delay 1, so that a draft is a function of the text, and sees all that is known.
         """
-        return self.model.config.num_layers == 1 or not self.model.config.cross_attention
+        c = self.model.config
+        return not c.hidden_input and (c.num_layers == 1 or not c.cross_attention)
+
+    @property
+    def reads_hidden(self) -> bool:
+        return self.model.config.hidden_input
 
     @property
     def catch_up(self) -> int:
-        """Tokens that the first step of a draft reads."""
         return CATCH_UP if self.keeps_drafts else max(CATCH_UP, self.length + 1)
 
     def init(self, batch, capacity):
@@ -69,24 +72,11 @@ class GliDeDrafter(NeuralDrafter):
         )
         return {self.name: cache}
 
-    def extend(self, params, states, text, view):
-        upto = jnp.maximum(text.length - self.catch_up, 0)
-        reader = _Reader(self.model, view)
-        cache = read_text(reader, params[self.name], states[self.name], text.tokens, upto)
-        return {**states, self.name: cache}
-
-    def read(self, params, states, text, view):
-        cache = self.extend(params, states, text, view)[self.name]
-        reader, weights = _Reader(self.model, view), params[self.name]
-        cache, hidden = read_ending(reader, weights, cache, text, self.catch_up)
-        return cache, self.model.head(weights, hidden)
+    def reader(self, view):
+        return _Reader(self.model, view)
 
     def blank(self, batch, nodes):
         return self.model.decoder.blank(batch, nodes)
-
-    def forward(self, params, cache, view, tokens, positions, drafted=None, ancestors=None):
-        reader, weights = _Reader(self.model, view), params[self.name]
-        return reader.apply(weights, tokens, positions, cache, ancestors, drafted=drafted)
 
     def draft(self, params, states, text, view, sampling, noise, active, room):
         draft, states = super().draft(params, states, text, view, sampling, noise, active, room)
@@ -99,7 +89,7 @@ class GliDeDrafter(NeuralDrafter):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Reader:
-    """`GliDe` with the target's committed keys, as a `prefill.Reader`."""
+    """`GliDe` beside the target's committed tokens, as a `neural.Model`."""
 
     model: GliDe
     view: TargetView
@@ -118,6 +108,21 @@ class _Reader:
         known = self.view.cache.length
         visible = jnp.minimum(positions, known[:, None])
         glimpse = glimpse_cache(self.view.cache, visible, self.model.target.windows)
+        hidden = None
+        if self.model.config.hidden_input:
+            assert self.view.hidden is not None, "the loop keeps them for such a drafter"
+            hidden = last_seen(self.view.hidden, visible)
         return self.model.apply(
-            params, tokens, positions, glimpse, cache, ancestors, drafted=drafted, logits=logits
+            params,
+            tokens,
+            positions,
+            glimpse,
+            cache,
+            ancestors,
+            hidden=hidden,
+            drafted=drafted,
+            logits=logits,
         )
+
+    def head(self, params: Params, hidden: Array) -> Array:
+        return self.model.head(params, hidden)

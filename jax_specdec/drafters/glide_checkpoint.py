@@ -23,8 +23,8 @@ from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.models.hf import Weight, weight_names
 from jax_specdec.tensor_files import (
-    DTYPES,
     aligned,
+    check_tensors,
     new_folder,
     open_tensors,
     read_into,
@@ -184,18 +184,7 @@ def read_weights(
     Raises:
       UserError: missing, unexpected or misshapen tensors; all of them are listed.
     """
-    problems = [f"missing {name}" for name in weights if name not in tensors]
-    problems += [f"unexpected {name}" for name in sorted(tensors.keys() - weights.keys())]
-    for name in sorted(weights.keys() & tensors.keys()):
-        view = tensors[name].get_slice(name)
-        shape, stored = tuple(view.get_shape()), view.get_dtype()
-        if shape != weights[name].shape:
-            problems.append(f"{name} has shape {shape} instead of {weights[name].shape}")
-        elif stored not in DTYPES:
-            problems.append(f"{name} is stored as {stored} instead of {', '.join(DTYPES)}")
-    if problems:
-        listed = "; ".join(problems[:20])
-        raise UserError(f"{folder} does not hold what its config.json describes: {listed}.")
+    check_tensors(folder, tensors, weights)
     hosts = jax.tree.map(lambda leaf: aligned(leaf.shape, model.dtype), _abstract(model))
     for name, weight in weights.items():
         host: Any = hosts

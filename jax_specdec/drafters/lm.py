@@ -3,12 +3,9 @@
 import dataclasses
 from typing import Literal
 
-import jax.numpy as jnp
-
 from jax_specdec import cache as kv
-from jax_specdec.drafters.neural import CATCH_UP, NeuralDrafter
+from jax_specdec.drafters.neural import NeuralDrafter
 from jax_specdec.models.decoder import Decoder
-from jax_specdec.prefill import read_ending, read_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,31 +28,16 @@ class LmDrafter(NeuralDrafter):
                 c.num_layers,
                 batch,
                 c.num_kv_heads,
-                capacity + CATCH_UP,
+                capacity + self.catch_up,
                 c.head_dim,
                 self.decoder.dtype,
                 stacked=self.decoder.layer_loop == "scan",
             )
         }
 
-    def extend(self, params, states, text, view):
+    def reader(self, view):
         del view
-        # The last two tokens are left to the first step of the draft, which needs their logits.
-        upto = jnp.maximum(text.length - CATCH_UP, 0)
-        cache = read_text(self.decoder, params[self.name], states[self.name], text.tokens, upto)
-        return {**states, self.name: cache}
-
-    def read(self, params, states, text, view):
-        cache = self.extend(params, states, text, view)[self.name]
-        weights = params[self.name]
-        cache, hidden = read_ending(self.decoder, weights, cache, text, CATCH_UP)
-        return cache, self.decoder.head(weights, hidden)
+        return self.decoder
 
     def blank(self, batch, nodes):
         return self.decoder.blank(batch, nodes)
-
-    def forward(self, params, cache, view, tokens, positions, drafted=None, ancestors=None):
-        del view
-        return self.decoder.apply(
-            params[self.name], tokens, positions, cache, ancestors, drafted=drafted
-        )

@@ -1,10 +1,10 @@
 """What neural drafters share: a chain drafted token by token, and steps over trees.
 
-A subclass says how it reads text and how it runs a forward pass over its own cache; drafting a chain,
-rolling back, and whatever grows a tree over it (`drafters.growth`) follow from that.
+A subclass says what runs a forward pass over its own cache; reading text, drafting a chain, rolling
+back, and whatever grows a tree over it (`drafters.growth`) follow from that.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax.numpy as jnp
 from jax import lax
@@ -12,12 +12,31 @@ from jax import lax
 from jax_specdec import cache as kv
 from jax_specdec._types import Array, Float, Int
 from jax_specdec.drafters.base import ChainDrafter, States, TargetView, rollback
-from jax_specdec.models.decoder import Output
+from jax_specdec.models.decoder import Output, Params
+from jax_specdec.prefill import read_ending, read_text
 from jax_specdec.sampling import NEG_INF, Noise, Sampling, argmax, largest, law_of, warp
 from jax_specdec.tree import TOP, Text, chain
 
 # A drafter lags by one or two tokens after a normal round; the first step of a draft reads that many.
 CATCH_UP = 2
+
+
+class Model(Protocol):
+    """A forward pass and a head, as `models.Decoder` has them."""
+
+    def apply(
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        cache: kv.KVCache,
+        ancestors: Array | None = None,
+        *,
+        drafted: tuple[Any, Any] | None = None,
+        logits: bool = True,
+    ) -> Output: ...
+
+    def head(self, params: Params, hidden: Array) -> Array: ...
 
 
 class NeuralDrafter(ChainDrafter):
@@ -30,10 +49,13 @@ class NeuralDrafter(ChainDrafter):
 
     proposal: Literal["matched", "greedy"]
 
-    def read(
-        self, params: dict[str, Any], states: States, text: Text, view: TargetView
-    ) -> tuple[kv.KVCache, Float[Array, "B 1 V"]]:
-        """The cache with the whole text in it, the root included, and the logits after the root."""
+    @property
+    def catch_up(self) -> int:
+        """Tokens that the first step of a draft reads; the cache has as many spare slots."""
+        return CATCH_UP
+
+    def reader(self, view: TargetView) -> Model:
+        """What reads text and drafted tokens beside the target."""
         raise NotImplementedError
 
     def blank(self, batch: int, nodes: int) -> tuple[Any, Any]:
@@ -60,7 +82,26 @@ class NeuralDrafter(ChainDrafter):
           drafted, ancestors: tree nodes that were read before, and who sees whom, as in
             `Decoder.apply`; None where the new tokens are a chain.
         """
-        raise NotImplementedError
+        weights = params[self.name]
+        return self.reader(view).apply(
+            weights, tokens, positions, cache, ancestors, drafted=drafted
+        )
+
+    def extend(self, params, states, text, view):
+        # The last tokens are left to the first step of the draft, which needs their logits.
+        upto = jnp.maximum(text.length - self.catch_up, 0)
+        reader, weights = self.reader(view), params[self.name]
+        cache = read_text(reader, weights, states[self.name], text.tokens, upto)
+        return {**states, self.name: cache}
+
+    def read(
+        self, params: dict[str, Any], states: States, text: Text, view: TargetView
+    ) -> tuple[kv.KVCache, Float[Array, "B 1 V"]]:
+        """The cache with the whole text in it, the root included, and the logits after the root."""
+        cache = self.extend(params, states, text, view)[self.name]
+        reader, weights = self.reader(view), params[self.name]
+        cache, hidden = read_ending(reader, weights, cache, text, self.catch_up)
+        return cache, reader.head(weights, hidden)
 
     def draft(self, params, states, text, view, sampling, noise, active, room):
         del active, room

@@ -292,8 +292,8 @@ class Decoder:
         c = self.config
         if any(c.windows):
             raise UserError(
-                f"The drafter {self.name!r} has layers with a sliding window, which cannot grow trees: "
-                "expand it by cape, fixed or path."
+                "A drafter that has layers with a sliding window cannot grow trees: expand it by cape, "
+                "fixed or path."
             )
         shape = (batch, nodes, c.num_kv_heads, c.head_dim)
         zeros: Any = (jnp.zeros(shape, self.dtype),) * c.num_layers

@@ -7,10 +7,11 @@ cache: rotated already, so that only the query is rotated, and grouped by heads,
 Axis letters as in `models.decoder`; `N`, `K`, `D` of the cross-attention are the target's. Parameters:
 
     {"layers": (block + {"cross": {"norm", "q", "q_bias", "q_norm", "out"}}, ...), "norm": [E],
-     "embed": [V, E], "head": [E, V]}
+     "embed": [V, E], "head": [E, V], "hidden_norm": [Et], "hidden_in": [Et, E]}
 
 where embedding and head are the target's own arrays if they are shared, with `embed_in [Et, E]` and
-`head_out [E, Et]` between where the drafter is not as wide as the target.
+`head_out [E, Et]` between where the drafter is not as wide as the target. The last two are there where
+the target's hidden state is an input.
 """
 
 import dataclasses
@@ -95,6 +96,16 @@ def glimpse_text(kv: tuple[Any, Any], visible: Array, windows: tuple[int | None,
     return attend
 
 
+def last_seen(hidden: Array, visible: Array) -> Array:
+    """The target's hidden state at the last position that each query sees, `[B, T, E]`; 0 for none.
+
+    Args:
+      hidden: `[B, S, E]`. visible: `int32[B, T]`, each query sees the positions before it.
+    """
+    last = jnp.take_along_axis(hidden, jnp.maximum(visible - 1, 0)[..., None], axis=1)
+    return jnp.where((visible > 0)[..., None], last, jnp.zeros((), hidden.dtype))
+
+
 class CrossAttention(nn.Module):
     """The branch between self-attention and MLP."""
 
@@ -150,7 +161,7 @@ class GliDe:
     def init(self, key: Array) -> Params:
         """Fresh parameters of its own: what is shared with the target is not among them."""
         c, t = self.config, self.target
-        keys = iter(jax.random.split(key, 2 * c.num_layers + 2))
+        keys = iter(jax.random.split(key, 2 * c.num_layers + 3))
         cross = CrossAttention(c, t, self.dtype)
         x = jnp.zeros((1, 1, c.hidden_size), self.dtype)
         angles = self._target_angles(jnp.zeros((1, 1), jnp.int32))
@@ -173,6 +184,9 @@ class GliDe:
         elif c.hidden_size != t.hidden_size:  # of unit gain: the scale is the embedding's
             params["embed_in"] = matrix(t.hidden_size, c.hidden_size, t.hidden_size**-0.5)
             params["head_out"] = matrix(c.hidden_size, t.hidden_size, c.hidden_size**-0.5)
+        if c.hidden_input:
+            params["hidden_norm"] = jnp.ones((t.hidden_size,), self.dtype)
+            params["hidden_in"] = matrix(t.hidden_size, c.hidden_size)
         return params
 
     def parameter_count(self) -> int:
@@ -196,6 +210,7 @@ class GliDe:
         cache: KVCache | None = None,
         ancestors: Array | None = None,
         *,
+        hidden: Array | None = None,
         drafted: tuple[Any, Any] | None = None,
         logits: bool = True,
         remat: bool = False,
@@ -205,11 +220,16 @@ class GliDe:
         Args:
           params: as `join` returns them. tokens, positions: `int32[B, T]`.
           glimpse: how the target's keys are read; None without cross-attention.
+          hidden: `[B, T, Et]`, what `last_seen` returns, where the target's hidden state is an input.
           cache, ancestors, drafted: of the self-attention, as in `Decoder.apply`.
         """
         x = jnp.take(params["embed"], tokens, axis=0).astype(self.dtype)
         if "embed_in" in params:
             x = matmul(x, params["embed_in"])
+        if self.config.hidden_input:
+            assert hidden is not None, "the target's hidden states are an input"
+            y = rms_norm(hidden.astype(self.dtype), params["hidden_norm"], self.target.norm_eps)
+            x = x + matmul(y, params["hidden_in"])
         read = self.config.layers_read(self.target)
         angles = self._target_angles(positions)
         cross = CrossAttention(self.config, self.target, self.dtype)

@@ -22,6 +22,9 @@ class GliDeConfig:
       final_norm: an RMS norm before the head; LongSpec has none.
       share: embedding and head are the target's, frozen and not stored; otherwise the drafter has its
         own, as in the paper. Where the widths differ a projection lies between.
+      hidden_input: each token's embedding has the target's last hidden state added, normed and projected,
+        of the last position whose keys the token sees, as EAGLE does (arXiv 2401.15077) with that of the
+        position before.
       qkv_bias: the query, key and value projections have biases (LongSpec).
       window: sliding window of the self-attention in tokens, or None.
       trained_delay: the largest delay of training, see `jax_specdec.training.visibility`: the distance
@@ -40,17 +43,26 @@ class GliDeConfig:
     cross_norm: bool = True
     final_norm: bool = True
     share: bool = True
+    hidden_input: bool = False
     qkv_bias: bool = False
     window: int | None = None
     trained_delay: int = 16
 
     def __post_init__(self):
-        for name in ("hidden_size", "mlp_size", "num_layers", "head_dim", "trained_delay"):
+        for name in (
+            "hidden_size",
+            "mlp_size",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "num_layers",
+            "trained_delay",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, for rotary embeddings, got {self.head_dim}")
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+        if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key heads evenly"
             )
@@ -95,6 +107,11 @@ class GliDeConfig:
             qkv_bias=self.qkv_bias,
             windows=(self.window,) * self.num_layers,
         )
+
+    @property
+    def sees_target(self) -> bool:
+        """Whether anything of the target but its embedding and head is read."""
+        return self.cross_attention or self.hidden_input
 
     def layers_read(self, target: ModelConfig) -> tuple[int, ...]:
         """The target layer that each layer attends to.

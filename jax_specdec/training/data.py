@@ -3,6 +3,7 @@
 Every batch is a function of (seed, step) alone, which is what makes resuming exact.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,21 @@ import numpy as np
 
 from jax_specdec.errors import UserError
 from jax_specdec.jsonl import read_jsonl
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+    """Documents of several sources, of which each gets its share of the windows, whatever its size.
+
+    Attributes:
+      sources: documents of each. weights: above 0; shares are proportional to them.
+    """
+
+    sources: tuple[Sequence[np.ndarray], ...]
+    weights: tuple[float, ...]
+
+
+Documents = Sequence[np.ndarray] | Mixed
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -107,11 +123,20 @@ class PackedWindows:
 
 
 def training_batches(
-    documents: Sequence[np.ndarray], length: int, batch: int, steps: int, seed: int
+    documents: Documents, length: int, batch: int, steps: int, seed: int
 ) -> grain.MapDataset:
-    """A grain dataset whose item `step` is `int32[batch, length + 1]`."""
-    source = PackedWindows(documents, length, seed, steps * batch)
-    return grain.MapDataset.source(source).batch(batch, drop_remainder=True)
+    """A grain dataset whose item `step` is `int32[batch, length + 1]`.
+
+    Mixed sources take turns in a fixed order, each going through its own epochs.
+    """
+
+    def windows(documents: Sequence[np.ndarray]) -> grain.MapDataset:
+        return grain.MapDataset.source(PackedWindows(documents, length, seed, steps * batch))
+
+    if isinstance(documents, Mixed):
+        parts = [windows(source) for source in documents.sources]
+        return grain.MapDataset.mix(parts, documents.weights).batch(batch, drop_remainder=True)
+    return windows(documents).batch(batch, drop_remainder=True)
 
 
 def heldout_windows(documents: Sequence[np.ndarray], length: int) -> np.ndarray:

@@ -16,9 +16,10 @@ from jax import lax
 
 from jax_specdec._types import Array
 from jax_specdec.models.decoder import Decoder, Params
-from jax_specdec.models.glide import GliDe, glimpse_text
+from jax_specdec.models.glide import GliDe, glimpse_text, last_seen
 from jax_specdec.training import losses, trainer
 from jax_specdec.training.config import GliDeRecipe, TrainConfig
+from jax_specdec.training.data import Documents
 from jax_specdec.training.visibility import visible_keys
 
 # Held-out agreement is measured at delays up to this, whatever was trained.
@@ -29,11 +30,12 @@ class Reading(NamedTuple):
     """What the target made of a batch of texts `[B, T+1]`, their last tokens left out.
 
     Attributes:
-      kv: its keys and values by layer, as in `Output.new_kv`.
+      kv, hidden: as `Output.new_kv` and `Output.hidden`.
       log_p: log-probabilities `float32[B, T, V]` of the token after each input.
     """
 
     kv: Any
+    hidden: Array
     log_p: Array
 
 
@@ -53,7 +55,8 @@ class Pair:
         """The target's reading of `tokens [B, T+1]` without the last one."""
         inputs = tokens[:, :-1]
         out = self.target.apply(target_params, inputs, _positions(inputs))
-        return Reading(out.new_kv, jax.nn.log_softmax(out.logits, axis=-1))
+        assert out.logits is not None
+        return Reading(out.new_kv, out.hidden, jax.nn.log_softmax(out.logits, axis=-1))
 
     def loss(
         self, params: Params, target_params: Params, reading: Reading, tokens: Array, key: Array
@@ -68,7 +71,12 @@ class Pair:
     def agreement(
         self, params: Params, target_params: Params, reading: Reading, tokens: Array
     ) -> dict[str, Array]:
-        """Every block is a draft: one pass measures all delays, each on its share of positions."""
+        """Every block is a draft: one pass measures all delays, each on its share of positions.
+
+        What is measured is decoding's law for one layer without the target's hidden state, whose own keys
+        depend on the text alone. Otherwise decoding reads committed tokens again at delay 1, and here
+        the keys of a block carry the delays of their own places.
+        """
         length = tokens.shape[1] - 1
         delays = max(1, min(MEASURED_DELAYS, length // 2))
         visible = visible_keys("block", (tokens.shape[0], length), delays, jax.random.key(0))
@@ -79,9 +87,8 @@ class Pair:
         counts = ((position % delays == place) & (position >= delays)).astype(jnp.float32)
 
         def by_delay(values: Array) -> Array:
-            return (jnp.matmul(values, counts, precision=lax.Precision.HIGHEST)).mean(
-                axis=0
-            ) / counts.sum(axis=0)
+            total = jnp.matmul(values, counts, precision=lax.Precision.HIGHEST)
+            return total.mean(axis=0) / counts.sum(axis=0)
 
         acceptance, match = losses.agreement(reading.log_p, log_q)
         return {
@@ -98,7 +105,12 @@ class Pair:
         inputs = tokens[:, :-1]
         joined = self.model.join(params, target_params)
         glimpse = glimpse_text(reading.kv, visible, self.model.target.windows)
-        out = self.model.apply(joined, inputs, _positions(inputs), glimpse, remat=self.remat)
+        hidden = None
+        if self.model.config.hidden_input:
+            hidden = last_seen(reading.hidden, visible)
+        out = self.model.apply(
+            joined, inputs, _positions(inputs), glimpse, hidden=hidden, remat=self.remat
+        )
         assert out.logits is not None
         return jax.nn.log_softmax(out.logits, axis=-1)
 
@@ -158,7 +170,7 @@ def train(
     target_params: Params,
     recipe: GliDeRecipe,
     config: TrainConfig,
-    documents: Sequence[np.ndarray],
+    documents: Documents,
     heldout: Sequence[np.ndarray],
     workdir: str | Path,
     *,

@@ -13,6 +13,7 @@ import optax
 from jax_specdec.models.decoder import Decoder, Params
 from jax_specdec.training import trainer
 from jax_specdec.training.config import TrainConfig
+from jax_specdec.training.data import Documents
 
 
 def next_token_loss(decoder: Decoder, params: Params, tokens: jax.Array, remat: bool) -> jax.Array:
@@ -27,7 +28,7 @@ def next_token_loss(decoder: Decoder, params: Params, tokens: jax.Array, remat: 
 def train(
     decoder: Decoder,
     config: TrainConfig,
-    documents: Sequence[np.ndarray],
+    documents: Documents,
     heldout: Sequence[np.ndarray],
     workdir: str | Path,
     **options: Any,

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from jax_specdec.errors import RunError, UserError
 from jax_specdec.models.decoder import Params
 from jax_specdec.training.config import TrainConfig
-from jax_specdec.training.data import heldout_windows, training_batches
+from jax_specdec.training.data import Documents, Mixed, heldout_windows, training_batches
 
 # `(params, frozen, tokens int32[B, T+1], key) -> loss`, params in the compute dtype.
 LossFn = Callable[[Params, Any, jax.Array, jax.Array], jax.Array]
@@ -129,7 +129,7 @@ def make_step(
 def train(
     objective: Objective,
     config: TrainConfig,
-    documents: Sequence[np.ndarray],
+    documents: Documents,
     heldout: Sequence[np.ndarray],
     workdir: str | Path,
     *,
@@ -142,12 +142,13 @@ def train(
     """Trains and returns the float32 parameters.
 
     Args:
-      documents, heldout: token ids per document, end-of-text included.
+      documents, heldout: token ids per document, end-of-text included; `Mixed` sources by weight.
       workdir: receives `state/` (orbax), `metrics.jsonl` and `loss.png`.
       initial: parameters to start from; fresh ones from `config.seed` otherwise.
       resume: go on from the newest state in `workdir`. Without it a used workdir is refused.
       stop_after: return after this step, as a killed run would.
-      on_save: called with the parameters whenever the state is saved.
+      on_save: called with the parameters whenever the state is saved, and where a resumed run has no
+        step left: the run before it may have been killed in between.
 
     Raises:
       UserError: a used workdir without `resume`, or other settings than the saved run's.
@@ -156,6 +157,8 @@ def train(
     workdir = Path(workdir).absolute()
     metrics_path = workdir / "metrics.jsonl"
     settings = {"train": dataclasses.asdict(config), **objective.settings}
+    if isinstance(documents, Mixed):
+        settings["weights"] = documents.weights
     settings = json.loads(json.dumps(settings))
     devices = jax.devices()
     micro = config.batch_size // config.accumulate
@@ -265,6 +268,8 @@ def train(
                     save(step)
         bar.close()
         manager.wait_until_finished()
+        if first >= last and on_save is not None:
+            on_save(params)
     finally:
         manager.close()
     return params
