@@ -52,6 +52,7 @@ class Drafter(Protocol):
       name: key of its parameters and state.
       num_nodes: drafted nodes per round, root excluded. depth: the longest drafted path.
       proposers: names for `Draft.origin`, which counts from 1.
+      has_distribution: whether a draft has `top_ids` when `Noise.return_top` asks for them.
     """
 
     @property
@@ -65,6 +66,9 @@ class Drafter(Protocol):
 
     @property
     def proposers(self) -> tuple[str, ...]: ...
+
+    @property
+    def has_distribution(self) -> bool: ...
 
     def init(self, batch: int, capacity: int) -> States:
         """Empty states for `batch` rows of text of at most `capacity` tokens, drafts included."""
@@ -101,6 +105,8 @@ class Drafter(Protocol):
 
 class StatelessDrafter:
     """A drafter that reads everything from the text."""
+
+    has_distribution = False
 
     def init(self, batch: int, capacity: int) -> States:
         del batch, capacity

@@ -57,17 +57,12 @@ class GliDeDrafter(NeuralDrafter):
         return self.model.config.num_layers == 1 or not self.model.config.cross_attention
 
     @property
-    def catch_up(self) -> int:
-        """Tokens that the first step of a draft reads."""
-        return CATCH_UP if self.keeps_drafts else max(CATCH_UP, self.length + 1)
+    def body(self):
+        return self.model.decoder
 
-    def init(self, batch, capacity):
-        c = self.model.config
-        slots = capacity + self.catch_up
-        cache = kv.init_cache(
-            c.num_layers, batch, c.num_kv_heads, slots, c.head_dim, self.model.dtype
-        )
-        return {self.name: cache}
+    @property
+    def catch_up(self):
+        return CATCH_UP if self.keeps_drafts else max(CATCH_UP, self.length + 1)
 
     def extend(self, params, states, text, view):
         upto = jnp.maximum(text.length - self.catch_up, 0)
@@ -80,9 +75,6 @@ class GliDeDrafter(NeuralDrafter):
         reader, weights = _Reader(self.model, view), params[self.name]
         cache, hidden = read_ending(reader, weights, cache, text, self.catch_up)
         return cache, self.model.head(weights, hidden)
-
-    def blank(self, batch, nodes):
-        return self.model.decoder.blank(batch, nodes)
 
     def forward(self, params, cache, view, tokens, positions, drafted=None, ancestors=None):
         reader, weights = _Reader(self.model, view), params[self.name]

@@ -5,8 +5,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jax_specdec import cache as kv
-from jax_specdec.drafters.neural import CATCH_UP, NeuralDrafter
+from jax_specdec.drafters.neural import NeuralDrafter
 from jax_specdec.models.decoder import Decoder
 from jax_specdec.prefill import read_ending, read_text
 
@@ -24,35 +23,22 @@ class LmDrafter(NeuralDrafter):
     name: str = "lm"
     proposal: Literal["matched", "greedy"] = "matched"
 
-    def init(self, batch, capacity):
-        c = self.decoder.config
-        return {
-            self.name: kv.init_cache(
-                c.num_layers,
-                batch,
-                c.num_kv_heads,
-                capacity + CATCH_UP,
-                c.head_dim,
-                self.decoder.dtype,
-                stacked=self.decoder.layer_loop == "scan",
-            )
-        }
+    @property
+    def body(self):
+        return self.decoder
 
     def extend(self, params, states, text, view):
         del view
         # The last two tokens are left to the first step of the draft, which needs their logits.
-        upto = jnp.maximum(text.length - CATCH_UP, 0)
+        upto = jnp.maximum(text.length - self.catch_up, 0)
         cache = read_text(self.decoder, params[self.name], states[self.name], text.tokens, upto)
         return {**states, self.name: cache}
 
     def read(self, params, states, text, view):
         cache = self.extend(params, states, text, view)[self.name]
         weights = params[self.name]
-        cache, hidden = read_ending(self.decoder, weights, cache, text, CATCH_UP)
+        cache, hidden = read_ending(self.decoder, weights, cache, text, self.catch_up)
         return cache, self.decoder.head(weights, hidden)
-
-    def blank(self, batch, nodes):
-        return self.decoder.blank(batch, nodes)
 
     def forward(self, params, cache, view, tokens, positions, drafted=None, ancestors=None):
         del view
