@@ -276,11 +276,12 @@ class _Run:
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
         self.lengths = np.asarray([len(p) for p in prompts], np.int32)
+        rows: Any = {name: [law[i % 5] for i in range(batch)] for name, law in LAWS.items()}
         self.sampling = laws.make_sampling(
             batch,
             max_new_tokens=max_new_tokens,
-            **{name: [values[i % 5] for i in range(batch)] for name, values in LAWS.items()},
             seed=seed,
+            **rows,
         )
         ids = jnp.arange(batch, dtype=jnp.int32)
         self.keys = laws.row_keys(self.sampling, ids)
