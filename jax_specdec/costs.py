@@ -11,7 +11,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -220,6 +220,29 @@ def acceptance_by_position(generations: Sequence[Generation]) -> list[float]:
     ]
 
 
+class _Choice(NamedTuple):
+    """What a specification is completed to, and why."""
+
+    speedup: float
+    spec: Spec
+    accepted: list[float]
+    costs: Costs
+
+
+def _grows(spec: Spec) -> bool:
+    return spec.rule is not None and not issubclass(RULES[spec.rule], Comb)
+
+
+def _plans(spec: Spec, longest: int, widest: int) -> list[Spec]:
+    """What to measure the drafting of: three lengths, and of a tree that grows up to three budgets each."""
+    lengths = sorted({1, max(1, longest // 2), longest})
+    if not _grows(spec):
+        return [spec._replace(length=g, nodes=None) for g in lengths]
+    rule: Any = RULES[spec.rule or ""]
+    budgets = [(g, 1 + k * g) for g in lengths for k in (2, 4, 8)]
+    return [spec._replace(length=g, nodes=n) for g, n in budgets if n <= widest and rule(n).fits(g)]
+
+
 def tune(
     target: Target,
     make_drafter: Callable[[str], LoadedDrafter],
@@ -236,53 +259,55 @@ def tune(
 
     Args:
       make_drafter: specification -> drafter. names: what to tune, drafters (`lm`) and drafters with an
-        expansion by siblings (`lm+cape`).
+        expansion (`lm+cape`). Siblings of a chain are predicted for every length and budget; trees that
+        grow are decoded with at a few.
       prompts: real ones; the first `batch_size` of them are the text that costs are measured on.
-      longest: lengths 1..longest are considered.
+      longest: lengths 1..longest are considered, as far as a drafter goes.
 
     Returns:
       A JSON-ready record: `lengths` by name (0: drafting does not pay), `nodes` by name of an
       expansion, `default`, and under `measured` the figures that decided.
-
-    Raises:
-      UserError: an expansion that grows trees, which only decoding with it can measure.
     """
     specs = [parse_drafter(name) for name in names if name != "none"]
-    for spec in specs:
-        if spec.rule is not None and not issubclass(RULES[spec.rule], Comb):
-            raise UserError(
-                f"{spec.key!r} cannot be tuned: only siblings of a chain are predicted."
-            )
+    limits = {spec.key: min(longest, make_drafter(spec.name).longest) for spec in specs}
+    longest = max(limits.values(), default=1)
     ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts[:batch_size]]
     widths = {1, 2, 3, 4, 5, 6, 7, 9, 11, 1 + longest} & set(range(1, longest + 2))
     if any(spec.rule for spec in specs):
         widths |= {8, 12, 16, 20, 24, 32}
-    lengths = sorted({1, max(1, longest // 2), longest})
+    plans = {spec.key: _plans(spec, limits[spec.key], max(widths)) for spec in specs}
     arms: dict[Any, Callable[[], float]] = {}
     for nodes in sorted(widths):
-        arms["verify", nodes] = verify_arm(target, nodes, ids)
+        arms[nodes] = verify_arm(target, nodes, ids)
         report(f"compiled a verification of {nodes} nodes")
-    for spec in specs:
-        for length in lengths:
-            arms[spec.key, length] = draft_arm(
-                target, make_drafter(str(spec._replace(length=length, nodes=None))), ids
-            )
-        report(f"compiled {spec.key}")
+    for key, several in plans.items():
+        for plan in several:
+            arms[plan] = draft_arm(target, make_drafter(str(plan)), ids)
+        report(f"compiled {key}")
     seconds = {key: statistics.median(v) for key, v in medians(arms, repeats).items()}
-    verify = {t: seconds["verify", t] for t in sorted(widths)}
-    chosen: dict[str, Spec] = {}
-    measured: dict[str, Any] = {}
-    for spec in specs:
-        costs = Costs(verify, {g: seconds[spec.key, g] for g in lengths})
-        decoder = SpeculativeDecoder(target, make_drafter(f"{spec.name}:{longest}"))
-        answers = list(
-            decoder.generate(
-                prompts, max_new_tokens=max_new_tokens, batch_size=min(batch_size, len(prompts))
-            )
+    verify = {t: seconds[t] for t in sorted(widths)}
+
+    def decode(spec: Spec) -> tuple[SpeculativeDecoder, list[Generation]]:
+        decoder = SpeculativeDecoder(target, make_drafter(str(spec)))
+        rows = min(batch_size, len(prompts))
+        return decoder, list(
+            decoder.generate(prompts, max_new_tokens=max_new_tokens, batch_size=rows)
         )
-        nodes = None
-        accepted = acceptance_by_position(answers)
+
+    def choose(spec: Spec) -> _Choice:
+        if _grows(spec):
+            choices = []
+            for plan in plans[spec.key]:
+                assert plan.length is not None
+                costs = Costs(verify, {plan.length: seconds[plan]})
+                accepted = acceptance_by_position(decode(plan)[1])
+                speedup = costs.speedup(accepted, plan.length, plan.nodes)
+                choices.append(_Choice(speedup, plan, accepted, costs))
+            return max(choices, key=lambda choice: choice.speedup)
+        costs = Costs(verify, {p.length or 0: seconds[p] for p in plans[spec.key]})
+        decoder, answers = decode(Spec(spec.name, limits[spec.key]))
         if spec.rule is None:
+            accepted, nodes = acceptance_by_position(answers), None
             length = costs.best_length(accepted)
         else:
             texts = [decoder.encode(a.prompt) + a.token_ids for a in answers]
@@ -292,23 +317,31 @@ def tune(
             _, length, nodes = costs.best_expansion(found, rule)
             accepted = acceptance(found, length, rule(nodes))
         speedup = costs.speedup(accepted, length, nodes)
-        chosen[spec.key] = spec._replace(length=length, nodes=nodes)
-        measured[spec.key] = {
-            "draft_s": costs.draft,
-            "accepted_per_pos": accepted,
-            "predicted_speedup": speedup,
-        }
-        report(f"{chosen[spec.key]}: predicted {speedup:.2f} times plain")
-    best = max(measured, key=lambda key: measured[key]["predicted_speedup"])
-    pays = measured[best]["predicted_speedup"] > 1
+        return _Choice(speedup, spec._replace(length=length, nodes=nodes), accepted, costs)
+
+    chosen: dict[str, _Choice] = {}
+    for spec in specs:
+        choice = chosen[spec.key] = choose(spec)
+        report(f"{choice.spec}: predicted {choice.speedup:.2f} times plain")
+    best = max(chosen.values(), key=lambda choice: choice.speedup)
     return {
-        "lengths": {key: spec.length for key, spec in chosen.items()},
-        "nodes": {key: spec.nodes for key, spec in chosen.items() if spec.nodes is not None},
-        "default": str(chosen[best]) if pays else "none",
+        "lengths": {key: c.spec.length for key, c in chosen.items()},
+        "nodes": {key: c.spec.nodes for key, c in chosen.items() if c.spec.nodes is not None},
+        "default": str(best.spec) if best.speedup > 1 else "none",
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "dtype": str(target.decoder.dtype),
         "batch_size": batch_size,
         "prompts": len(prompts),
-        "measured": {"verify_s": verify, "drafters": measured},
+        "measured": {
+            "verify_s": verify,
+            "drafters": {
+                key: {
+                    "draft_s": c.costs.draft,
+                    "accepted_per_pos": c.accepted,
+                    "predicted_speedup": c.speedup,
+                }
+                for key, c in chosen.items()
+            },
+        },
     }

@@ -131,22 +131,14 @@ class DecodeLoop:
           tokens: prompts, left-aligned; what lies behind `lengths[b] >= 1` is ignored.
           capacity: static, the most tokens of a row, prompt included.
         """
-        c = self.target.config
         batch, width = tokens.shape
         if width > capacity:
             raise ValueError(f"prompts of width {width} do not fit a capacity of {capacity}")
         columns = capacity + self.window
         buffer = jnp.zeros((batch, columns), jnp.int32)
         text = Text(lax.dynamic_update_slice(buffer, tokens, (0, 0)), lengths)
-        cache = kv.init_cache(
-            c.num_layers,
-            batch,
-            c.num_kv_heads,
-            capacity + self.nodes,
-            c.head_dim,
-            self.target.dtype,
-            stacked=self.target.layer_loop == "scan",
-            hidden_size=c.hidden_size if self.drafter.reads_hidden else None,
+        cache = self.target.init_cache(
+            batch, capacity + self.nodes, hidden=self.drafter.reads_hidden
         )
         cache = read_text(self.target, params["target"], cache, text.tokens, lengths - 1, chunk)
         drafts = self.drafter.init(batch, columns)

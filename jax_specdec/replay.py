@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_specdec import cache as kv
 from jax_specdec.checkpoints import Target
 from jax_specdec.drafters.base import Outcome, TargetView
 from jax_specdec.drafters.expand import Comb
@@ -59,16 +58,7 @@ def record(
     ends = jnp.asarray([len(t) for t in texts], jnp.int32)
     sampling = make_sampling(batch, max_new_tokens=1)
     decoder, config = target.decoder, target.config
-    empty = kv.init_cache(
-        config.num_layers,
-        batch,
-        config.num_kv_heads,
-        columns,
-        config.head_dim,
-        decoder.dtype,
-        stacked=decoder.layer_loop == "scan",
-        hidden_size=config.hidden_size if inner.reads_hidden else None,
-    )
+    empty = decoder.init_cache(batch, columns, hidden=inner.reads_hidden)
 
     @jax.jit
     def run(params: dict[str, Any], tokens, starts):

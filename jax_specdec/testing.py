@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_specdec import cache as kv
 from jax_specdec import sampling as laws
 from jax_specdec.drafters.base import Drafter, Outcome, TargetView
 from jax_specdec.drafters.none import NoDrafter
@@ -27,7 +26,12 @@ from pallas_kernels import masks
 # Two best scores closer than this may change places between a one-row and a T-row forward.
 NEAR_TIE = 1e-3
 FOREIGN = "another drafter's"
-TEMPERATURES = (0.0, 1.0, 0.7)
+# Of each row in turn. Filters leave a drafter fewer tokens than it has places for.
+LAWS = {
+    "temperature": (0.0, 1.0, 0.7, 1.0, 1.0),
+    "top_k": (0, 2, 0, 1, 0),
+    "top_p": (1.0, 1.0, 1.0, 1.0, 0.3),
+}
 
 
 def check_drafter(
@@ -45,7 +49,7 @@ def check_drafter(
 
     Args:
       params: the drafter's parameters by name, as in `LoadedDrafter.params`.
-      prompts: three or more rows of different lengths; default: random ones of 1, 2, 5 and 9 tokens.
+      prompts: three or more rows of different lengths; default: random ones of 1, 2, 5, 9 and 3 tokens.
       compiler_options: of the programs that are compiled here, see `jax.jit`.
 
     Raises:
@@ -54,7 +58,7 @@ def check_drafter(
     _check_static(drafter)
     if prompts is None:
         rng = np.random.default_rng(seed)
-        prompts = [rng.integers(0, target.config.vocab_size, n).tolist() for n in (1, 2, 5, 9)]
+        prompts = [rng.integers(0, target.config.vocab_size, n).tolist() for n in (1, 2, 5, 9, 3)]
     run = _Run(drafter, dict(params), target, target_params, compiler_options)
     run.prepare(prompts, max_new_tokens, seed)
     run.check_rounds()
@@ -191,6 +195,7 @@ def _check_static(drafter: Any) -> None:
             "depth",
             "proposers",
             "reads_hidden",
+            "has_distribution",
             "init",
             "extend",
             "draft",
@@ -235,17 +240,7 @@ def _programs(target: Decoder, options: tuple[tuple[str, Any], ...]) -> tuple[An
         return jax.jit(function, static_argnums=static, compiler_options=dict(options))
 
     def read(params, text, slots):
-        c = target.config
-        cache = kv.init_cache(
-            c.num_layers,
-            text.length.shape[0],
-            c.num_kv_heads,
-            slots,
-            c.head_dim,
-            target.dtype,
-            stacked=target.layer_loop == "scan",
-            hidden_size=c.hidden_size,
-        )
+        cache = target.init_cache(text.length.shape[0], slots, hidden=True)
         return read_text(target, params, cache, text.tokens, text.length - 1)
 
     def noise(keys, sampling, start, depth):
@@ -282,11 +277,12 @@ class _Run:
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
         self.lengths = np.asarray([len(p) for p in prompts], np.int32)
+        rows: Any = {name: [law[i % 5] for i in range(batch)] for name, law in LAWS.items()}
         self.sampling = laws.make_sampling(
             batch,
             max_new_tokens=max_new_tokens,
-            temperature=[TEMPERATURES[i % 3] for i in range(batch)],
             seed=seed,
+            **rows,
         )
         ids = jnp.arange(batch, dtype=jnp.int32)
         self.keys = laws.row_keys(self.sampling, ids)
@@ -358,6 +354,10 @@ class _Run:
         self.same(states, after, "draft")
         if active.all():
             check_draft(draft, self.drafter, text, vocab, wants_q)
+            _require(
+                (draft.top_ids is not None) == self.drafter.has_distribution,
+                "top_ids must be given when they are asked for, if and only if has_distribution",
+            )
         return jax.device_get(draft), after
 
     def follow(self, draft: Draft, lengths: np.ndarray) -> Outcome:

@@ -17,16 +17,6 @@ def acceptance_rate(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return np.minimum(p, q).sum(axis=-1)
 
 
-def matching_rate_bound(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """The least chance that two argmaxes under one Gumbel noise agree, `[..., V] -> [...]`.
-
-    (1 - d) / (1 + d) with d the total variation (arXiv 2408.07978): what the match rule accepts of a
-    token that was drafted with the shared noise, at least.
-    """
-    same = acceptance_rate(p, q)
-    return same / (2 - same)
-
-
 def chain_tau(rate: float, length: int) -> float:
     """Tokens a round, the target's own included, where each token is accepted with chance `rate`.
 
@@ -66,11 +56,3 @@ def comb_tau(chain: Sequence[float], covered: Sequence[float]) -> float:
         raise ValueError(f"0 <= chain <= covered <= 1 must hold, got {chain} and {covered}")
     reached = np.concatenate([[1.0], np.cumprod(a)[:-1]]) if len(a) else a
     return float(1 + (reached * c).sum())
-
-
-def tree_tau(reach: Sequence[float]) -> float:
-    """Tokens a round of any tree: 1 + the sum over nodes of the chance that their path is the target's.
-
-    What matching attains, and no lossless verifier of a fixed tree exceeds.
-    """
-    return float(1 + np.sum(np.asarray(reach, np.float64)))

@@ -268,6 +268,7 @@ def test_unhashable_drafters_are_refused():
     class Loose(Bigram.__mro__[1]):
         length: int = 2
         name: str = "loose"
+        has_distribution = False
 
         def init(self, batch, capacity): ...
 

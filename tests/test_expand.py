@@ -151,15 +151,14 @@ def test_budgets_that_do_not_fit(make, sentence):
 @pytest.mark.parametrize(
     ("drafter", "sentence"),
     [
-        (MaxGram(4), "max-gram.* no distribution"),
+        (MaxGram(4), "max-gram.* cannot be expanded: it has no distribution"),
         (Expand(LmDrafter(h.SMALL, 2), Cape(5)), "it proposes trees"),
     ],
 )
-def test_drafters_that_cannot_be_expanded(drafter, sentence):
-    loop = DecodeLoop(h.SMALL, Expand(drafter, Cape(7)))
-    params = h.all_params(target=h.small_params(), lm=h.small_params())
+@pytest.mark.parametrize("rule", [Cape(7), Fixed(7), PathProbability(7)], ids=list(RULES))
+def test_drafters_that_cannot_be_expanded(drafter, rule, sentence):
     with pytest.raises(UserError, match=sentence):
-        h.decode(loop, params, h.prompts_of([3]), h.sampling_of(1))
+        Expand(drafter, rule)
 
 
 # Exactness

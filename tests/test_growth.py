@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_loop import MIXED, RAGGED, check_stats
+from test_sampling import LEVEL, chi_square, exact_law, reference_law, sample
 
 from jax_specdec import DecodeLoop, Decoder, UserError
 from jax_specdec import sampling as laws
@@ -24,7 +25,13 @@ from jax_specdec.tree import Text, ancestor_bits
 from pallas_kernels import masks
 
 WIDTH = 24
-TEMPERATURES = [0.0, 1.0, 0.6]
+# Filters leave fewer candidates than the budget holds.
+LAWS = {
+    "temperature": [0.0, 1.0, 0.6, 1.0, 1.0, 0.8],
+    "top_k": [0, 0, 2, 1, 0, 0],
+    "top_p": [1.0, 1.0, 1.0, 1.0, 0.3, 1.0],
+    "min_p": [0.0, 0.0, 0.0, 0.0, 0.0, 0.3],
+}
 
 
 @jax.jit
@@ -33,28 +40,35 @@ def forward(tokens):
     return h.TARGET.apply(h.close_params(), tokens, positions).logits
 
 
-def log_probs(paths, text, temperature, gumbel):
-    """After each path of one length, `[n, V]`: a softmax of logits + temperature * noise."""
+def log_probs(paths, text, law, gumbel):
+    """After each path of one length, `[n, V]`: a softmax of logits + temperature * noise where the law
+    leaves something.
+    """
     tokens = np.zeros((8, WIDTH), np.int32)
     for i, path in enumerate(paths):
         tokens[i, : len(text) + len(path)] = [*text, *path]
     logits = np.asarray(forward(jnp.asarray(tokens)), np.float64)
-    x = logits[: len(paths), len(text) + len(paths[0]) - 1] + temperature * gumbel[len(paths[0])]
+    logits = logits[: len(paths), len(text) + len(paths[0]) - 1]
+    x = logits + law["temperature"] * gumbel[len(paths[0])]
+    if law["temperature"] > 0:
+        possible = np.stack([reference_law(row, **law) > 0 for row in logits])
+        x = np.where(possible, x, -np.inf)
     x = x - x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def grow(text, temperature, gumbel, depth, width):
+def grow(text, law, gumbel, depth, width):
     """All candidates `{path: value}`, and those that were read, by depth. The best child of the best
     child ... of the root is read at every depth.
     """
     value, main, read, levels = {(): 0.0}, (), [()], []
     for _ in range(depth):
         found = {}
-        for path, row in zip(read, log_probs(read, text, temperature, gumbel), strict=True):
+        for path, row in zip(read, log_probs(read, text, law, gumbel), strict=True):
             for token in np.argsort(-row)[:width]:
-                found[(*path, int(token))] = value[path] + row[token]
-        best = log_probs([main], text, temperature, gumbel)[0].argmax()
+                if row[token] > -np.inf:
+                    found[(*path, int(token))] = value[path] + row[token]
+        best = log_probs([main], text, law, gumbel)[0].argmax()
         main = (*main, int(best))
         others = sorted((p for p in found if p != main), key=lambda p: -found[p])
         read = [main, *others[: width - 1]]
@@ -64,10 +78,10 @@ def grow(text, temperature, gumbel, depth, width):
     return value, levels, main
 
 
-def expected_tree(rule, text, temperature, gumbel, depth):
+def expected_tree(rule, text, law, gumbel, depth):
     """The paths that a rule verifies, with their values."""
     width = rule.width if isinstance(rule, DynamicTree) else (rule.nodes - 1) // depth
-    value, levels, main = grow(text, temperature, gumbel, depth, width)
+    value, levels, main = grow(text, law, gumbel, depth, width)
     if isinstance(rule, BeamSearch):
         return {path: value[path] for level in levels for path in level}, main
     chain = {main[:d] for d in range(1, depth + 1)}
@@ -81,30 +95,37 @@ def expected_tree(rule, text, temperature, gumbel, depth):
     ids=["tree", "narrow tree", "beam", "one level"],
 )
 def test_trees_against_plain_python(rule, depth):
-    prompts = h.prompts_of([5, 9, 1], seed=4)
+    prompts = h.prompts_of([5, 9, 1, 4, 7, 3], seed=4)
+    rows = len(prompts)
     tokens, lengths = h.pad(prompts, WIDTH)
     text = Text(tokens, lengths)
     drafter = Expand(LmDrafter(h.TARGET, depth), rule)
-    sampling = h.sampling_of(3, temperature=TEMPERATURES, seed=3)
-    keys = laws.row_keys(sampling, jnp.arange(3, dtype=jnp.int32))
+    sampling = h.sampling_of(rows, **LAWS, seed=3)
+    keys = laws.row_keys(sampling, jnp.arange(rows, dtype=jnp.int32))
     gumbel = laws.shared_noise(keys, sampling, lengths, depth + 1, h.VOCAB)
 
     @functools.partial(jax.jit, compiler_options=h.QUICK)
     def draw(params):
-        states, view = drafter.init(3, WIDTH + depth + 1), TargetView(None)
+        states, view = drafter.init(rows, WIDTH + depth + 1), TargetView(None)
         states = drafter.extend(params, states, text, view)
-        args = (sampling, laws.Noise(gumbel), jnp.ones(3, bool), jnp.full(3, 9, jnp.int32))
+        args = (sampling, laws.Noise(gumbel), jnp.ones(rows, bool), jnp.full(rows, 9, jnp.int32))
         return drafter.draft(params, states, text, view, *args)[0]
 
     draft, gumbel = jax.device_get((draw({"lm": h.close_params()}), gumbel))
     assert draft.tokens.shape[1] == drafter.num_nodes + 1 <= rule.nodes
     for b, prompt in enumerate(prompts):
-        want, main = expected_tree(rule, prompt, TEMPERATURES[b], gumbel[b], depth)
+        law = {name: values[b] for name, values in LAWS.items()}
+        want, main = expected_tree(rule, prompt, law, gumbel[b], depth)
         got, path = {}, {0: ()}
         for i in range(1, draft.tokens.shape[1]):
             above = int(draft.parent[b, i])
+            if not draft.valid[b, i]:
+                assert above == 0 and draft.depth[b, i] == 1, (
+                    "an invalid node is a leaf of the root"
+                )
+                continue
             path[i] = (*path[above], int(draft.tokens[b, i]))
-            assert draft.valid[b, i] and draft.depth[b, i] == len(path[i])
+            assert draft.depth[b, i] == len(path[i])
             got[path[i]] = np.log(draft.probability[b, i]) + got.get(path[above], 0.0)
         assert path[depth] == main, "the main chain comes first"
         assert len(got) == len(path) - 1, "no path twice"
@@ -159,6 +180,14 @@ def test_contract(name, length):
     check_drafter(drafter, params, h.SMALL, h.small_params(), compiler_options=h.QUICK)
 
 
+@pytest.mark.parametrize("rule", [DynamicTree(9), BeamSearch(7)], ids=["tree", "beam"])
+def test_chi_square_of_the_rejection_rule(rule):
+    """The first two tokens of whole generations, temperatures and filters mixed in each batch."""
+    counts = sample(Expand(LmDrafter(h.TARGET, 2), rule), "reject", lm=h.close_params())
+    for case in range(4):
+        assert chi_square(counts[case], exact_law(case)) > LEVEL
+
+
 def test_what_was_read_is_not_read_again():
     """After a round in which a branch was accepted, the drafter lags by its two last tokens at most."""
     length = 4
@@ -177,10 +206,14 @@ def test_what_was_read_is_not_read_again():
     assert branches > 2
 
 
+WINDOWED = Decoder(dataclasses.replace(h.CONFIG, windows=(5, None)))
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
         (lambda: Expand(MaxGram(4), DynamicTree(12)), "max-gram.* cannot grow trees"),
+        (lambda: Expand(LmDrafter(WINDOWED, 4), DynamicTree(12)), "lm.* has .* a sliding window"),
         (lambda: Expand(LmDrafter(h.TARGET, 4), DynamicTree(5)), "takes 6 to 53 nodes"),
         (lambda: Expand(LmDrafter(h.TARGET, 4), BeamSearch(8)), "takes 9 to 33 nodes"),
         (lambda: Expand(LmDrafter(h.TARGET, 4), DynamicTree(16, width=9)), "2 to 8"),
@@ -232,11 +265,3 @@ def test_levels_of_a_tree_are_one_forward_of_it(layer_loop):
         axis = 2 if stacked else 1
         join = functools.partial(lambda axis, *x: jnp.concatenate(x, axis=axis), axis)
         done = got.new_kv if done is None else jax.tree.map(join, done, got.new_kv)
-
-
-def test_windows_are_refused():
-    windowed = Decoder(dataclasses.replace(h.CONFIG, windows=(5, None)))
-    drafter = Expand(LmDrafter(windowed, 3), DynamicTree(12))
-    params = h.all_params(lm=h.close_params())
-    with pytest.raises(UserError, match="sliding window"):
-        h.decode(DecodeLoop(h.TARGET, drafter), params, h.prompts_of([4]), h.sampling_of(1))

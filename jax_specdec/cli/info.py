@@ -60,7 +60,8 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     folders = common.draft_folders(args.draft)
     folder = find_checkpoint(common.model_source(args))
     config, stored = inspect_checkpoint(folder)
-    spec = complete(parse_drafter(common.choose_drafter(args, folder, folders)), folder.parent)
+    parsed = parse_drafter(common.choose_drafter(args, folder, folders))
+    spec = complete(parsed, folder.parent, folders)
     name, length = spec.name, spec.length or 0
     width = spec.nodes or length + 1
     context = args.context or config.context

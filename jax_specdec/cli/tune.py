@@ -21,7 +21,7 @@ def register(commands: Any) -> None:
         "--drafters",
         default="lm,lm+path,max-gram,prompt-lookup,bigram",
         metavar="A,B,...",
-        help="drafters to tune, with an expansion by siblings or without (default: %(default)s)",
+        help="drafters to tune, with an expansion or without (default: %(default)s)",
     )
     parser.add_argument("--draft", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument(

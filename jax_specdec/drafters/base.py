@@ -58,6 +58,7 @@ class Drafter(Protocol):
       num_nodes: drafted nodes per round, root excluded. depth: the longest drafted path.
       proposers: names for `Draft.origin`, which counts from 1.
       reads_hidden: whether the target's hidden states are kept for it.
+      has_distribution: whether a draft has `top_ids` when `Noise.return_top` asks for them.
     """
 
     @property
@@ -74,6 +75,9 @@ class Drafter(Protocol):
 
     @property
     def reads_hidden(self) -> bool: ...
+
+    @property
+    def has_distribution(self) -> bool: ...
 
     def init(self, batch: int, capacity: int) -> States:
         """Empty states for `batch` rows of text of at most `capacity` tokens, drafts included."""
@@ -110,6 +114,8 @@ class Drafter(Protocol):
 
 class StatelessDrafter:
     """A drafter that reads everything from the text."""
+
+    has_distribution = False
 
     @property
     def reads_hidden(self) -> bool:

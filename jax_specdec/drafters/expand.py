@@ -7,6 +7,7 @@ cost the drafter nothing but the choice. Rules that grow whole trees are in `dra
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -86,12 +87,13 @@ class Expand:
     proposer `sibling`.
 
     Raises:
-      UserError: on construction, a budget that does not fit the chain; while tracing, a drafter that
-        proposes trees, or one without a distribution, for which wider drafts are not defined.
+      UserError: a budget that does not fit the chain, or a drafter that the rule cannot widen: one that
+        proposes trees, or has no distribution, for which wider drafts are not defined.
     """
 
     drafter: Drafter
     rule: Rule
+    has_distribution = False  # it is spent
 
     def __post_init__(self):
         self.rule.check(self.drafter)
@@ -142,6 +144,12 @@ class Comb(Rule):
     what matching shares by intention (see `neural.chain_fields`).
     """
 
+    def check(self, drafter):
+        tree = drafter.num_nodes > drafter.depth
+        if tree or not drafter.has_distribution:
+            why = "it proposes trees" if tree else "it has no distribution"
+            raise UserError(f"The drafter {drafter.name!r} cannot be expanded: {why}.")
+
     def budgets(self, depth):
         return depth + 2, 1 + depth * (1 + SIBLINGS)
 
@@ -165,11 +173,6 @@ class Comb(Rule):
     def draft(self, drafter, params, states, text, view, sampling, noise, active, room):
         wide = noise.replace(return_top=True)
         draft, states = drafter.draft(params, states, text, view, sampling, wide, active, room)
-        if not draft.is_chain or draft.top_ids is None:
-            raise UserError(
-                f"The drafter {drafter.name!r} cannot be expanded: "
-                + ("it proposes trees." if not draft.is_chain else "it has no distribution.")
-            )
         return self.widen(draft, len(drafter.proposers) + 1), states
 
     def widen(self, draft: Draft, origin: int) -> Draft:
@@ -236,7 +239,7 @@ class Cape(Comb):
     def priority(self, probs, confidence):
         rank = jnp.arange(probs.shape[-1], dtype=jnp.int32)[None, None]
         taken = rank < self.siblings(confidence)[..., None]
-        place = np.arange(probs[0].size, dtype=np.float32).reshape(1, *probs.shape[1:])
+        place = np.arange(math.prod(probs.shape[1:]), dtype=np.float32).reshape(1, *probs.shape[1:])
         return jnp.where(taken, -jnp.asarray(place), -jnp.inf)
 
 

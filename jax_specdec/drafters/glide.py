@@ -61,22 +61,15 @@ class GliDeDrafter(NeuralDrafter):
         return self.model.config.hidden_input
 
     @property
-    def catch_up(self) -> int:
-        return CATCH_UP if self.keeps_drafts else max(CATCH_UP, self.length + 1)
+    def body(self):
+        return self.model.decoder
 
-    def init(self, batch, capacity):
-        c = self.model.config
-        slots = capacity + self.catch_up
-        cache = kv.init_cache(
-            c.num_layers, batch, c.num_kv_heads, slots, c.head_dim, self.model.dtype
-        )
-        return {self.name: cache}
+    @property
+    def catch_up(self):
+        return CATCH_UP if self.keeps_drafts else max(CATCH_UP, self.length + 1)
 
     def reader(self, view):
         return _Reader(self.model, view)
-
-    def blank(self, batch, nodes):
-        return self.model.decoder.blank(batch, nodes)
 
     def draft(self, params, states, text, view, sampling, noise, active, room):
         draft, states = super().draft(params, states, text, view, sampling, noise, active, room)

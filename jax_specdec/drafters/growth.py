@@ -60,10 +60,11 @@ class Growth(Rule):
         """(width, children): nodes read at each depth, and candidates below each of them."""
         raise NotImplementedError
 
-    def chosen(self, grown: Grown, drafter: Drafter) -> tuple[Array, Array]:
+    def chosen(self, grown: Grown) -> tuple[Array, Array]:
         """The nodes off the main chain: candidates `int32[B, S]`, counted over all depths, and valid.
 
-        They must be in rising order, and a valid one's parent is among them or in the chain.
+        The valid ones must be in rising order, no two the same and none of the chain, and the parent of
+        each is among them or in the chain. The others may be anything.
         """
         raise NotImplementedError
 
@@ -72,11 +73,16 @@ class Growth(Rule):
             raise UserError(
                 f"The drafter {drafter.name!r} cannot grow trees: it is not a neural one."
             )
+        if any(drafter.body.config.windows):
+            raise UserError(
+                f"The drafter {drafter.name!r} has layers with a sliding window, which cannot grow trees: "
+                "expand it by cape, fixed or path."
+            )
 
     def init(self, drafter, batch, capacity):
         assert isinstance(drafter, NeuralDrafter)
         width, _ = self.shape(drafter.depth)
-        new_kv = drafter.blank(batch, width * max(drafter.depth - 1, 1))
+        new_kv = drafter.body.blank(batch, width * max(drafter.depth - 1, 1))
         slot = jnp.zeros((batch, self.size(drafter.depth)), jnp.int32)
         return {**drafter.init(batch, capacity), _key(drafter): (new_kv, slot)}
 
@@ -164,7 +170,7 @@ class Growth(Rule):
         """The draft, and where each node's keys and values lie in `grown.new_kv`, -1 for nowhere."""
         width, children = self.shape(drafter.depth)
         batch, depth, candidates = grown.tokens.shape
-        others, some = self.chosen(grown, drafter)
+        others, some = self.chosen(grown)
         chain = jnp.arange(depth, dtype=jnp.int32)[None] * candidates
         node = jnp.concatenate([jnp.broadcast_to(chain, (batch, depth)), others], axis=1)
         valid = jnp.concatenate([jnp.ones((batch, depth), bool), some], axis=1)
@@ -177,16 +183,17 @@ class Growth(Rule):
         above = jnp.maximum(level - 1, 0) * width + place // children
         above = jnp.take_along_axis(grown.read.reshape(batch, -1), above, axis=1)
         above = jnp.where(level > 0, (level - 1) * candidates + above, -1)
-        line = jnp.arange(1, node.shape[1] + 1, dtype=jnp.int32)[None, None]
-        parent = jnp.sum(
-            jnp.where(above[:, :, None] == node[:, None], line, 0), axis=2, dtype=jnp.int32
-        )
+        # The first that is the candidate above: a rule that finds too few may name the chain again. An
+        # invalid node hangs from the root, so that nothing is below it.
+        hit = above[:, :, None] == node[:, None]
+        below = valid & jnp.any(hit, axis=2)
+        parent = jnp.where(below, jnp.argmax(hit, axis=2).astype(jnp.int32) + 1, 0)
         value = jnp.concatenate([jnp.zeros((batch, 1), jnp.float32), of(grown.value)], axis=1)
         before = jnp.take_along_axis(value, parent, axis=1)
         probability = jnp.where(valid, jnp.exp(value[:, 1:] - before), 0.0)
 
         read = jnp.take_along_axis(grown.read, level[..., None], axis=1)  # [B, T-1, width]
-        hit = (read == place[..., None]) & (level < depth - 1)[..., None]
+        hit = (read == place[..., None]) & (valid & (level < depth - 1))[..., None]
         slot = level[..., None] * width + jnp.arange(width, dtype=jnp.int32)[None, None]
         slot = jnp.max(jnp.where(hit, slot, -1), axis=2)
 
@@ -202,7 +209,7 @@ class Growth(Rule):
             ),
             probability=jnp.concatenate([root.probability, probability], axis=1),
             parent=parent,
-            depth=jnp.concatenate([zero, level + 1], axis=1),
+            depth=jnp.concatenate([zero, jnp.where(valid, level + 1, 1)], axis=1),
             ancestors=ancestor_bits(parent, depth),
             depth_limit=depth,
         )
@@ -245,9 +252,9 @@ class DynamicTree(Growth):
         del depth
         return self.width, self.width
 
-    def chosen(self, grown, drafter):
+    def chosen(self, grown):
         value = grown.value.at[:, :, 0].set(-jnp.inf)  # the chain is in already
-        count = self.nodes - 1 - drafter.depth
+        count = self.nodes - 1 - value.shape[1]
         return select(value.reshape(value.shape[0], -1), count)
 
 
@@ -265,7 +272,7 @@ class BeamSearch(Growth):
         width = (self.nodes - 1) // depth
         return width, width
 
-    def chosen(self, grown, drafter):
+    def chosen(self, grown):
         batch, depth, candidates = grown.tokens.shape
         beams = grown.read[:, :, 1:]
         value = jnp.take_along_axis(grown.value, beams, axis=2)

@@ -17,7 +17,7 @@ from jax_specdec.drafters.base import Drafter
 from jax_specdec.drafters.bigram import Bigram
 from jax_specdec.drafters.expand import Cape, Expand, Fixed, PathProbability, Rule
 from jax_specdec.drafters.glide import GliDeDrafter
-from jax_specdec.drafters.glide_checkpoint import load_glide
+from jax_specdec.drafters.glide_checkpoint import load_glide, read_glide_config
 from jax_specdec.drafters.growth import BeamSearch, DynamicTree
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
@@ -43,11 +43,12 @@ BIGRAM_FILE = "bigram.safetensors"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadedDrafter:
-    """A drafter and its parameters, `{name: ...}`."""
+    """A drafter and its parameters, `{name: ...}`; `longest` is the longest draft it can be loaded for."""
 
     drafter: Drafter
     params: dict[str, Any]
     spec: str
+    longest: int = MAX_NODES - 1
 
 
 class Spec(NamedTuple):
@@ -76,7 +77,7 @@ def parse_drafter(spec: str) -> Spec:
 
     Raises:
       UserError: an unknown name (the nearest ones are named), a length outside 1..63, a drafter that has
-        nothing to expand, a budget that does not fit the length.
+        nothing to expand, a budget that does not fit the length, or any length.
     """
     chain, plus, expansion = spec.partition("+")
     name, length = _item(chain, "drafter", NAMES)
@@ -91,6 +92,10 @@ def parse_drafter(spec: str) -> Spec:
         raise UserError(f"The drafter {name!r} has no distribution to expand: leave out +{rule}.")
     if length is not None:
         expand(rule, length, nodes)
+    elif nodes is not None and not 3 <= nodes <= MAX_NODES:
+        raise UserError(
+            f"An expansion takes 3 to {MAX_NODES} nodes, the root and the chain included, got {nodes}."
+        )
     return Spec(name, length, rule, nodes)
 
 
@@ -116,19 +121,36 @@ def expand(rule: str, length: int, nodes: int | None) -> Rule:
     return made
 
 
-def complete(spec: Spec, folder: Path | None) -> Spec:
-    """The specification with nothing left out: as measured for a checkpoint folder, or a fallback."""
+def complete(spec: Spec, folder: Path, drafts: Mapping[str, str | Path] | None = None) -> Spec:
+    """The specification with nothing left out: as measured for a checkpoint folder, or a fallback.
+
+    Args:
+      folder, drafts: as in `load_drafter`. A length that was left out is at most the drafter's longest.
+    """
     if spec.name == "none":
         return spec
     found = _measured(folder)
-    lengths, nodes = found.get("lengths", {}), spec.nodes
-    length = spec.length
+    length, nodes = spec.length, spec.nodes
     if length is None:
-        length = int(lengths.get(spec.key) or lengths.get(spec.name) or FALLBACK_LENGTHS[spec.name])
-        nodes = nodes or found.get("nodes", {}).get(spec.key)
+        lengths = found.get("lengths", {})
+        best = int(lengths.get(spec.key) or lengths.get(spec.name) or FALLBACK_LENGTHS[spec.name])
+        length = min(
+            best, longest_draft(spec.name, Path((drafts or {}).get(spec.name, folder / spec.name)))
+        )
+        if nodes is None and length == best:
+            nodes = found.get("nodes", {}).get(spec.key)
     if spec.rule is not None:
         nodes = expand(spec.rule, length, nodes).nodes
     return Spec(spec.name, length, spec.rule, nodes)
+
+
+def longest_draft(name: str, folder: Path) -> int:
+    """The longest draft of a drafter whose checkpoint, if it has one, is `folder`."""
+    if name == "glide" and folder.is_dir():
+        config, _ = read_glide_config(folder)
+        if config.cross_attention:
+            return min(config.trained_delay, MAX_NODES - 1)
+    return MAX_NODES - 1
 
 
 def default_spec(target: Target | str | Path) -> str:
@@ -141,13 +163,14 @@ def default_spec(target: Target | str | Path) -> str:
     return _measured(folder.parent).get("default") or "prompt-lookup"
 
 
-def _measured(folder: Path | None) -> dict[str, Any]:
+def _measured(folder: Path) -> dict[str, Any]:
     """What `jax-specdec tune` found for the checkpoints in a folder: `{}` where it never ran.
 
     Raises:
       UserError: the file is not what `tune` writes.
     """
-    if folder is None or not (path := folder / LENGTHS_FILE).is_file():
+    path = folder / LENGTHS_FILE
+    if not path.is_file():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -184,44 +207,38 @@ def load_drafter(
         another target than it was trained for, or a longer draft.
     """
     home = Path(folder) if folder is not None else target.path.parent
-    whole = complete(parse_drafter(spec), home)
-    loaded = _load_chain(whole.name, whole.length or 0, target, home, drafts or {}, dtype)
-    if whole.rule is None:
-        return loaded
-    rule = expand(whole.rule, loaded.drafter.depth, whole.nodes)
-    return LoadedDrafter(Expand(loaded.drafter, rule), loaded.params, str(whole))
+    parsed = parse_drafter(spec)
+    where = Path((drafts or {}).get(parsed.name, home / parsed.name))
+    whole = complete(parsed, home, drafts)
+    drafter, params = _load_chain(whole.name, whole.length or 0, target, where, dtype)
+    if whole.rule is not None:
+        drafter = Expand(drafter, expand(whole.rule, drafter.depth, whole.nodes))
+    return LoadedDrafter(drafter, params, str(whole), longest_draft(whole.name, where))
 
 
 def _load_chain(
-    name: str,
-    length: int,
-    target: Target,
-    home: Path,
-    drafts: Mapping[str, str | Path],
-    dtype: Any,
-) -> LoadedDrafter:
-    """The drafter without its expansion."""
+    name: str, length: int, target: Target, where: Path, dtype: Any
+) -> tuple[Drafter, dict[str, Any]]:
+    """The drafter without its expansion, and its parameters."""
     if name == "none":
-        return LoadedDrafter(NoDrafter(), {}, "none")
-    where = Path(drafts.get(name, home / name))
-    spec = f"{name}:{length}"
+        return NoDrafter(), {}
     if name == "max-gram":
-        return LoadedDrafter(MaxGram(length), {}, spec)
+        return MaxGram(length), {}
     if name == "prompt-lookup":
-        return LoadedDrafter(PromptLookup(length), {}, spec)
+        return PromptLookup(length), {}
     if not where.is_dir():
         raise UserError(
             f"The drafter {name!r} has no checkpoint at {where}: say where it is with --draft {name}=DIR."
         )
     if name == "bigram":
         table = load_bigram(where, target.vocab_size)
-        return LoadedDrafter(Bigram(length), {name: jnp.asarray(table)}, spec)
+        return Bigram(length), {name: jnp.asarray(table)}
     if name == "glide":
         model, params = load_glide(where, target, dtype)
-        return LoadedDrafter(GliDeDrafter(model, length), {name: params}, spec)
+        return GliDeDrafter(model, length), {name: params}
     small = load_target(where, dtype=dtype or target.decoder.dtype)
     check_vocabulary(target, small)
-    return LoadedDrafter(LmDrafter(small.decoder, length), {name: small.params}, spec)
+    return LmDrafter(small.decoder, length), {name: small.params}
 
 
 def check_vocabulary(target: Target, drafter: Target) -> None:

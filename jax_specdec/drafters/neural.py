@@ -12,7 +12,7 @@ from jax import lax
 from jax_specdec import cache as kv
 from jax_specdec._types import Array, Float, Int
 from jax_specdec.drafters.base import ChainDrafter, States, TargetView, rollback
-from jax_specdec.models.decoder import Output, Params
+from jax_specdec.models.decoder import Decoder, Output, Params
 from jax_specdec.prefill import read_ending, read_text
 from jax_specdec.sampling import NEG_INF, Noise, Sampling, argmax, largest, law_of, warp
 from jax_specdec.tree import TOP, Text, chain
@@ -48,22 +48,23 @@ class NeuralDrafter(ChainDrafter):
     """
 
     proposal: Literal["matched", "greedy"]
+    has_distribution = True
+
+    @property
+    def body(self) -> Decoder:
+        """The decoder whose keys and values the cache holds."""
+        raise NotImplementedError
 
     @property
     def catch_up(self) -> int:
         """Tokens that the first step of a draft reads; the cache has as many spare slots."""
         return CATCH_UP
 
+    def init(self, batch: int, capacity: int) -> States:
+        return {self.name: self.body.init_cache(batch, capacity + self.catch_up)}
+
     def reader(self, view: TargetView) -> Model:
         """What reads text and drafted tokens beside the target."""
-        raise NotImplementedError
-
-    def blank(self, batch: int, nodes: int) -> tuple[Any, Any]:
-        """Keys and values of `nodes` tree nodes, all 0, in the form of `Output.new_kv`.
-
-        Raises:
-          UserError: the drafter cannot read trees.
-        """
         raise NotImplementedError
 
     def forward(

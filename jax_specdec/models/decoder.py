@@ -22,8 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_specdec.cache import KVCache
-from jax_specdec.errors import UserError
+from jax_specdec.cache import KVCache, init_cache
 from jax_specdec.models.config import ModelConfig, RopeConfig
 from pallas_kernels import masks, tree_attention
 
@@ -283,18 +282,27 @@ class Decoder:
             params["head"] = normal(keys[-2], (c.hidden_size, c.vocab_size), self.dtype)
         return stack_layers(params) if self.layer_loop == "scan" else params
 
-    def blank(self, batch: int, nodes: int) -> tuple[Any, Any]:
-        """Keys and values of `nodes` tree nodes, all 0, in the form of `Output.new_kv`.
+    def init_cache(self, batch: int, slots: int, *, hidden: bool = False) -> KVCache:
+        """An empty cache in the form that `apply` reads; `slots` as in `cache.init_cache`.
 
-        Raises:
-          UserError: layers with a sliding window, for which `drafted` does not work.
+        Args:
+          hidden: whether it holds hidden states, too.
         """
         c = self.config
-        if any(c.windows):
-            raise UserError(
-                "A drafter that has layers with a sliding window cannot grow trees: expand it by cape, "
-                "fixed or path."
-            )
+        return init_cache(
+            c.num_layers,
+            batch,
+            c.num_kv_heads,
+            slots,
+            c.head_dim,
+            self.dtype,
+            stacked=self.layer_loop == "scan",
+            hidden_size=c.hidden_size if hidden else None,
+        )
+
+    def blank(self, batch: int, nodes: int) -> tuple[Any, Any]:
+        """Keys and values of `nodes` tree nodes, all 0, in the form of `Output.new_kv`."""
+        c = self.config
         shape = (batch, nodes, c.num_kv_heads, c.head_dim)
         zeros: Any = (jnp.zeros(shape, self.dtype),) * c.num_layers
         if self.layer_loop == "scan":
