@@ -551,8 +551,7 @@ def test_train_glide(model, data, capsys, tmp_path):
     ok(capsys, *args, *paper, "--data", f"{data}=0.5")
     rows = (tmp_path / "paper/metrics.jsonl").read_text().splitlines()
     assert json.loads(rows[0])["learning_rate"] == pytest.approx(5e-4)
-    (meta,) = (tmp_path / "paper/state/2/meta").iterdir()
-    meta = json.loads(meta.read_text())
+    meta = json.loads((tmp_path / "paper/state/2/meta/metadata").read_text())
     assert (meta["train"]["weight_decay"], meta["weights"]) == (0, [1, 0.5])
     found, _ = read_glide_config(tmp_path / "paper/checkpoint")
     assert (found.hidden_input, found.trained_delay, found.share) == (True, 5, False)
@@ -579,7 +578,7 @@ def test_train_glide(model, data, capsys, tmp_path):
 
 
 @pytest.mark.usefixtures("relaxed_promotion")
-def test_regenerate(model, capsys, tmp_path):
+def test_regenerate(model, tiny_checkpoints, capsys, tmp_path):
     """Documents are prompt and answer; a run that was cut off goes on as if it had not been."""
     prompts = lines(
         tmp_path / "p.jsonl", *({"id": i, "prompt": PROMPT + " a" * i} for i in range(5))
@@ -609,8 +608,7 @@ def test_regenerate(model, capsys, tmp_path):
     # What a draft model writes is what it decodes to by itself, whatever the length of its drafts.
     args[args.index(one)] = prompts
     own = [tmp_path / "own.jsonl", tmp_path / "written.jsonl"]
-    lm = str(Path(model).parent / "lm")
-    ok(capsys, *args, "--out", own[0], "--model", lm)
+    ok(capsys, *args, "--out", own[0], "--model", tiny_checkpoints / "lm")
     ok(capsys, *args, "--out", own[1], "--drafter", "lm:4", "--writer", "drafter")
     assert own[0].read_bytes() == own[1].read_bytes() != whole
     assert "cannot write text" in fails(
