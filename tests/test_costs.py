@@ -115,10 +115,10 @@ def test_tune_chooses_lengths_and_budgets(target, monkeypatch):
 
 
 def test_tune_stops_at_the_trained_delay_and_decodes_with_trees(target, tmp_path, monkeypatch):
-    """Of a drafter that was trained for two tokens, although up to twelve are asked for."""
+    """Of a drafter that was trained for one token, although up to twelve are asked for."""
     names = ("hidden_size", "mlp_size", "num_heads", "num_kv_heads", "head_dim")
     fields = {name: getattr(target.config, name) for name in names}
-    model = GliDe(GliDeConfig(**fields, trained_delay=2), target.config)
+    model = GliDe(GliDeConfig(**fields, trained_delay=1), target.config)
     own = model.init(jax.random.key(0))
     save_glide(tmp_path / "glide", model, own, target_fingerprint(target.path))
     drafted = []
@@ -134,12 +134,11 @@ def test_tune_stops_at_the_trained_delay_and_decodes_with_trees(target, tmp_path
         lambda spec: sd.load_drafter(spec, target, tmp_path),
         ["glide", "glide+beam"],
         PROMPTS,
-        max_new_tokens=4,
+        max_new_tokens=2,
         repeats=1,
     )
-    beams = ["1+beam:3", "1+beam:5", "1+beam:9", "2+beam:5", "2+beam:9", "2+beam:17"]
-    assert drafted == ["glide:1", "glide:2", *(f"glide:{beam}" for beam in beams)]
-    assert out["lengths"]["glide"] <= 2
+    assert drafted == ["glide:1", "glide:1+beam:3", "glide:1+beam:5", "glide:1+beam:9"]
+    assert out["lengths"]["glide"] <= 1
     chosen = f"glide:{out['lengths']['glide+beam']}+beam:{out['nodes']['glide+beam']}"
     assert chosen in drafted
     found = out["measured"]["drafters"]["glide+beam"]
