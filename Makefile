@@ -34,6 +34,7 @@ $(RUNS)/data/train.jsonl: $(VENV)/.installed
 # The large matrix, run once; DATA is a folder with gsm8k, mbpp, tinystories, books and spec_bench.
 identity: $(RUNS)/data/train.jsonl
 	$(BIN)/python benchmarks/identity.py --prompts $(RUNS)/data --out benchmarks/results/identity.json
+	$(BIN)/python benchmarks/identity.py --expansions --prompts $(RUNS)/data --out benchmarks/results/identity.json
 
 bench: $(RUNS)/data/train.jsonl
 	$(BIN)/python -m pip install --quiet -e '.[bench]'

@@ -1,20 +1,27 @@
 """Every drafter gives plain decoding's tokens, and plain greedy decoding gives transformers'.
 
     python benchmarks/identity.py --prompts runs/data --out benchmarks/results/identity.json
+    python benchmarks/identity.py --expansions --prompts runs/data --out benchmarks/results/identity.json
 
 100 GSM8K test problems and 100 Spec-Bench prompts (their last 896 tokens), at temperature 0 and at
 temperatures 0.3, 1 and 1.7 mixed in one batch with equal seeds, at batch 1 and ragged batch 8. *Identical*
 means equal, or that at the first difference the two best scores of plain decoding are within 1e-3; such
 near-ties are counted.
+
+The second command adds the matrix of expansions to that record: `lm` and, where it has a checkpoint, `glide`,
+as chains and with every expansion, at draft lengths 1 to 6, on 12 prompts of each set and 48 new tokens at
+ragged batch 8.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from _common import machine, read_prompts, write_json
 
 import jax_specdec as sd
+from jax_specdec.drafters.loading import RULES, longest_draft
 from jax_specdec.pipeline import NEAR_TIE
 
 TEMPERATURES = (0.3, 1.0, 1.7)
@@ -56,33 +63,17 @@ def transformers_greedy(folder: str, prompts, tokens: int, eos: tuple[int, ...])
     return answers
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="checkpoints/demo/target")
-    parser.add_argument("--prompts", required=True, help="folder written by prepare.py")
-    parser.add_argument(
-        "--drafters",
-        default="lm:4,max-gram:8,prompt-lookup:6,bigram:3,lm:4+cape:16,lm:6+fixed:16,lm:4+path:16,"
-        "lm:5+tree:20,lm:4+beam:13",
-    )
-    parser.add_argument("--per-set", type=int, default=100)
-    parser.add_argument("--keep-last", type=int, default=896)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
-    parser.add_argument("--out", required=True)
-    args = parser.parse_args()
+def check(target, prompts, tokens: int, arms, peer=None):
+    """Compares arms `(specification, batch)` with plain decoding at batch 1: `(record, answers that differ)`.
 
-    target = sd.load_target(args.model, dtype="float32")
-    encode = sd.SpeculativeDecoder(target).encode
-    context, tokens = target.config.context, args.max_new_tokens
-    prompts = []
-    for record in read_prompts(args.prompts, ("gsm8k", "spec_bench"), args.per_set):
-        ids = target.tokenizer(record["prompt"], verbose=False)["input_ids"]
-        prompts.append(encode(ids[-min(args.keep_last, context - tokens) :]))
+    Args:
+      prompts: token ids. peer: greedy answers of another library, or None.
+    """
     settings = {
         "T=0": 0.0,
         "T mixed": [TEMPERATURES[i % 3] for i in range(len(prompts))],
     }
+    rows = []
 
     def answers(decoder, batch, temperature):
         return list(
@@ -95,38 +86,28 @@ def main() -> None:
             )
         )
 
-    plain_decoder = sd.SpeculativeDecoder(target)
-    plain = {name: answers(plain_decoder, 1, t) for name, t in settings.items()}
-    rows, failed = [], 0
-
     def count(name: str, setting: str, batch: int, others) -> None:
-        nonlocal failed
         verdicts = [compare(a, b) for a, b in zip(plain[setting], others, strict=True)]
         row = {"arm": name, "setting": setting, "batch": batch, "prompts": len(verdicts)}
         row |= {kind: verdicts.count(kind) for kind in ("equal", "near tie", "different")}
         if not isinstance(others[0], list):
             steps = sum(o.stats.num_spec_steps for o in others)
             row["mean_acceptance_length"] = sum(o.stats.num_tokens for o in others) / steps
-        failed += row["different"]
         rows.append(row)
         print(row, file=sys.stderr)
 
-    peer = (
-        None
-        if args.no_peer
-        else transformers_greedy(args.model, prompts, tokens, target.config.eos_ids)
-    )
+    plain_decoder = sd.SpeculativeDecoder(target)
+    plain = {name: answers(plain_decoder, 1, t) for name, t in settings.items()}
     if peer is not None:
         count("transformers", "T=0", 1, peer)
-    for spec in ("none", *args.drafters.split(",")):
-        decoder = sd.SpeculativeDecoder(target, sd.load_drafter(spec, target))
-        for batch in (1, 8):
-            for name, temperature in settings.items():
-                if (spec, batch) != ("none", 1):
-                    count(spec, name, batch, answers(decoder, batch, temperature))
+    for spec, batch in arms:
+        drafter = sd.load_drafter(spec, target)
+        decoder = sd.SpeculativeDecoder(target, drafter)
+        for name, temperature in settings.items():
+            count(drafter.spec, name, batch, answers(decoder, batch, temperature))
     record = {
         "machine": machine(),
-        "model": str(Path(args.model)),
+        "model": str(target.path),
         "dtype": "float32",
         "new_tokens": tokens,
         "near_tie_margin": NEAR_TIE,
@@ -134,7 +115,63 @@ def main() -> None:
         "tokens_compared_per_row": {k: sum(len(a.token_ids) for a in v) for k, v in plain.items()},
         "rows": rows,
     }
-    write_json(args.out, record)
+    return record, sum(row["different"] for row in rows)
+
+
+def expansion_arms(home: Path, lengths) -> list[tuple[str, int]]:
+    """Every neural drafter with a checkpoint in `home`, plain and with every expansion, at batch 8."""
+    return [
+        (f"{name}:{length}{suffix}", 8)
+        for name in ("lm", "glide")
+        if (home / name).is_dir()
+        for length in lengths
+        if length <= longest_draft(name, home / name)
+        for suffix in ("", *(f"+{rule}" for rule in RULES))
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="checkpoints/demo/target")
+    parser.add_argument("--prompts", required=True, help="folder written by prepare.py")
+    parser.add_argument(
+        "--drafters",
+        default="lm:4,max-gram:8,prompt-lookup:6,bigram:3,lm:4+cape:16,lm:6+fixed:16,lm:4+path:16,"
+        "lm:5+tree:20,lm:4+beam:13",
+    )
+    parser.add_argument(
+        "--expansions", action="store_true", help="the matrix of expansions instead"
+    )
+    parser.add_argument("--lengths", default="1,2,3,4,5,6", help="draft lengths of the matrix")
+    parser.add_argument("--per-set", type=int, help="prompts; default: 100, of the matrix 12")
+    parser.add_argument("--keep-last", type=int, default=896)
+    parser.add_argument("--max-new-tokens", type=int, help="default: 64, of the matrix 48")
+    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
+    parser.add_argument("--out", required=True)
+    args = parser.parse_args()
+
+    target, out = sd.load_target(args.model, dtype="float32"), Path(args.out)
+    encode = sd.SpeculativeDecoder(target).encode
+    tokens = args.max_new_tokens or (48 if args.expansions else 64)
+    per_set = args.per_set or (12 if args.expansions else 100)
+    prompts = []
+    for record in read_prompts(args.prompts, ("gsm8k", "spec_bench"), per_set):
+        ids = target.tokenizer(record["prompt"], verbose=False)["input_ids"]
+        prompts.append(encode(ids[-min(args.keep_last, target.config.context - tokens) :]))
+    if args.expansions:
+        lengths = [int(n) for n in args.lengths.split(",")]
+        arms = expansion_arms(target.path.parent, lengths)
+        matrix, failed = check(target, prompts, tokens, arms)
+        found = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+        write_json(out, found | {"expansions": matrix})
+    else:
+        peer = None
+        if not args.no_peer:
+            peer = transformers_greedy(args.model, prompts, tokens, target.config.eos_ids)
+        specs = ("none", *args.drafters.split(","))
+        arms = [(spec, batch) for spec in specs for batch in (1, 8) if (spec, batch) != ("none", 1)]
+        record, failed = check(target, prompts, tokens, arms, peer)
+        write_json(out, record)
     if failed:
         sys.exit(f"{failed} answers differ from plain decoding")
 

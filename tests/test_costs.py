@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,6 +10,9 @@ import jax_specdec as sd
 from jax_specdec import costs, replay
 from jax_specdec.costs import Costs, acceptance_by_position, tune
 from jax_specdec.drafters.expand import Cape, Fixed, PathProbability, select
+from jax_specdec.drafters.glide_checkpoint import save_glide, target_fingerprint
+from jax_specdec.models.glide import GliDe
+from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.theory import comb_tau
 
 PROMPTS = ["Once upon a time, there was", "Question: Tom has 3 apples and buys", "the cat ran"]
@@ -108,5 +112,35 @@ def test_tune_chooses_lengths_and_budgets(target, monkeypatch):
     found = out["measured"]["drafters"]["lm+path"]
     tau = 1 + sum(found["accepted_per_pos"])
     assert abs(found["predicted_speedup"] - tau * 1.02 / (1.1 + nodes / 50)) < 1e-9
-    with pytest.raises(sd.UserError, match=r"'lm\+tree' cannot be tuned"):
-        tune(target, lambda spec: sd.load_drafter(spec, target), ["lm+tree"], PROMPTS)
+
+
+def test_tune_stops_at_the_trained_delay_and_decodes_with_trees(target, tmp_path, monkeypatch):
+    """Of a drafter that was trained for one token, although up to twelve are asked for."""
+    names = ("hidden_size", "mlp_size", "num_heads", "num_kv_heads", "head_dim")
+    fields = {name: getattr(target.config, name) for name in names}
+    model = GliDe(GliDeConfig(**fields, trained_delay=1), target.config)
+    own = model.init(jax.random.key(0))
+    save_glide(tmp_path / "glide", model, own, target_fingerprint(target.path))
+    drafted = []
+
+    def arm(target, drafter, ids):
+        drafted.append(drafter.spec)
+        return lambda: 0.1
+
+    monkeypatch.setattr(costs, "verify_arm", lambda target, nodes, ids: lambda: 1 + nodes / 50)
+    monkeypatch.setattr(costs, "draft_arm", arm)
+    out = tune(
+        target,
+        lambda spec: sd.load_drafter(spec, target, tmp_path),
+        ["glide", "glide+beam"],
+        PROMPTS,
+        max_new_tokens=2,
+        repeats=1,
+    )
+    assert drafted == ["glide:1", "glide:1+beam:3", "glide:1+beam:5", "glide:1+beam:9"]
+    assert out["lengths"]["glide"] <= 1
+    chosen = f"glide:{out['lengths']['glide+beam']}+beam:{out['nodes']['glide+beam']}"
+    assert chosen in drafted
+    found = out["measured"]["drafters"]["glide+beam"]
+    tau, nodes = 1 + sum(found["accepted_per_pos"]), out["nodes"]["glide+beam"]
+    assert abs(found["predicted_speedup"] - tau * 1.02 / (1.1 + nodes / 50)) < 1e-9

@@ -309,6 +309,8 @@ def test_specifications(text, want):
         ("lmm:4+cape", "Unknown drafter 'lmm': did you mean lm"),
         ("lm:4+cape:4", "takes 6 to 33 nodes.*got 4"),
         ("lm:4+cape:-1", "takes 6 to 33 nodes.*got -1"),
+        ("lm+cape:0", "takes 3 to 64 nodes.*got 0"),
+        ("lm+beam:65", "takes 3 to 64 nodes.*got 65"),
         ("lm:4+beam:8", "takes 9 to 33 nodes.*got 8"),
         ("lm:2+path:64", "takes 4 to 17 nodes.*got 64"),
         ("lm:63+cape", "leaves no room"),

@@ -12,9 +12,9 @@ import pytest
 from jax_specdec import DecodeLoop, Decoder, UserError
 from jax_specdec import cache as kv
 from jax_specdec.drafters.base import TargetView
-from jax_specdec.drafters.expand import Cape, Expand
+from jax_specdec.drafters.expand import Cape, Expand, Fixed, PathProbability
 from jax_specdec.drafters.glide import GliDeDrafter
-from jax_specdec.drafters.growth import DynamicTree
+from jax_specdec.drafters.growth import BeamSearch, DynamicTree
 from jax_specdec.models import RopeConfig, stack_layers
 from jax_specdec.models.decoder import rope_angles
 from jax_specdec.models.glide import CrossAttention, GliDe, glimpse_cache, glimpse_text, last_seen
@@ -266,16 +266,30 @@ def test_text_is_plain_decodings(layers, length):
     assert 0.1 < accepted / drafted < 0.95
 
 
-@PAIRS
-@pytest.mark.parametrize("rule", [Cape(9), DynamicTree(12, 3)], ids=["cape", "tree"])
+@pytest.mark.parametrize(
+    ("rule", "kind"),
+    [
+        (Cape(9), (1, False)),
+        (Cape(9), (2, True)),
+        (Fixed(9), (1, False)),
+        (PathProbability(9), (2, False)),
+        (DynamicTree(12, 3), (1, True)),
+        (DynamicTree(12, 3), (2, False)),
+        (BeamSearch(10), (1, False)),
+        (BeamSearch(10), (2, True)),
+    ],
+    ids=str,
+)
 def test_expansions(rule, kind):
     target, params, model, joined = pair(*kind)
     prompts = h.prompts_of([1, 3, 8, 13])
-    sampling = h.sampling_of(4, temperature=TEMPERATURES, max_new_tokens=20)
+    fields = {"temperature": TEMPERATURES, "top_k": [0, 2, 0, 0], "top_p": [1.0, 1.0, 0.8, 1.0]}
+    sampling = h.sampling_of(4, **fields, max_new_tokens=20)
     plain = h.decode(h.plain_loop(target=target), h.all_params(target=params), prompts, sampling)
     loop = DecodeLoop(target, Expand(GliDeDrafter(model, 3), rule))
     got = h.decode(loop, h.all_params(target=params, glide=joined), prompts, sampling)
     h.assert_identical(got, plain)
+    assert got.stats.accepted[:, 2].sum() > 0, "nothing beside the chain was ever accepted"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from jax_specdec.drafters.glide_checkpoint import (
     target_fingerprint,
 )
 from jax_specdec.drafters.glide_import import import_glide
+from jax_specdec.drafters.loading import longest_draft
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
 
@@ -94,6 +95,18 @@ def test_loading_by_name(target, folder):
         load_drafter("glide:17", target, drafts={"glide": folder})
     with pytest.raises(UserError, match=r"no checkpoint at .*nowhere"):
         load_drafter("glide", target, drafts={"glide": folder / "nowhere"})
+
+
+def test_lengths_that_nobody_gave_stop_at_the_trained_delay(target, folder):
+    edit_config(folder, trained_delay=2)
+    drafts = {"glide": folder}
+    assert load_drafter("glide", target, drafts=drafts).spec == "glide:2"
+    loaded = load_drafter("glide+tree", target, drafts=drafts)
+    assert (loaded.spec, loaded.longest) == ("glide:2+tree:9", 2)
+    with pytest.raises(UserError, match="trained for at most 2"):
+        load_drafter("glide:3", target, drafts=drafts)
+    edit_config(folder, trained_delay=2, cross_attention=False)
+    assert longest_draft("glide", folder) == longest_draft("lm", folder) == 63
 
 
 def test_a_fingerprint_is_of_the_weights_and_not_of_their_dtype(target, tmp_path):

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+from typing import Literal
 
 import helpers as h
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_acceptance import enumerate_reject, pair
 from test_loop import MIXED, RAGGED, check_stats
 from test_sampling import LEVEL, chi_square, exact_law, reference_law, sample
 
@@ -19,7 +21,9 @@ from jax_specdec.drafters.expand import Expand
 from jax_specdec.drafters.growth import BeamSearch, DynamicTree
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
+from jax_specdec.drafters.neural import NeuralDrafter
 from jax_specdec.models import stack_layers
+from jax_specdec.models.decoder import Output
 from jax_specdec.testing import check_drafter
 from jax_specdec.tree import Text, ancestor_bits
 from pallas_kernels import masks
@@ -178,6 +182,58 @@ def test_contract(name, length):
     drafter = Expand(LmDrafter(h.SMALL, length), TREES[name](length))
     params = {"lm": h.perturbed(h.small_params(), 0.25)}
     check_drafter(drafter, params, h.SMALL, h.small_params(), compiler_options=h.QUICK)
+
+
+@dataclasses.dataclass(frozen=True)
+class Markov(NeuralDrafter):
+    """Logits are a row of a table, by the last token alone."""
+
+    length: int
+    name: str = "markov"
+    proposal: Literal["matched", "greedy"] = "matched"
+
+    @property
+    def body(self):
+        return h.SMALL
+
+    def read(self, params, states, text, view):
+        return states[self.name], params[self.name][text.root()][:, None]
+
+    def forward(self, params, cache, view, tokens, positions, drafted=None, ancestors=None):
+        shape = (1, *tokens.shape, h.SMALL_CONFIG.num_kv_heads, h.SMALL_CONFIG.head_dim)
+        new = tuple(jnp.zeros(shape, jnp.float32))
+        return Output(params[self.name][tokens], jnp.zeros((1, 1, 1)), (new, new))
+
+
+@pytest.mark.parametrize("rule", [DynamicTree(6, 2), BeamSearch(7)], ids=["tree", "beam"])
+@pytest.mark.parametrize("kind", ["dense", "both with zeros"])
+def test_rejection_with_a_grown_tree_is_exact(rule, kind):
+    """Whole paths enumerated in float64: the drafter is certain of its chain, what is beside it is
+    matched with the residual's draw, and what is below that is never accepted.
+    """
+    vocab, depth = 3, 2
+    table = np.log(np.random.default_rng(1).dirichlet(np.ones(vocab), vocab)).astype(np.float32)
+    drafter = Expand(Markov(depth), rule)
+    text = Text(jnp.zeros((1, 9), jnp.int32), jnp.full((1,), 5, jnp.int32))
+    sampling = h.sampling_of(1, temperature=1.0)
+    noise = laws.Noise(jnp.zeros((1, depth + 1, vocab)), return_q=True)
+    args = (sampling, noise, jnp.ones(1, bool), jnp.full(1, 9, jnp.int32))
+    params = {"markov": jnp.asarray(table)}
+    draft = drafter.draft(params, drafter.init(1, 16), text, TargetView(None), *args)[0]
+    tokens, parent, valid = (np.asarray(x)[0] for x in (draft.tokens, draft.parent, draft.valid))
+    chain = tuple(tokens[1 : depth + 1].tolist())
+    assert chain[0] == table[0].argmax() and chain[1] == table[chain[0]].argmax()
+    beside = [
+        [int(tokens[i]) for i in range(depth + 1, len(tokens)) if valid[i] and parent[i] == d]
+        for d in range(depth)
+    ]
+    assert all(beside)
+    p, q = pair(kind, 1, vocab, depth)
+    q = {prefix: np.eye(vocab)[chain[len(prefix)]] for prefix in q if len(prefix) < depth}
+    with jax.enable_x64(True):
+        joint, verdict = enumerate_reject(p, q, vocab, depth, lambda q, drawn: beside)
+    assert joint.distance() < 1e-12
+    assert (verdict.path[:, 1:] > depth).any(), "no branch was ever accepted"
 
 
 @pytest.mark.parametrize("rule", [DynamicTree(9), BeamSearch(7)], ids=["tree", "beam"])
