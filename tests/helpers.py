@@ -40,8 +40,9 @@ TARGET, SMALL = Decoder(CONFIG), Decoder(SMALL_CONFIG)
 
 def weights(decoder: Decoder, seed: int, scale: float = 8.0) -> Any:
     """Random parameters with matrices scaled up, so that logits are not flat."""
-    params = decoder.init(jax.random.key(seed))
-    return jax.tree.map(lambda x: x * x.dtype.type(scale) if x.ndim > 1 else x, params)
+    with jax.ensure_compile_time_eval():  # the first to ask may be inside a jitted function
+        params = decoder.init(jax.random.key(seed))
+        return jax.tree.map(lambda x: x * x.dtype.type(scale) if x.ndim > 1 else x, params)
 
 
 def perturbed(params: Any, amount: float, seed: int = 7) -> Any:
