@@ -48,11 +48,14 @@ def weights(decoder: Decoder, seed: int, scale: float = 8.0) -> Any:
 def perturbed(params: Any, amount: float, seed: int = 7) -> Any:
     """Every matrix with relative noise: a drafter that agrees with the target now and then."""
     leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    out = [
-        x + jnp.float32(amount) * jnp.std(x) * jax.random.normal(k, x.shape) if x.ndim > 1 else x
-        for x, k in zip(leaves, keys, strict=True)
-    ]
+    with jax.ensure_compile_time_eval():
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        out = [
+            x + jnp.float32(amount) * jnp.std(x) * jax.random.normal(k, x.shape)
+            if x.ndim > 1
+            else x
+            for x, k in zip(leaves, keys, strict=True)
+        ]
     return jax.tree.unflatten(tree, out)
 
 
