@@ -137,8 +137,8 @@ def check_draft(draft: Draft, drafter: Drafter, text: Text, vocab: int, wants_q:
         )
         known = top_probs.max(axis=-1) > 0
         _require(
-            (np.diff(top_probs[..., 0 if not wants_q else 1 :], axis=-1) <= 0).all(),
-            "top_probs must be in falling order, except that a token drawn from q comes first",
+            (np.diff(top_probs[..., 1:], axis=-1) <= 0).all(),
+            "top_probs must be in falling order behind the first, which is the chain's own token's",
         )
         drafted = known[:, : drafter.depth] & valid[:, 1 : drafter.depth + 1]
         _require(

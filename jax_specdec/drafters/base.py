@@ -156,6 +156,11 @@ class ChainDrafter:
     def reads_hidden(self) -> bool:
         return False
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many tokens a draft may have; a cascade's buffers are sized by it."""
+        return (self.length,)
+
 
 def rollback(length: Int[Array, " B"], outcome: Outcome) -> Int[Array, " B"]:
     """The default commit: what the drafter holds of the agreed prefix."""

@@ -37,12 +37,11 @@ class GliDeDrafter(NeuralDrafter):
     proposal: Literal["matched", "greedy"] = "matched"
 
     def __post_init__(self):
-        config = self.model.config
-        if config.sees_target and self.length > config.trained_delay:
+        if self.reach is not None and self.length > self.reach:
             raise UserError(
                 f"Token {self.length} of a draft is predicted {self.length} places behind the last key of "
                 f"the target that is known, and this GliDe drafter was trained for at most "
-                f"{config.trained_delay}: draft {config.trained_delay} tokens or fewer."
+                f"{self.reach}: draft {self.reach} tokens or fewer."
             )
 
     @property
@@ -61,6 +60,11 @@ class GliDeDrafter(NeuralDrafter):
         return self.model.config.hidden_input
 
     @property
+    def reach(self):
+        config = self.model.config
+        return config.trained_delay if config.sees_target else None
+
+    @property
     def body(self):
         return self.model.decoder
 
@@ -71,13 +75,11 @@ class GliDeDrafter(NeuralDrafter):
     def reader(self, view):
         return _Reader(self.model, view)
 
-    def draft(self, params, states, text, view, sampling, noise, active, room):
-        draft, states = super().draft(params, states, text, view, sampling, noise, active, room)
-        if not self.keeps_drafts:
-            cache = states[self.name]
-            cache = cache.replace(length=jnp.minimum(cache.length, text.length))
-            states = {**states, self.name: cache}
-        return draft, states
+    def kept(self, cache, view):
+        if self.keeps_drafts:
+            return cache
+        committed = view.cache.length + 1  # in a cascade the text holds drafts, too
+        return cache.replace(length=jnp.minimum(cache.length, committed))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

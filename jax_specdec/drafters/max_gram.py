@@ -31,6 +31,10 @@ class MaxGram(ChainDrafter, StatelessDrafter):
     max_match: int | None = None
     fill: str | None = None
 
+    @property
+    def sizes(self):
+        return (0, self.length) if self.fill is None else (self.length,)
+
     def draft(self, params, states, text, view, sampling, noise, active, room):
         del view, sampling, noise, active, room
         match, end = longest_suffix_match(

@@ -19,6 +19,8 @@ from jax_specdec.tree import TOP, Text, chain
 
 # A drafter lags by one or two tokens after a normal round; the first step of a draft reads that many.
 CATCH_UP = 2
+# What a reviewer lags behind by inside a round is read this many tokens at a time.
+REVIEW_CHUNK = 16
 
 
 class Model(Protocol):
@@ -54,6 +56,11 @@ class NeuralDrafter(ChainDrafter):
     def body(self) -> Decoder:
         """The decoder whose keys and values the cache holds."""
         raise NotImplementedError
+
+    @property
+    def reach(self) -> int | None:
+        """How many places behind the last committed token it may predict, None for any."""
+        return None
 
     @property
     def catch_up(self) -> int:
@@ -104,6 +111,53 @@ class NeuralDrafter(ChainDrafter):
         cache, hidden = read_ending(reader, weights, cache, text, self.catch_up)
         return cache, reader.head(weights, hidden)
 
+    def review(
+        self,
+        params: dict[str, Any],
+        states: States,
+        text: Text,
+        drafted: Int[Array, "B M"],
+        count: Int[Array, " B"],
+        view: TargetView,
+    ) -> tuple[kv.KVCache, Float[Array, "B Q V"]]:
+        """Reads what another drafter proposed behind the text, in one pass.
+
+        Args:
+          count: how many of `drafted` are proposed. The cache has M slots more than for drafting.
+
+        Returns:
+          The cache with the text and `count` drafted tokens in it, and the logits after the root and after
+          each drafted token, Q = M + 1; those behind `count` are garbage.
+        """
+        most = drafted.shape[1]
+        width = self.catch_up + most
+        reader, weights = self.reader(view), params[self.name]
+        # A short draft leaves room in the pass for text that was not read yet.
+        upto = jnp.maximum(text.length + count - width, 0)
+        cache = read_text(reader, weights, states[self.name], text.tokens, upto, REVIEW_CHUNK)
+        start = jnp.minimum(cache.length, text.length - 1)
+        position = start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
+        place = position - text.length[:, None]
+        old = jnp.minimum(position, text.tokens.shape[1] - 1)
+        tokens = jnp.where(
+            place < 0,
+            jnp.take_along_axis(text.tokens, old, axis=1),
+            jnp.take_along_axis(drafted, jnp.clip(place, 0, most - 1), axis=1),
+        )
+        cache = cache.replace(length=start)
+        out = reader.apply(weights, tokens, position, cache, logits=False)
+        read = text.length + count - start
+        cache = kv.commit(cache, out.new_kv, read, after=out.hidden)
+        rows = text.length[:, None] - 1 - start[:, None]
+        rows = rows + jnp.arange(most + 1, dtype=jnp.int32)[None]
+        rows = jnp.minimum(rows, width - 1)[..., None]
+        return cache, reader.head(weights, jnp.take_along_axis(out.hidden, rows, axis=1))
+
+    def kept(self, cache: kv.KVCache, view: TargetView) -> kv.KVCache:
+        """What of the cache is still true once the draft is committed."""
+        del view
+        return cache
+
     def draft(self, params, states, text, view, sampling, noise, active, room):
         del active, room
         cache, logits = self.read(params, states, text, view)
@@ -133,7 +187,7 @@ class NeuralDrafter(ChainDrafter):
         tokens, fields = items["token"], {}
         if described:
             fields = chain_fields(items["scores"], tokens, sampling, noise, self.proposal)
-        return chain(text, tokens, **fields), {**states, self.name: cache}
+        return chain(text, tokens, **fields), {**states, self.name: self.kept(cache, view)}
 
     def commit(self, states, outcome, view):
         del view
@@ -142,16 +196,16 @@ class NeuralDrafter(ChainDrafter):
 
 
 def perturbed(
-    scores: Float[Array, "B 1 V"], noise: Noise, depth: Array | int, proposal: str
-) -> Float[Array, "B 1 V"]:
-    """What the token at `depth` is the argmax of: warped scores, with the noise unless greedy.
+    scores: Float[Array, "B T V"], noise: Noise, depth: Array | int, proposal: str
+) -> Float[Array, "B T V"]:
+    """What tokens from `depth` on are the argmax of: warped scores, with the noise unless greedy.
 
     Under the rejection rule a token must be drawn from the law that is handed over, whatever the
     proposal.
     """
     if proposal == "greedy" and not noise.return_q:
         return scores
-    return scores + lax.dynamic_slice_in_dim(noise.gumbel, depth, 1, axis=1)
+    return scores + lax.dynamic_slice_in_dim(noise.gumbel, depth, scores.shape[1], axis=1)
 
 
 def chain_fields(
@@ -199,17 +253,24 @@ def best_children(
 
     `scores` are divided by the row's temperature, or noise is added that should be; both are undone.
     """
-    hot = sampling.temperature > 0
-    floor = jnp.finfo(jnp.float32).tiny
-    scale = jnp.where(hot, jnp.maximum(sampling.temperature, floor), jnp.float32(1))
-    scale = scale.astype(scores.dtype)[:, None, None]
     chosen = jnp.take_along_axis(scores, first[..., None], axis=-1)
     line = lax.broadcasted_iota(jnp.int32, scores.shape, 2)
     others, ids = largest(
         jnp.where(line == first[..., None], NEG_INF, scores), min(count, scores.shape[-1]) - 1
     )
     values = jnp.concatenate([chosen, others], axis=-1)
-    top = jnp.max(values, axis=-1, keepdims=True)
-    total = jnp.sum(jnp.exp((scores - top) * scale), axis=-1, keepdims=True)
-    probs = jnp.exp((values - top) * scale) / total
+    probs = confidences(scores, values, sampling)
     return jnp.concatenate([first[..., None], ids], axis=-1), probs
+
+
+def confidences(
+    scores: Float[Array, "B T V"], values: Float[Array, "B T K"], sampling: Sampling
+) -> Float[Array, "B T K"]:
+    """The probabilities at temperature 1 of tokens whose scores are `values`."""
+    hot = sampling.temperature > 0
+    floor = jnp.finfo(jnp.float32).tiny
+    scale = jnp.where(hot, jnp.maximum(sampling.temperature, floor), jnp.float32(1))
+    scale = scale.astype(scores.dtype)[:, None, None]
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    total = jnp.sum(jnp.exp((scores - top) * scale), axis=-1, keepdims=True)
+    return jnp.exp((values - top) * scale) / total

@@ -22,6 +22,10 @@ class PromptLookup(ChainDrafter, StatelessDrafter):
     max_ngram: int = 3
     min_ngram: int = 1
 
+    @property
+    def sizes(self):
+        return tuple(range(self.length + 1))
+
     def draft(self, params, states, text, view, sampling, noise, active, room):
         del params, view, sampling, noise, active, room
         match, end = longest_suffix_match(
