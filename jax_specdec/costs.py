@@ -269,6 +269,8 @@ def tune(
       expansion, `default`, and under `measured` the figures that decided.
     """
     specs = [parse_drafter(name) for name in names if name != "none"]
+    if any(spec.inner for spec in specs):
+        raise UserError("Cascades have no single draft length to tune: name the drafters alone.")
     limits = {spec.key: min(longest, make_drafter(spec.name).longest) for spec in specs}
     longest = max(limits.values(), default=1)
     ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts[:batch_size]]

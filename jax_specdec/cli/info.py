@@ -55,14 +55,14 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         inspect_checkpoint,
         memory_plan,
     )
-    from jax_specdec.drafters.loading import complete, parse_drafter
+    from jax_specdec.drafters.loading import complete, depth_of, parse_drafter
 
     folders = common.draft_folders(args.draft)
     folder = find_checkpoint(common.model_source(args))
     config, stored = inspect_checkpoint(folder)
     parsed = parse_drafter(common.choose_drafter(args, folder, folders))
     spec = complete(parsed, folder.parent, folders)
-    name, length = spec.name, spec.length or 0
+    name, length = spec.name, depth_of(spec)
     width = spec.nodes or length + 1
     context = args.context or config.context
     if context > config.context:

@@ -169,9 +169,7 @@ class Horizontal(Composed):
         )
         return draft.replace(origin=draft.origin.at[:, 1:].set(origin)), states
 
-    def _turn(
-        self, drafter, quota: int, carry, params, text, view, sampling, noise, active, room
-    ):
+    def _turn(self, drafter, quota: int, carry, params, text, view, sampling, noise, active, room):
         """Calls one drafter until every row has `quota` tokens, or the drafter has none for it."""
         wanted = jnp.where(active, jnp.minimum(quota, room), 0)
         label = [0, *(self.proposers.index(name) + 1 for name in drafter.proposers)]
@@ -369,9 +367,7 @@ def _parts(drafter: Drafter) -> dict[str, Drafter]:
     return drafter.parts if isinstance(drafter, Composed) else {drafter.name: drafter}
 
 
-def _neural(
-    drafter: Drafter, before: int, limit: int
-) -> Iterator[tuple[NeuralDrafter, int, bool]]:
+def _neural(drafter: Drafter, before: int, limit: int) -> Iterator[tuple[NeuralDrafter, int, bool]]:
     """Neural drafters, how far behind the text their tokens lie at most, and whether they review.
 
     Args:

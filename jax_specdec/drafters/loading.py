@@ -1,13 +1,13 @@
 """From a `--drafter` specification and a checkpoint folder to a drafter with its parameters."""
 
 import dataclasses
-import difflib
 import json
-import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from jax_specdec.checkpoints import Target, load_target
 from jax_specdec.drafters.base import Drafter
 from jax_specdec.drafters.bigram import Bigram
+from jax_specdec.drafters.cascade import Cascade, Horizontal, turns
 from jax_specdec.drafters.expand import Cape, Expand, Fixed, PathProbability, Rule
 from jax_specdec.drafters.glide import GliDeDrafter
 from jax_specdec.drafters.glide_checkpoint import load_glide, read_glide_config
@@ -23,11 +24,10 @@ from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.drafters.prompt_lookup import PromptLookup
+from jax_specdec.drafters.specs import CASCADE, Spec, known_name, parse
 from jax_specdec.errors import UserError
 from jax_specdec.tree import MAX_NODES
 
-NAMES = ("none", "lm", "glide", "max-gram", "prompt-lookup", "bigram")
-WITHOUT_DISTRIBUTION = ("none", "max-gram", "prompt-lookup", "bigram")
 RULES: dict[str, type[Rule]] = {
     "cape": Cape,
     "fixed": Fixed,
@@ -51,63 +51,79 @@ class LoadedDrafter:
     longest: int = MAX_NODES - 1
 
 
-class Spec(NamedTuple):
-    """A parsed specification; `str` gives it back. None stands for the default."""
-
-    name: str
-    length: int | None = None
-    rule: str | None = None
-    nodes: int | None = None
-
-    @property
-    def key(self) -> str:
-        """What measured defaults are filed under."""
-        return self.name if self.rule is None else f"{self.name}+{self.rule}"
-
-    def __str__(self) -> str:
-        def item(name: str, count: int | None) -> str:
-            return name if count is None else f"{name}:{count}"
-
-        drafter = item(self.name, self.length)
-        return drafter if self.rule is None else f"{drafter}+{item(self.rule, self.nodes)}"
-
-
-def parse_drafter(spec: str) -> Spec:
-    """`name[:length][+rule[:nodes]]`, where `rule` expands the drafter's chain to `nodes` nodes.
+def parse_drafter(text: str) -> Spec:
+    """A specification in the language of `drafters.specs`, checked as far as it goes without checkpoints.
 
     Raises:
       UserError: an unknown name (the nearest ones are named), a length outside 1..63, a drafter that has
-        nothing to expand, a budget that does not fit the length, or any length.
+        nothing to expand, a cascade whose drafts could be too long, a budget that does not fit the
+        length, or any length.
     """
-    chain, plus, expansion = spec.partition("+")
-    name, length = _item(chain, "drafter", NAMES)
-    if name == "none" and length is not None:
+    spec = parse(text)
+    _check_lengths(spec)
+    length = None if _open(spec) else depth_of(spec)
+    if length is not None and length >= MAX_NODES:
+        raise UserError(
+            f"This cascade may draft {length} tokens at once, and a draft has at most {MAX_NODES - 1}: "
+            "lower its quotas and lengths, or cut."
+        )
+    if spec.rule is None:
+        return spec
+    known_name(spec.rule, "expansion", tuple(RULES))
+    if not spec.has_distribution:
+        raise UserError(
+            f"The drafter {spec.name!r} has no distribution to expand: leave out +{spec.rule}."
+        )
+    if length is not None:
+        expand(spec.rule, length, spec.nodes)
+    elif spec.nodes is not None and not 3 <= spec.nodes <= MAX_NODES:
+        raise UserError(
+            f"An expansion takes 3 to {MAX_NODES} nodes, the root and the chain included, got "
+            f"{spec.nodes}."
+        )
+    return spec
+
+
+def _check_lengths(spec: Spec) -> None:
+    length = spec.length
+    if spec.name == "none" and length is not None:
         raise UserError("The drafter 'none' drafts nothing and takes no length.")
+    if spec.inner and length is not None and length < 1:
+        raise UserError(f"A quota must be at least 1, got {length}.")
     if length is not None and not 1 <= length < MAX_NODES:
         raise UserError(f"A draft length must be in 1..{MAX_NODES - 1}, got {length}.")
-    if not plus:
-        return Spec(name, length)
-    rule, nodes = _item(expansion, "expansion", tuple(RULES))
-    if name in WITHOUT_DISTRIBUTION:
-        raise UserError(f"The drafter {name!r} has no distribution to expand: leave out +{rule}.")
-    if length is not None:
-        expand(rule, length, nodes)
-    elif nodes is not None and not 3 <= nodes <= MAX_NODES:
-        raise UserError(
-            f"An expansion takes 3 to {MAX_NODES} nodes, the root and the chain included, got {nodes}."
-        )
-    return Spec(name, length, rule, nodes)
+    if spec.lenience < 1:
+        raise UserError(f"A lenience must be finite and at least 1, got {spec.lenience:g}.")
+    for inner in spec.inner:
+        _check_lengths(inner)
 
 
-def _item(text: str, kind: str, known: tuple[str, ...]) -> tuple[str, int | None]:
-    """`name` or `name:count`, the name one of the known."""
-    found = re.fullmatch(r"\s*([a-z-]+)\s*(?::\s*(-?\d+)\s*)?", text)
-    if not found or found[1] not in known:
-        name = found[1] if found else text.strip()
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}."
-        raise UserError(f"Unknown {kind} {name!r}: {hint}")
-    return found[1], None if found[2] is None else int(found[2])
+def _open(spec: Spec) -> bool:
+    """Whether a length was left out that decides how long drafts are."""
+    return any(map(_open, spec.inner)) or (spec.length is None and spec.name != CASCADE)
+
+
+def depth_of(spec: Spec) -> int:
+    """The most tokens of a draft, without what an expansion adds; nothing may be left out."""
+    return max(_sizes_of(spec), default=0)
+
+
+def _sizes_of(spec: Spec) -> tuple[int, ...]:
+    if spec.name == CASCADE:
+        return _turns_of(spec)
+    if spec.inner:
+        return turns([_reviewed(spec)], [spec.length or 1], cut=False)[1]
+    return _statistical(spec).sizes if spec.length else ()
+
+
+def _reviewed(spec: Spec) -> tuple[int, ...]:
+    """The sizes of one review."""
+    return tuple(range(1, max(_turns_of(spec)) + 2))
+
+
+def _turns_of(spec: Spec) -> tuple[int, ...]:
+    sizes = [_reviewed(inner) if inner.inner else _sizes_of(inner) for inner in spec.inner]
+    return turns(sizes, [inner.length or 1 for inner in spec.inner], cut=spec.cut)[1]
 
 
 def expand(rule: str, length: int, nodes: int | None) -> Rule:
@@ -129,6 +145,11 @@ def complete(spec: Spec, folder: Path, drafts: Mapping[str, str | Path] | None =
     """
     if spec.name == "none":
         return spec
+    if spec.inner:
+        spec = _filled(spec)
+        if spec.rule is not None:
+            spec = spec._replace(nodes=expand(spec.rule, depth_of(spec), spec.nodes).nodes)
+        return spec
     found = _measured(folder)
     length, nodes = spec.length, spec.nodes
     if length is None:
@@ -142,6 +163,15 @@ def complete(spec: Spec, folder: Path, drafts: Mapping[str, str | Path] | None =
     if spec.rule is not None:
         nodes = expand(spec.rule, length, nodes).nodes
     return Spec(spec.name, length, spec.rule, nodes)
+
+
+def _filled(spec: Spec) -> Spec:
+    """With a quota of 1 for what reviews, and the usual length for what does not."""
+    if spec.name == CASCADE:
+        return spec._replace(inner=tuple(map(_filled, spec.inner)))
+    usual = 1 if spec.inner else FALLBACK_LENGTHS[spec.kind]
+    length = usual if spec.length is None else spec.length
+    return spec._replace(length=length, inner=tuple(map(_filled, spec.inner)))
 
 
 def longest_draft(name: str, folder: Path) -> int:
@@ -196,8 +226,9 @@ def load_drafter(
 
     Args:
       spec: `none`, `lm`, `glide`, `max-gram`, `prompt-lookup` or `bigram`, with a draft length after a
-        colon; and for drafters with a distribution an expansion, `+cape`, `+fixed`, `+path`, `+tree` or
-        `+beam`, with the nodes of a verification after a colon, as in `lm:4+cape:16`.
+        colon, or a cascade of them (`drafters.specs`) or a preset's name; and for drafters with a
+        distribution an expansion, `+cape`, `+fixed`, `+path`, `+tree` or `+beam`, with the nodes of a
+        verification after a colon, as in `lm:4+cape:16`.
       folder: where drafters' checkpoints lie by name; default: the folder that the target's is in.
       drafts: checkpoint folders by name, in place of `folder/name`.
       dtype: of the drafter's parameters; default: the target's.
@@ -208,18 +239,65 @@ def load_drafter(
     """
     home = Path(folder) if folder is not None else target.path.parent
     parsed = parse_drafter(spec)
-    where = Path((drafts or {}).get(parsed.name, home / parsed.name))
     whole = complete(parsed, home, drafts)
-    drafter, params = _load_chain(whole.name, whole.length or 0, target, where, dtype)
+    params: dict[str, Any] = {}
+
+    def single(item: Spec, length: int) -> Any:
+        where = Path((drafts or {}).get(item.name, home / item.name))
+        known = loaded.get(item.name)
+        if known is None:
+            known = loaded[item.name] = _load_chain(item.name, length, target, where, dtype)
+            params.update(known[1])
+        return dataclasses.replace(known[0], **({"length": length} if length else {}))
+
+    def build(item: Spec) -> Any:
+        if not item.inner:
+            return single(item, item.length or 0)
+        inner = tuple(map(build, item.inner))
+        # A drafter that reviews fills its quota here; where it stands alone, by a list of one.
+        quotas = tuple(part.length or 1 for part in item.inner)
+        if item.name == CASCADE:
+            return Horizontal(inner, quotas, item.cut)
+        _warn_of_larger(single(item, 1), inner, params)
+        copies = True if item.copies else None
+        return Cascade(single(item, 1), inner, quotas, item.lenience, copies, item.cut)
+
+    loaded: dict[str, Any] = {}
+    drafter = build(whole)
+    if whole.inner and whole.name != CASCADE and (whole.length or 1) > 1:
+        drafter = Horizontal((drafter,), (whole.length,))
     if whole.rule is not None:
         drafter = Expand(drafter, expand(whole.rule, drafter.depth, whole.nodes))
-    return LoadedDrafter(drafter, params, str(whole), longest_draft(whole.name, where))
+    longest = longest_draft(whole.name, Path((drafts or {}).get(whole.name, home / whole.name)))
+    return LoadedDrafter(drafter, params, str(whole), longest)
+
+
+def _warn_of_larger(reviewer: Drafter, inner: tuple[Drafter, ...], params: dict[str, Any]) -> None:
+    """Warns of drafters that cost more than the one that reviews what they draft."""
+
+    def size(name: str) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(params.get(name, ())))
+
+    for drafter in inner:
+        name = drafter.reviewer.name if isinstance(drafter, Cascade) else drafter.name
+        if size(name) > size(reviewer.name):
+            warnings.warn(
+                f"The drafter {name!r} has {size(name):,} parameters, and {reviewer.name!r}, which reviews "
+                f"it, {size(reviewer.name):,}: such a cascade can hardly pay.",
+                stacklevel=3,
+            )
+
+
+def _statistical(spec: Spec) -> Any:
+    """The drafter of a specification, of which the sizes of its drafts are asked alone."""
+    kinds = {"max-gram": MaxGram, "prompt-lookup": PromptLookup}
+    return kinds.get(spec.name, Bigram)(spec.length)
 
 
 def _load_chain(
     name: str, length: int, target: Target, where: Path, dtype: Any
 ) -> tuple[Drafter, dict[str, Any]]:
-    """The drafter without its expansion, and its parameters."""
+    """The drafter of one name, and its parameters."""
     if name == "none":
         return NoDrafter(), {}
     if name == "max-gram":
@@ -233,12 +311,12 @@ def _load_chain(
     if name == "bigram":
         table = load_bigram(where, target.vocab_size)
         return Bigram(length), {name: jnp.asarray(table)}
-    if name == "glide":
+    if name.startswith("glide"):
         model, params = load_glide(where, target, dtype)
-        return GliDeDrafter(model, length), {name: params}
+        return GliDeDrafter(model, length, name), {name: params}
     small = load_target(where, dtype=dtype or target.decoder.dtype)
     check_vocabulary(target, small)
-    return LmDrafter(small.decoder, length), {name: small.params}
+    return LmDrafter(small.decoder, length, name), {name: small.params}
 
 
 def check_vocabulary(target: Target, drafter: Target) -> None:

@@ -1,0 +1,271 @@
+"""The language of `--drafter`: what is asked for, before any checkpoint is opened.
+
+lm:4                                          a drafter and its draft length
+lm:4+cape:16                                  an expansion and its node budget
+lm[max-gram:10]                               lm reviews what max-gram drafts
+cascade(lm[max-gram:10]:2, max-gram:10)       drafters in turn, each with its quota
+lm[lm2[max-gram:10]:1, max-gram:10; lenience=3]:8     any nesting, with options behind semicolons
+"""
+
+import difflib
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import lark
+
+from jax_specdec.errors import UserError
+
+NAMES = ("none", "lm", "glide", "max-gram", "prompt-lookup", "bigram")
+WITH_CHECKPOINT = ("lm", "glide", "bigram")
+REVIEWERS = ("lm", "glide")  # of which there may be several: lm2, lm3
+OPTIONS = ("lenience", "copies", "cut")
+CASCADE = "cascade"
+EXAMPLE = "cascade(lm[max-gram:10]:2, max-gram:10)"
+
+# The settings of arXiv 2312.11462, appendix B. `lm2` is the smaller drafter.
+PRESETS = {
+    "csd-vicuna": "cascade(lm[max-gram:10]:2, max-gram:10)",
+    "csd-vicuna-tree": "cascade(lm[max-gram:1]:1, max-gram:3)+fixed:21",
+    "csd-flan-2level": "cascade(lm[max-gram:10]:10, max-gram:10)",
+    "csd-flan-3level": (
+        "cascade(lm[lm2[max-gram:10]:1, max-gram:10; lenience=3]:8, lm2[max-gram:10]:5, max-gram:10)"
+    ),
+    "csd-flan-3level-mmlu": (
+        "cascade(lm[lm2[max-gram:10]:1, max-gram:10; lenience=5]:5, lm2[max-gram:10]:14, max-gram:10)"
+    ),
+}
+
+GRAMMAR = r"""
+start: (turns | item) ("+" rule)*
+turns: NAME "(" items options ")"
+item: NAME [review] [":" INT]
+review: "[" items options "]"
+items: item ("," item)*
+options: (";" option)*
+option: NAME ["=" NUMBER]
+rule: [NAME [":" INT]]
+NAME: /[a-z][a-z0-9-]*/
+INT: /-?\d+/
+NUMBER: /-?\d+(\.\d+)?/
+%ignore /\s+/
+"""
+
+
+class Spec(NamedTuple):
+    """A parsed specification; `str` gives it back. None stands for the default.
+
+    Attributes:
+      length: tokens per draft, or the quota of a drafter that reviews.
+      inner: the drafters whose draft it reviews, or those of a `cascade`.
+      lenience, copies, cut: as in `drafters.cascade`.
+    """
+
+    name: str
+    length: int | None = None
+    rule: str | None = None
+    nodes: int | None = None
+    inner: tuple["Spec", ...] = ()
+    lenience: float = 1.0
+    copies: bool = False
+    cut: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The name without the number that tells drafters of a kind apart."""
+        return self.name.rstrip("0123456789")
+
+    @property
+    def key(self) -> str:
+        """What measured defaults are filed under."""
+        return self.name if self.rule is None else f"{self.name}+{self.rule}"
+
+    @property
+    def has_distribution(self) -> bool:
+        if self.name == CASCADE:
+            return any(inner.has_distribution for inner in self.inner)
+        return self.kind in REVIEWERS
+
+    def __str__(self) -> str:
+        def item(name: str, count: int | None) -> str:
+            return name if count is None else f"{name}:{count}"
+
+        inside = ", ".join(map(str, self.inner))
+        if self.lenience != 1:
+            inside += f"; lenience={self.lenience:.17g}"
+        inside += "; copies" * self.copies + "; cut" * self.cut
+        if self.name == CASCADE:
+            text = f"{CASCADE}({inside})"
+        else:
+            text = item(f"{self.name}[{inside}]" if self.inner else self.name, self.length)
+        return text if self.rule is None else f"{text}+{item(self.rule, self.nodes)}"
+
+
+def parse(text: str) -> Spec:
+    """The specification that a text stands for, a preset's name included.
+
+    Raises:
+      UserError: wrong syntax, with the place, or an unknown drafter or option, with the nearest ones.
+        Whether lengths and budgets make sense is not looked at.
+    """
+    chain, plus, rule = text.partition("+")
+    if chain.strip() in PRESETS:
+        chain = PRESETS[chain.strip()]
+        if plus and "+" in chain:
+            raise UserError(f"The preset {text.partition('+')[0].strip()!r} is expanded already.")
+        return parse(chain + plus + rule)
+    try:
+        return _Build().transform(_parser().parse(text))
+    except lark.exceptions.VisitError as error:
+        raise error.orig_exc from None
+    except lark.exceptions.UnexpectedInput as error:
+        if not set("([])") & set(text):
+            known_name(chain.partition(":")[0].strip(), "drafter", (*NAMES, *PRESETS), refuse=True)
+        column = error.column if error.column > 0 else len(text) + 1
+        rest = text[column - 1 :].strip() if isinstance(error.column, int) else ""
+        what = f"has an unexpected {rest[0]!r} at character {column}" if rest else "ends too early"
+        raise UserError(f"The drafter {text!r} {what}: it should read like {EXAMPLE}.") from None
+
+
+@functools.cache
+def _parser() -> lark.Lark:
+    return lark.Lark(GRAMMAR, parser="lalr", maybe_placeholders=True)
+
+
+def known_name(name: str, what: str, known: Sequence[str], refuse: bool = False) -> str:
+    """The name, if it is one of the known and not refused all the same.
+
+    Raises:
+      UserError: it is not; the nearest ones are named.
+    """
+    if name in known and not refuse:
+        return name
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}."
+    raise UserError(f"Unknown {what} {name!r}: {hint}")
+
+
+class _Build(lark.Transformer):
+    """From the syntax tree to a `Spec`."""
+
+    def NAME(self, token):
+        return str(token)
+
+    def INT(self, token):
+        return int(token)
+
+    def NUMBER(self, token):
+        return float(token)
+
+    def items(self, children):
+        return tuple(children)
+
+    def option(self, children):
+        name, value = children
+        known_name(name, "option", OPTIONS)
+        if (value is None) == (name == "lenience"):
+            raise UserError(
+                "A lenience is a number, as in lenience=3."
+                if value is None
+                else f"The option {name!r} takes no value."
+            )
+        return name, True if value is None else value
+
+    def options(self, children):
+        return dict(children)
+
+    def review(self, children):
+        return children
+
+    def item(self, children):
+        name, review, length = children
+        spec = Spec(name, length)
+        kind = spec.kind if spec.kind in REVIEWERS else name
+        known_name(kind, "drafter", NAMES if review else (*NAMES, *PRESETS))
+        if kind in PRESETS:
+            raise UserError(
+                f"The preset {name!r} takes no length and stands alone, not in a cascade."
+            )
+        if review is None:
+            return spec
+        if kind not in REVIEWERS:
+            raise UserError(
+                f"The drafter {name!r} cannot review: {' and '.join(REVIEWERS)} can, as in lm[{name}:4]."
+            )
+        inner, options = review
+        return spec._replace(inner=_drafting(inner), **options)
+
+    def turns(self, children):
+        name, inner, options = children
+        known_name(name, "combination", (CASCADE,))
+        if "lenience" in options or "copies" in options:
+            raise UserError(
+                "The target takes no lenience, which would change its output: a reviewing drafter does, "
+                "as in lm[max-gram:10; lenience=3]."
+            )
+        return Spec(CASCADE, inner=_drafting(inner), **options)
+
+    def rule(self, children):
+        name, nodes = (*children, None, None)[:2]
+        return name or "", nodes
+
+    def start(self, children) -> Any:
+        spec, *rules = children
+        if len(rules) > 1:
+            more = "+".join(name for name, _ in rules)
+            raise UserError(f"Unknown expansion {more!r}: a drafter takes one.")
+        return spec._replace(rule=rules[0][0], nodes=rules[0][1]) if rules else spec
+
+
+def _drafting(inner: tuple[Spec, ...]) -> tuple[Spec, ...]:
+    for spec in inner:
+        if spec.name == "none":
+            raise UserError("The drafter 'none' drafts nothing: leave it out of the cascade.")
+    return inner
+
+
+def from_matrix(
+    quotas: Sequence[Sequence[int]],
+    names: Sequence[str],
+    *,
+    lenience: float = 1.0,
+    copies: bool = False,
+    cut: bool = False,
+) -> Spec:
+    """The specification of a K matrix (arXiv 2312.11462, Algorithm 1), as its published code takes it.
+
+    Args:
+      quotas: row r is a reviewer, the target first; column c >= r is a proposer, and its entry what the
+        proposer adds to the quota, 0 for nothing. names: the proposers, the last one statistical.
+      lenience: of every drafter that reviews another neural one, and with `copies` of all that review.
+
+    Raises:
+      UserError: not a square upper triangular matrix of non-negative integers with a name for each
+        column, or a reviewer without quotas.
+    """
+    size = len(names)
+    if len(quotas) != size or any(len(row) != size for row in quotas):
+        raise UserError(f"A K matrix for {size} drafters has {size} rows of {size} quotas.")
+    for r, row in enumerate(quotas):
+        if any(int(k) != k or k < 0 for k in row) or any(row[:r]):
+            raise UserError(
+                "A K matrix holds integers of at least 0, and only 0 below its diagonal, got row "
+                f"{list(row)}."
+            )
+
+    def proposers(row: int) -> tuple[Spec, ...]:
+        found = tuple(proposer(row, c) for c in range(row, size) if quotas[row][c])
+        if not found:
+            raise UserError(f"Row {row} of this K matrix is all 0: nothing would be proposed.")
+        return found
+
+    def proposer(row: int, column: int) -> Spec:
+        spec = Spec(names[column], int(quotas[row][column]))
+        if column == size - 1:
+            return spec
+        inner = proposers(column + 1)
+        neural = any(s.has_distribution for s in inner)
+        mild = lenience if neural or copies else 1.0
+        return spec._replace(inner=inner, lenience=float(mild), copies=copies, cut=cut)
+
+    return parse(str(Spec(CASCADE, inner=proposers(0), cut=cut)))
