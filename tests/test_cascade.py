@@ -11,15 +11,17 @@ import pytest
 from test_drafters import best_match, copied
 from test_glide import pair
 
-from jax_specdec import DecodeLoop, UserError
+from jax_specdec import DecodeLoop, SpeculativeDecoder, UserError, load_drafter, load_target
 from jax_specdec.drafters.base import Drafter, TargetView
 from jax_specdec.drafters.bigram import Bigram
 from jax_specdec.drafters.cascade import Cascade, Horizontal, turns
 from jax_specdec.drafters.expand import Cape, Expand, Fixed
 from jax_specdec.drafters.glide import GliDeDrafter
 from jax_specdec.drafters.lm import LmDrafter
+from jax_specdec.drafters.loading import depth_of, parse_drafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.prompt_lookup import PromptLookup
+from jax_specdec.drafters.specs import PRESETS, from_matrix
 from jax_specdec.sampling import Noise, shared_noise
 from jax_specdec.testing import check_drafter
 
@@ -421,3 +423,114 @@ def test_a_delay_that_was_trained_for():
     inner = glide_cascade(4, 5).drafters
     assert Horizontal((*inner, MaxGram(8)), (1, 8)).depth == 12
     assert Horizontal(inner, (5,), cut=True).depth == 5
+
+
+# The language of --drafter
+
+
+@pytest.mark.parametrize(
+    ("text", "again"),
+    [
+        ("cascade(lm[max-gram:10]:2,max-gram:10)", "cascade(lm[max-gram:10]:2, max-gram:10)"),
+        (" cascade ( lm : 2 , max-gram ; cut ) ", "cascade(lm:2, max-gram; cut)"),
+        ("lm[max-gram:10; lenience=3]", "lm[max-gram:10; lenience=3]"),
+        ("glide[max-gram:4]:3+cape:20", "glide[max-gram:4]:3+cape:20"),
+        (
+            "lm[lm2[max-gram:3]:1, max-gram:3; copies; lenience=2.5]:4",
+            "lm[lm2[max-gram:3]:1, max-gram:3; lenience=2.5; copies]:4",
+        ),
+        ("cascade(lm[lm2[lm3[max-gram]]:3])", "cascade(lm[lm2[lm3[max-gram]]:3])"),
+        ("csd-vicuna", PRESETS["csd-vicuna"]),
+        ("csd-vicuna+fixed:40", PRESETS["csd-vicuna"] + "+fixed:40"),
+    ],
+)
+def test_specifications(text, again):
+    spec = parse_drafter(text)
+    assert str(spec) == again and parse_drafter(str(spec)) == spec
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name):
+    spec = parse_drafter(name)
+    assert str(spec) == PRESETS[name] and depth_of(spec) < 64
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("cascade(lm[max-gran:10]:2)", "Unknown drafter 'max-gran': did you mean max-gram"),
+        ("cascde(lm:2)", "Unknown combination 'cascde': did you mean cascade"),
+        ("lm[max-gram:10; lenince=3]", "Unknown option 'lenince': did you mean lenience"),
+        ("lm[max-gram:10; lenience]", "A lenience is a number"),
+        ("lm[max-gram:10; cut=3]", "'cut' takes no value"),
+        ("lm[max-gram:10; lenience=0.5]", "at least 1, got 0.5"),
+        ("cascade(lm[max-gram:10]:2; lenience=3)", "The target takes no lenience"),
+        ("max-gram[lm:2]", "'max-gram' cannot review: lm and glide can"),
+        ("cascade(lm[max-gram:10]:0)", "A quota must be at least 1, got 0"),
+        ("cascade(lm[max-gram:10]:-2)", "A quota must be at least 1, got -2"),
+        ("cascade(lm:2, none)", "'none' drafts nothing"),
+        ("cascade(lm:2, csd-vicuna)", "The preset 'csd-vicuna' .*stands alone"),
+        ("csd-vicuna:4", "The preset 'csd-vicuna' takes no length"),
+        ("csd-vicuna-tree+cape:30", "'csd-vicuna-tree' is expanded already"),
+        ("csd-vicuna-teee", "did you mean csd-vicuna-tree"),
+        ("cascade(lm[max-gram:10]:2", "ends too early"),
+        ("cascade(lm[max-gram:10]:2))", "unexpected '\\)' at character 27"),
+        ("cascade()", "unexpected '\\)' at character 9"),
+        ("cascade(lm[max-gram:40]:40)", "may draft 80 tokens at once"),
+        ("cascade(max-gram:4)+cape:9", "has no distribution to expand"),
+        ("lm[max-gram:2]+cape:4", "takes 5 to 25 nodes.*got 4"),
+    ],
+)
+def test_specifications_that_are_wrong(text, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        parse_drafter(text)
+    assert "\n" not in str(error.value)
+
+
+def test_matrices():
+    names = ("lm", "max-gram")
+    assert str(from_matrix([[2, 10], [0, 10]], names)) == PRESETS["csd-vicuna"]
+    flan = from_matrix([[8, 5, 10], [0, 1, 10], [0, 0, 10]], ("lm", "lm2", "max-gram"), lenience=3)
+    assert str(flan) == PRESETS["csd-flan-3level"]
+    assert str(from_matrix([[0, 4], [0, 4]], names)) == "cascade(max-gram:4)"
+    lenient = from_matrix([[2, 0], [0, 10]], names, lenience=2, copies=True, cut=True)
+    assert str(lenient) == "cascade(lm[max-gram:10; lenience=2; copies; cut]:2; cut)"
+    for wrong in ([[1, 2]], [[1, 2], [1, 2]], [[1, 2], [0, -1]], [[1, 2], [0, 0]]):
+        with pytest.raises(UserError, match="K matrix"):
+            from_matrix(wrong, names)
+
+
+def test_loading(tiny_checkpoints):
+    """Every name is loaded once; a list of one stands for itself."""
+    target = load_target(tiny_checkpoints / "target", dtype="float32")
+    folders = {"lm2": tiny_checkpoints / "lm"}
+    spec = "cascade(lm[lm2[max-gram:3]:1, max-gram:2]:2, lm2[max-gram:3]:2, max-gram:3)+fixed:30"
+    loaded = load_drafter(spec, target, drafts=folders)
+    assert loaded.spec == spec and set(loaded.params) == {"lm", "lm2"}
+    assert loaded.drafter.depth == depth_of(loaded_spec := parse_drafter(spec))
+    assert loaded_spec.inner[0].name == "lm"
+    alone = load_drafter("lm[max-gram]", target)
+    assert isinstance(alone.drafter, Cascade) and alone.spec == "lm[max-gram:6]:1"
+    several = load_drafter("lm[max-gram:3]:4+cape", target)
+    assert several.drafter.drafter.quotas == (4,) and several.spec == "lm[max-gram:3]:4+cape:29"
+    text = [g.token_ids for g in SpeculativeDecoder(target).generate(["ab"], max_new_tokens=12)]
+    decoder = SpeculativeDecoder(target, loaded)
+    assert [g.token_ids for g in decoder.generate(["ab"], max_new_tokens=12)] == text
+
+
+def test_a_larger_drafter_is_warned_of(tiny_checkpoints):
+    target = load_target(tiny_checkpoints / "target", dtype="float32")
+    with pytest.warns(UserWarning, match="'lm2' has [0-9,]+ parameters, and 'lm'"):
+        load_drafter("lm[lm2:2]", target, drafts={"lm2": tiny_checkpoints / "target"})
+
+
+def test_compilation_is_quick():
+    """A loop with a cascade of three levels, in seconds of this process."""
+    given = h.all_params(lm=params()["lm"], lm2=params()["lm2"])
+    tokens, lengths = h.pad(PROMPTS)
+    loop = DecodeLoop(h.TARGET, dataclasses.replace(three_levels(), cut=True))
+    args = (given, tokens, lengths, h.sampling_of(5), jnp.arange(5, dtype=jnp.int32))
+    state = h.start(loop, *args, capacity=48)
+    before = time.process_time()
+    jax.jit(loop.run).lower(given, state, 4).compile()
+    assert time.process_time() - before < 60

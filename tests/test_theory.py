@@ -65,3 +65,86 @@ def test_rates():
     assert abs(theory.acceptance_rate(p, q) - (1 - tv)) < 1e-12
     both = theory.acceptance_rate(np.stack([p, p]), np.stack([q, p]))
     assert both.shape == (2,) and abs(both[1] - 1) < 1e-12
+
+
+# Cascades: Table 1 of arXiv 2312.11462, costs by parameters of FLAN-T5 small, base and XXL.
+SMALL, BASE = 77 / 11300, 250 / 11300
+CASCADE_TABLE_1 = [
+    (2.65, theory.expected_speedup(0.65, 9, SMALL)),
+    (2.96, theory.expected_speedup(0.73, 8, BASE)),
+    (3.03, theory.two_segment_speedup(0.73, 5, BASE, 0.65, 3, SMALL)),
+    (3.61, theory.expected_speedup(0.75, 12, SMALL)),
+    (3.75, theory.expected_speedup(0.80, 11, BASE)),
+    (3.93, theory.two_segment_speedup(0.80, 5, BASE, 0.75, 8, SMALL)),
+]
+
+
+@pytest.mark.parametrize(("paper", "ours"), CASCADE_TABLE_1)
+def test_table_1_of_cascades(paper, ours):
+    assert abs(ours - paper) <= 0.01
+
+
+def test_generating_function():
+    """Against the distribution of a round's tokens, and its mean."""
+    rate, length = 0.6, 4
+    chance = [rate**i * (1 - rate) for i in range(length)] + [rate**length]
+    for x in (0.0, 0.3, 0.9, 1.0, 1.2):
+        want = sum(p * x ** (i + 1) for i, p in enumerate(chance))
+        assert abs(theory.tokens_generating(rate, length, x) - want) < 1e-12
+    for a, b in itertools.product((0.2, 0.5, 0.9), repeat=2):  # corollary 4.4
+        assert theory.tokens_generating(b, 3, a) < a
+
+
+def test_horizontal():
+    rates, costs = [0.8] * 3 + [0.4] * 2, [0.1] * 3 + [0.02] * 2
+    want = theory.two_segment_speedup(0.8, 3, 0.1, 0.4, 2, 0.02)
+    assert abs(theory.horizontal_speedup(rates, costs) - want) < 1e-12
+    assert (
+        abs(theory.horizontal_speedup([0.7] * 4, [0.1] * 4) - theory.expected_speedup(0.7, 4, 0.1))
+        < 1e-12
+    )
+    with pytest.raises(ValueError):
+        theory.horizontal_speedup([0.5], [])
+
+
+RATES = {
+    ("target", "lm"): 0.7,
+    ("target", "lm2"): 0.5,
+    ("target", "max-gram"): 0.4,
+    ("lm", "lm2"): 0.6,
+    ("lm", "max-gram"): 0.5,
+    ("lm2", "max-gram"): 0.5,
+}
+COSTS = {"lm": 0.1, "lm2": 0.03}
+
+
+@pytest.mark.parametrize(
+    ("spec", "formula"),
+    [
+        ("lm:4", theory.expected_speedup(0.7, 4, 0.1)),
+        ("cascade(lm:3, lm2:2)", theory.two_segment_speedup(0.7, 3, 0.1, 0.5, 2, 0.03)),
+        ("lm[lm2:3]", theory.vertical_speedup(0.7, 0.6, 1, 3, 0.1, 0.03)),
+    ],
+)
+def test_simulator_against_formulas(spec, formula):
+    from jax_specdec.drafters.specs import parse
+
+    found = theory.simulate(parse(spec), RATES, COSTS, rounds=40_000)
+    assert abs(found.speedup / formula - 1) < 0.015
+
+
+def test_simulator_of_a_nesting():
+    from jax_specdec.drafters.specs import parse
+
+    three = parse("cascade(lm[lm2[max-gram:4]:1, max-gram:2]:3, lm2[max-gram:4]:2, max-gram:5)")
+    found = theory.simulate(three, RATES, COSTS)
+    assert 1 < found.forwards["lm"] <= 3 and found.forwards["lm2"] >= found.forwards["lm"]
+    assert 1 < found.tau < found.width and found.speedup < found.tau
+    wide = theory.simulate(three, RATES, COSTS, verify=lambda width: 1 + 0.05 * width)
+    assert wide.tau == found.tau and wide.speedup < found.speedup
+    certain = dict.fromkeys(RATES, 1.0)
+    assert theory.simulate(parse("cascade(lm[max-gram:10]:2, max-gram:10)"), certain, {}).tau == 22
+    assert (
+        theory.simulate(parse("cascade(lm[max-gram:10]:2, max-gram:10; cut)"), certain, {}).tau
+        == 13
+    )
