@@ -1,0 +1,101 @@
+"""Lossless speculative decoding of large language models in JAX."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jax_specdec.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from jax_specdec.checkpoints import Target, convert, load_target, memory_plan, save_pretrained
+    from jax_specdec.drafters.base import Drafter, Outcome, TargetView
+    from jax_specdec.drafters.cascade import Cascade, Horizontal
+    from jax_specdec.drafters.expand import Cape, Expand, Fixed, PathProbability
+    from jax_specdec.drafters.growth import BeamSearch, DynamicTree
+    from jax_specdec.drafters.loading import LoadedDrafter, default_spec, load_drafter
+    from jax_specdec.loop import DecodeLoop, make_generate
+    from jax_specdec.models.config import ModelConfig, RopeConfig
+    from jax_specdec.models.decoder import Decoder
+    from jax_specdec.models.glide import GliDe
+    from jax_specdec.models.glide_config import GliDeConfig
+    from jax_specdec.pipeline import Generation, SpeculativeDecoder
+    from jax_specdec.sampling import Sampling, make_sampling
+    from jax_specdec.tree import Draft, Text
+
+    __version__: str
+
+# Where each public name lives. They are imported on first use, so that `jax-specdec --help` and its
+# errors of wrong use do not wait for jax.
+_HOMES = {
+    "checkpoints": ("Target", "convert", "load_target", "memory_plan", "save_pretrained"),
+    "drafters.base": ("Drafter", "Outcome", "TargetView"),
+    "drafters.cascade": ("Cascade", "Horizontal"),
+    "drafters.expand": ("Cape", "Expand", "Fixed", "PathProbability"),
+    "drafters.growth": ("BeamSearch", "DynamicTree"),
+    "drafters.loading": ("LoadedDrafter", "default_spec", "load_drafter"),
+    "loop": ("DecodeLoop", "make_generate"),
+    "models.config": ("ModelConfig", "RopeConfig"),
+    "models.decoder": ("Decoder",),
+    "models.glide": ("GliDe",),
+    "models.glide_config": ("GliDeConfig",),
+    "pipeline": ("Generation", "SpeculativeDecoder"),
+    "sampling": ("Sampling", "make_sampling"),
+    "tree": ("Draft", "Text"),
+}
+
+__all__ = [
+    "BeamSearch",
+    "Cape",
+    "Cascade",
+    "DecodeLoop",
+    "Decoder",
+    "Draft",
+    "Drafter",
+    "DynamicTree",
+    "Expand",
+    "Fixed",
+    "Generation",
+    "GliDe",
+    "GliDeConfig",
+    "Horizontal",
+    "LoadedDrafter",
+    "ModelConfig",
+    "Outcome",
+    "PathProbability",
+    "RopeConfig",
+    "RunError",
+    "Sampling",
+    "SpeculativeDecoder",
+    "Target",
+    "TargetView",
+    "Text",
+    "UserError",
+    "convert",
+    "default_spec",
+    "load_drafter",
+    "load_target",
+    "make_generate",
+    "make_sampling",
+    "memory_plan",
+    "save_pretrained",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            value: Any = version("jax-specdec")
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            value = "0+unknown"
+    else:
+        home = next((home for home, names in _HOMES.items() if name in names), None)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

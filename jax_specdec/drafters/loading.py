@@ -243,18 +243,19 @@ def load_drafter(
     params: dict[str, Any] = {}
 
     def single(item: Spec, length: int) -> Any:
+        """The drafter of a name with another length; every name is loaded once."""
         where = Path((drafts or {}).get(item.name, home / item.name))
         known = loaded.get(item.name)
         if known is None:
             known = loaded[item.name] = _load_chain(item.name, length, target, where, dtype)
             params.update(known[1])
-        return dataclasses.replace(known[0], **({"length": length} if length else {}))
+        drafter: Any = known[0]
+        return dataclasses.replace(drafter, length=length) if length else drafter
 
     def build(item: Spec) -> Any:
         if not item.inner:
             return single(item, item.length or 0)
         inner = tuple(map(build, item.inner))
-        # A drafter that reviews fills its quota here; where it stands alone, by a list of one.
         quotas = tuple(part.length or 1 for part in item.inner)
         if item.name == CASCADE:
             return Horizontal(inner, quotas, item.cut)
@@ -264,8 +265,9 @@ def load_drafter(
 
     loaded: dict[str, Any] = {}
     drafter = build(whole)
-    if whole.inner and whole.name != CASCADE and (whole.length or 1) > 1:
-        drafter = Horizontal((drafter,), (whole.length,))
+    quota = whole.length or 1
+    if whole.inner and quota > 1:  # several reviews for one draft
+        drafter = Horizontal((drafter,), (quota,))
     if whole.rule is not None:
         drafter = Expand(drafter, expand(whole.rule, drafter.depth, whole.nodes))
     longest = longest_draft(whole.name, Path((drafts or {}).get(whole.name, home / whole.name)))
