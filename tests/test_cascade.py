@@ -129,7 +129,7 @@ def test_a_cascade_drafts_what_its_reviewer_would(level):
     level = {"outer": outer, "inner": inner}[level]
     alone = dataclasses.replace(level.reviewer, length=level.depth)
     args = (h.TARGET, h.target_params(), params(), PROMPTS)
-    assert assert_drafts_as_alone(level, alone, whole, *args) > 100
+    assert assert_drafts_as_alone(level, alone, whole, *args) > 50
 
 
 @pytest.mark.parametrize("layers", [1, 2])
