@@ -421,7 +421,7 @@ def glide_cascade(length, depth, quota=1):
 def test_a_delay_that_was_trained_for():
     assert glide_cascade(4, 5).depth == 5
     inner = glide_cascade(4, 5).drafters
-    assert Horizontal((*inner, MaxGram(8)), (1, 8)).depth == 12
+    assert Horizontal((*inner, MaxGram(8)), (1, 8)).depth == 13
     assert Horizontal(inner, (5,), cut=True).depth == 5
 
 

@@ -100,7 +100,7 @@ def _check_lengths(spec: Spec) -> None:
 
 def _open(spec: Spec) -> bool:
     """Whether a length was left out that decides how long drafts are."""
-    return any(map(_open, spec.inner)) or (spec.length is None and spec.name != CASCADE)
+    return any(map(_open, spec.inner)) or (spec.length is None and not spec.inner)
 
 
 def depth_of(spec: Spec) -> int:

@@ -121,8 +121,10 @@ def parse(text: str) -> Spec:
     except lark.exceptions.UnexpectedInput as error:
         if not set("([])") & set(text):
             known_name(chain.partition(":")[0].strip(), "drafter", (*NAMES, *PRESETS), refuse=True)
-        column = error.column if error.column > 0 else len(text) + 1
-        rest = text[column - 1 :].strip() if isinstance(error.column, int) else ""
+        token: Any = getattr(error, "token", None)
+        ended = token is not None and token.type == "$END"
+        column = error.column
+        rest = "" if ended else text[column - 1 :]
         what = f"has an unexpected {rest[0]!r} at character {column}" if rest else "ends too early"
         raise UserError(f"The drafter {text!r} {what}: it should read like {EXAMPLE}.") from None
 
