@@ -27,6 +27,7 @@ from jax_specdec.errors import UserError
 from jax_specdec.tree import MAX_NODES
 
 NAMES = ("none", "lm", "glide", "max-gram", "prompt-lookup", "bigram")
+WITHOUT_CHECKPOINT = ("none", "max-gram", "prompt-lookup")
 WITHOUT_DISTRIBUTION = ("none", "max-gram", "prompt-lookup", "bigram")
 RULES: dict[str, type[Rule]] = {
     "cape": Cape,
@@ -239,6 +240,16 @@ def _load_chain(
     small = load_target(where, dtype=dtype or target.decoder.dtype)
     check_vocabulary(target, small)
     return LmDrafter(small.decoder, length), {name: small.params}
+
+
+def available_drafters(target: Target, drafts: Mapping[str, str | Path]) -> list[str]:
+    """Names of the drafters that need no checkpoint or have one, where `load_drafter` looks for it."""
+    home = target.path.parent
+
+    def there(name: str) -> bool:
+        return name in WITHOUT_CHECKPOINT or Path(drafts.get(name, home / name)).is_dir()
+
+    return [name for name in NAMES if name != "none" and there(name)]
 
 
 def check_vocabulary(target: Target, drafter: Target) -> None:
