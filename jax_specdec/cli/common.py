@@ -67,14 +67,14 @@ def model_source(args: argparse.Namespace) -> str | Path:
 
 def draft_folders(items: Sequence[str]) -> dict[str, Path]:
     """`NAME=DIR` arguments as a dictionary."""
-    from jax_specdec.drafters.loading import parse_drafter
+    from jax_specdec.drafters.loading import WITH_CHECKPOINT, parse_drafter
 
     folders = {}
     for item in items:
         name, equals, folder = item.partition("=")
         if not (name and equals and folder):
             raise UserError(f"--draft takes NAME=DIR, as in lm=checkpoints/demo/lm, not {item!r}.")
-        if str(parse_drafter(name)) not in ("lm", "glide", "bigram"):
+        if str(parse_drafter(name)) not in WITH_CHECKPOINT:
             raise UserError(
                 f"--draft {item}: {name!r} has no checkpoint; lm, glide and bigram have one."
             )

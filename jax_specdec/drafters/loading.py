@@ -27,7 +27,7 @@ from jax_specdec.errors import UserError
 from jax_specdec.tree import MAX_NODES
 
 NAMES = ("none", "lm", "glide", "max-gram", "prompt-lookup", "bigram")
-WITHOUT_CHECKPOINT = ("none", "max-gram", "prompt-lookup")
+WITH_CHECKPOINT = ("lm", "glide", "bigram")
 WITHOUT_DISTRIBUTION = ("none", "max-gram", "prompt-lookup", "bigram")
 RULES: dict[str, type[Rule]] = {
     "cape": Cape,
@@ -247,7 +247,7 @@ def available_drafters(target: Target, drafts: Mapping[str, str | Path]) -> list
     home = target.path.parent
 
     def there(name: str) -> bool:
-        return name in WITHOUT_CHECKPOINT or Path(drafts.get(name, home / name)).is_dir()
+        return name not in WITH_CHECKPOINT or Path(drafts.get(name, home / name)).is_dir()
 
     return [name for name in NAMES if name != "none" and there(name)]
 
