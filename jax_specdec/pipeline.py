@@ -164,8 +164,8 @@ class SpeculativeDecoder:
         key = (capacity, str(jax.tree.leaves(shapes)))
         if key not in self._programs:
             config, dtype = self.target.config, self.target.decoder.dtype
-            slots = capacity + self.loop.nodes
-            plan = memory_plan(config, dtype, tokens.shape[0], slots, width=self.loop.nodes)
+            # Without slots: the whole state is counted as it is, the drafter's caches with it.
+            plan = memory_plan(config, dtype, tokens.shape[0], 0, width=self.loop.nodes)
             args = (self.params, tokens, lengths, sampling, ids)
             state = jax.eval_shape(lambda *a: self.loop.start(*a, capacity=capacity), *args)
             held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

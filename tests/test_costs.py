@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -144,3 +145,18 @@ def test_tune_stops_at_the_trained_delay_and_decodes_with_trees(target, tmp_path
     found = out["measured"]["drafters"]["glide+beam"]
     tau, nodes = 1 + sum(found["accepted_per_pos"]), out["nodes"]["glide+beam"]
     assert abs(found["predicted_speedup"] - tau * 1.02 / (1.1 + nodes / 50)) < 1e-9
+
+
+def test_the_reading_before_a_draft_stays_in_the_loop():
+    """It depends on nothing that changes but an offset that is always 0, which the compiler must not see."""
+
+    def run(x, weights):
+        def step(_, x):
+            return costs._after_reading(x, weights, jnp.minimum(x[0], 0))
+
+        return jax.lax.fori_loop(0, 3, step, x)
+
+    x, weights = jnp.zeros((2,), jnp.int32), {"w": jnp.ones((64, 32))}
+    body = jax.jit(run).lower(x, weights).compile().as_text()
+    assert "dynamic-slice(" in body
+    assert run(x, weights).tolist() == [0, 0]

@@ -19,9 +19,8 @@ def register(commands: Any) -> None:
     common.add_model(parser)
     parser.add_argument(
         "--drafters",
-        default="lm,lm+path,max-gram,prompt-lookup,bigram",
         metavar="A,B,...",
-        help="drafters to tune, with an expansion or without (default: %(default)s)",
+        help="drafters to tune, with an expansion (`lm+path`) or without (default: all that there are)",
     )
     parser.add_argument("--draft", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument(
@@ -40,13 +39,19 @@ def register(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from jax_specdec.checkpoints import load_target
     from jax_specdec.costs import tune
-    from jax_specdec.drafters.loading import LENGTHS_FILE, load_drafter, parse_drafter
+    from jax_specdec.drafters.loading import (
+        LENGTHS_FILE,
+        available_drafters,
+        load_drafter,
+        parse_drafter,
+    )
     from jax_specdec.prompts import read_prompts
 
     for name in ("per_file", "longest", "max_new_tokens", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
-    names = [parse_drafter(name).key for name in args.drafters.split(",")]
+    wanted = args.drafters.split(",") if args.drafters else []
+    names = [parse_drafter(name).key for name in wanted]
     folders = common.draft_folders(args.draft)
     prompts = [
         record.prompt for path in args.prompts for record in read_prompts(path)[: args.per_file]
@@ -55,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     found = tune(
         target,
         lambda spec: load_drafter(spec, target, drafts=folders),
-        names,
+        names or available_drafters(target, folders),
         prompts,
         longest=args.longest,
         max_new_tokens=args.max_new_tokens,

@@ -24,7 +24,7 @@ from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.drafters.prompt_lookup import PromptLookup
-from jax_specdec.drafters.specs import CASCADE, Spec, known_name, parse
+from jax_specdec.drafters.specs import CASCADE, NAMES, WITH_CHECKPOINT, Spec, known_name, parse
 from jax_specdec.errors import UserError
 from jax_specdec.tree import MAX_NODES
 
@@ -319,6 +319,16 @@ def _load_chain(
     small = load_target(where, dtype=dtype or target.decoder.dtype)
     check_vocabulary(target, small)
     return LmDrafter(small.decoder, length, name), {name: small.params}
+
+
+def available_drafters(target: Target, drafts: Mapping[str, str | Path]) -> list[str]:
+    """Names of the drafters that need no checkpoint or have one, where `load_drafter` looks for it."""
+    home = target.path.parent
+
+    def there(name: str) -> bool:
+        return name not in WITH_CHECKPOINT or Path(drafts.get(name, home / name)).is_dir()
+
+    return [name for name in NAMES if name != "none" and there(name)]
 
 
 def check_vocabulary(target: Target, drafter: Target) -> None:
