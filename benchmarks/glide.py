@@ -3,11 +3,13 @@
     python benchmarks/glide.py train --data FILE ... --heldout FILE --arms-dir runs/glide
     python benchmarks/glide.py measure --prompts runs/data --arms-dir runs/glide \\
         --out benchmarks/results/glide.json
+    python benchmarks/glide.py widen --prompts runs/data --out benchmarks/results/glide.json
 
 All arms see the same windows in the same order, and one forward pass of the frozen target serves them
 all; an arm's seed is that of its initialisation and of its random delays. `measure` decodes held-out
 prompts with each arm: sampling at temperature 1 under both rules, and greedily. Every round drafts five
-tokens, as in the paper's acceptance tables (arXiv 2402.02082, section 5.1).
+tokens, as in the paper's acceptance tables (arXiv 2402.02082, section 5.1). `widen` does so for the model's
+own drafters as chains and with every expansion, all expansions of the same number of nodes.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from tqdm.auto import tqdm
 import jax_specdec as sd
 from jax_specdec import costs
 from jax_specdec.drafters.glide_checkpoint import make_glide, save_glide, target_fingerprint
+from jax_specdec.drafters.loading import RULES
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.training import data, glide, trainer
 from jax_specdec.training.config import GliDeRecipe, TrainConfig
@@ -156,23 +159,70 @@ def _alpha(accepted: list[float]) -> float:
     return sum(accepted) / sum([1.0, *accepted[:-1]])
 
 
-def measure(args: argparse.Namespace) -> None:
-    target = sd.load_target(args.model, dtype="float32")
-    encode = sd.SpeculativeDecoder(target).encode
-    prompts = {
-        name: [
-            encode(record["prompt"])[-args.keep_last :]
-            for record in read_prompts(args.prompts, (name,), args.per_set)
+SETTINGS = {
+    "reject, T=1": ("reject", 1.0),
+    "match, T=1": ("match", 1.0),
+    "greedy": ("match", 0.0),
+}
+
+
+class Judge:
+    """Held-out prompts, what they are decoded with, and the record that grows with every arm."""
+
+    def __init__(self, args: argparse.Namespace, part: str):
+        self.args, self.part, self.out = args, part, Path(args.out)
+        self.target = sd.load_target(args.model, dtype="float32")
+        encode = sd.SpeculativeDecoder(self.target).encode
+        self.prompts = {
+            name: [
+                encode(record["prompt"])[-args.keep_last :]
+                for record in read_prompts(args.prompts, (name,), args.per_set)
+            ]
+            for name in SETS
+        }
+        known = json.loads(self.out.read_text()) if self.out.is_file() else {}
+        self.record = known | {
+            "machine": machine(),
+            "prompts_per_set": args.per_set,
+            "new_tokens": args.max_new_tokens,
+        }
+        self.rows: dict[str, Any] = self.record.setdefault(part, {})
+        print(
+            f"{'chance that a judged token is accepted, and tau':48}"
+            + "".join(f"{s:>15}" for s in SETTINGS)
+        )
+
+    def add(self, name: str, drafter: Any, row: dict[str, Any]) -> None:
+        """Decodes every set in every setting, prints a line and writes the record."""
+        for setting, (rule, temperature) in SETTINGS.items():
+            decoder = sd.SpeculativeDecoder(self.target, drafter, rule=rule)
+            by_set = {}
+            for subset, ids in self.prompts.items():
+                answers = list(
+                    decoder.generate(
+                        ids,
+                        max_new_tokens=self.args.max_new_tokens,
+                        temperature=temperature,
+                        seed=11,
+                        batch_size=len(ids),
+                    )
+                )
+                accepted = costs.acceptance_by_position(answers)
+                by_set[subset] = {"accepted_per_pos": accepted, "alpha": _alpha(accepted)}
+                by_set[subset]["tau"] = 1 + sum(accepted)
+            row[setting] = by_set
+        self.rows[name] = row
+        means = [
+            [np.mean([v[what] for v in row[s].values()]) for what in ("alpha", "tau")]
+            for s in SETTINGS
         ]
-        for name in SETS
-    }
-    settings = {
-        "reject, T=1": ("reject", 1.0),
-        "match, T=1": ("match", 1.0),
-        "greedy": ("match", 0.0),
-    }
-    known = json.loads(Path(args.out).read_text()) if Path(args.out).is_file() else {}
-    arms = known.get("arms", {})
+        print(f"{name:48}" + "".join(f"{a:8.3f}{t:7.2f}" for a, t in means), flush=True)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(args: argparse.Namespace) -> None:
+    judge = Judge(args, "arms")
     folders = {"lm": None}
     found = sorted(path.parent for path in Path(args.arms_dir).glob("*/config.json"))
     folders |= {path.name: path for path in found}
@@ -188,39 +238,26 @@ def measure(args: argparse.Namespace) -> None:
             if config["cross_attention"]:
                 length = min(length, config["trained_delay"])
         spec = f"{'lm' if folder is None else 'glide'}:{length}"
-        drafter = sd.load_drafter(spec, target, drafts={"glide": folder} if folder else None)
+        drafter = sd.load_drafter(spec, judge.target, drafts={"glide": folder} if folder else None)
         row["length"] = length
-        for setting, (rule, temperature) in settings.items():
-            decoder = sd.SpeculativeDecoder(target, drafter, rule=rule)
-            by_set = {}
-            for subset, ids in prompts.items():
-                answers = list(
-                    decoder.generate(
-                        ids,
-                        max_new_tokens=args.max_new_tokens,
-                        temperature=temperature,
-                        seed=11,
-                        batch_size=len(ids),
-                    )
-                )
-                accepted = costs.acceptance_by_position(answers)
-                by_set[subset] = {"accepted_per_pos": accepted, "alpha": _alpha(accepted)}
-                by_set[subset]["tau"] = 1 + sum(accepted)
-            row[setting] = by_set
-        arms[name] = row
-        print(
-            f"{name:32}"
-            + "".join(f"{np.mean([v['alpha'] for v in row[s].values()]):8.3f}" for s in settings),
-            flush=True,
-        )
-        record = {
-            "machine": machine(),
-            "prompts_per_set": args.per_set,
-            "new_tokens": args.max_new_tokens,
-            "arms": arms,
-        }
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        judge.add(name, drafter, row)
+
+
+def widen(args: argparse.Namespace) -> None:
+    """Adds to a chain's row the share of rounds that it leaves something to win in."""
+    judge = Judge(args, "expansions")
+    for name in args.drafters.split(","):
+        chain = f"{name}:{LENGTH}"
+        for spec in (chain, *(f"{chain}+{rule}:{args.nodes}" for rule in RULES)):
+            judge.add(spec, sd.load_drafter(spec, judge.target), {})
+        # A sibling that nothing follows wins one token where the chain ends early, and never more.
+        for setting in SETTINGS:
+            most = gain = 0.0
+            for subset, plain in judge.rows[chain][setting].items():
+                wide = judge.rows[f"{chain}+cape:{args.nodes}"][setting][subset]
+                most += (1 - plain["accepted_per_pos"][-1]) / len(SETS)
+                gain += (wide["tau"] - plain["tau"]) / len(SETS)
+            print(f"{name}, {setting}: cape wins {gain:.2f} of at most {most:.2f} tokens a round")
 
 
 def main() -> None:
@@ -234,15 +271,20 @@ def main() -> None:
     training.add_argument("--steps", type=int, default=512, help="of 2,048 tokens")
     training.set_defaults(run=train)
     measuring = kinds.add_parser("measure")
-    measuring.add_argument("--prompts", required=True, help="folder written by prepare.py")
-    measuring.add_argument("--per-set", type=int, default=16)
-    measuring.add_argument("--keep-last", type=int, default=256, help="prompt tokens kept")
-    measuring.add_argument("--max-new-tokens", type=int, default=64)
-    measuring.add_argument("--out", required=True)
     measuring.set_defaults(run=measure)
+    widening = kinds.add_parser("widen")
+    widening.add_argument("--drafters", default="glide,lm")
+    widening.add_argument("--nodes", type=int, default=16, help="of a verification")
+    widening.set_defaults(run=widen)
     for sub, default in ((training, list(ARMS)), (measuring, [])):
         sub.add_argument("--arms-dir", required=True)
         sub.add_argument("--arms", type=lambda s: s.split(";"), default=default, help="a;b;...")
+    for sub in (measuring, widening):
+        sub.add_argument("--prompts", required=True, help="folder written by prepare.py")
+        sub.add_argument("--per-set", type=int, default=16)
+        sub.add_argument("--keep-last", type=int, default=256, help="prompt tokens kept")
+        sub.add_argument("--max-new-tokens", type=int, default=64)
+        sub.add_argument("--out", required=True)
     args = parser.parse_args()
     args.run(args)
 
