@@ -17,7 +17,9 @@ import numpy as np
 from _common import machine, read_prompts, spread, write_json
 
 import jax_specdec as sd
+from jax_specdec.cli.common import draft_folders
 from jax_specdec.costs import Costs, acceptance_by_position, draft_arm, verify_arm
+from jax_specdec.drafters import specs
 
 SETS = ("gsm8k", "mbpp", "stories", "spec_bench")
 
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("--model", default="checkpoints/demo/target")
     parser.add_argument("--prompts", required=True, help="folder written by prepare.py")
     parser.add_argument("--drafters", default="auto,lm,max-gram,prompt-lookup,bigram")
+    parser.add_argument("--draft", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--per-set", type=int, default=8)
     parser.add_argument("--keep-last", type=int, default=256, help="prompt tokens kept")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -86,9 +89,9 @@ def main() -> None:
     tokens = args.max_new_tokens
 
     loaded = {"plain": None}
-    for spec in args.drafters.split(","):
+    for spec in specs.split(args.drafters):
         wanted = sd.default_spec(target) if spec == "auto" else spec
-        drafter = sd.load_drafter(wanted, target)
+        drafter = sd.load_drafter(wanted, target, drafts=draft_folders(args.draft))
         loaded[f"default ({drafter.spec})" if spec == "auto" else drafter.spec] = drafter
     arms: dict = {name: Arm(target, drafter, tokens) for name, drafter in loaded.items()}
     if args.dtype != "float32":  # the baseline is the faster plain decoding

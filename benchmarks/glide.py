@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 import jax_specdec as sd
 from jax_specdec import costs
+from jax_specdec.drafters import specs
 from jax_specdec.drafters.glide_checkpoint import make_glide, save_glide, target_fingerprint
 from jax_specdec.drafters.loading import RULES
 from jax_specdec.models.glide_config import GliDeConfig
@@ -246,7 +247,7 @@ def measure(args: argparse.Namespace) -> None:
 def widen(args: argparse.Namespace) -> None:
     """Adds to a chain's row the share of rounds that it leaves something to win in."""
     judge = Judge(args, "expansions")
-    for name in args.drafters.split(","):
+    for name in specs.split(args.drafters):
         chain = f"{name}:{LENGTH}"
         for spec in (chain, *(f"{chain}+{rule}:{args.nodes}" for rule in RULES)):
             judge.add(spec, sd.load_drafter(spec, judge.target), {})

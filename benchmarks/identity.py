@@ -21,6 +21,7 @@ from pathlib import Path
 from _common import machine, read_prompts, write_json
 
 import jax_specdec as sd
+from jax_specdec.drafters import specs
 from jax_specdec.drafters.loading import RULES, longest_draft
 from jax_specdec.pipeline import NEAR_TIE
 
@@ -168,8 +169,10 @@ def main() -> None:
         peer = None
         if not args.no_peer:
             peer = transformers_greedy(args.model, prompts, tokens, target.config.eos_ids)
-        specs = ("none", *args.drafters.split(","))
-        arms = [(spec, batch) for spec in specs for batch in (1, 8) if (spec, batch) != ("none", 1)]
+        wanted = ("none", *specs.split(args.drafters))
+        arms = [
+            (spec, batch) for spec in wanted for batch in (1, 8) if (spec, batch) != ("none", 1)
+        ]
         record, failed = check(target, prompts, tokens, arms, peer)
         write_json(out, record)
     if failed:

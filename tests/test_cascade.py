@@ -21,7 +21,7 @@ from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.loading import depth_of, parse_drafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.prompt_lookup import PromptLookup
-from jax_specdec.drafters.specs import PRESETS, from_matrix
+from jax_specdec.drafters.specs import PRESETS, from_matrix, split
 from jax_specdec.sampling import Noise, shared_noise
 from jax_specdec.testing import check_drafter
 
@@ -453,6 +453,11 @@ def test_specifications(text, again):
 def test_presets(name):
     spec = parse_drafter(name)
     assert str(spec) == PRESETS[name] and depth_of(spec) < 64
+
+
+def test_a_list_of_specifications_is_split_outside_of_brackets():
+    some = ["lm:4", "cascade(lm[max-gram:10]:2, max-gram:10)", "lm[max-gram:3, bigram:2]"]
+    assert split(", ".join(some)) == some
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def register(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from jax_specdec.checkpoints import load_target
     from jax_specdec.costs import tune
+    from jax_specdec.drafters import specs
     from jax_specdec.drafters.loading import (
         LENGTHS_FILE,
         available_drafters,
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("per_file", "longest", "max_new_tokens", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
-    wanted = args.drafters.split(",") if args.drafters else []
+    wanted = specs.split(args.drafters) if args.drafters else []
     names = [parse_drafter(name).key for name in wanted]
     folders = common.draft_folders(args.draft)
     prompts = [

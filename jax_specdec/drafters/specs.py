@@ -129,6 +129,18 @@ def parse(text: str) -> Spec:
         raise UserError(f"The drafter {text!r} {what}: it should read like {EXAMPLE}.") from None
 
 
+def split(text: str) -> list[str]:
+    """The specifications of a list with commas; commas inside brackets do not separate."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[(") - (character in ")]")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
+
+
 @functools.cache
 def _parser() -> lark.Lark:
     return lark.Lark(GRAMMAR, parser="lalr", maybe_placeholders=True)
