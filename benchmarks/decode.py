@@ -119,10 +119,12 @@ def main() -> None:
     texts = [by_length[len(prompts) * sixths // 6] for sixths in (1, 3, 5)]
     used = {d.drafter.num_nodes + 1 for d in loaded.values() if d} | {1, 2, 4, 8, 16}
     parts: dict = {}
+    answers = [arms["plain"].run(text)[0] for text in texts]
+    arms["plain"].answers.clear()
     for i, text in enumerate(texts):
         parts |= {("verify", t, i): verify_arm(target, t, [text], rounds=64) for t in used}
         for d in filter(None, loaded.values()):
-            parts["draft", d.spec, i] = draft_arm(target, d, [text], rounds=64)
+            parts["draft", d.spec, i] = draft_arm(target, d, [text], tokens // 2, [answers[i]])
     taken: dict = {key: [] for key in parts}
 
     # seconds[arm][repeat] = sum over prompts

@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_specdec.allocation import BEHIND, PROPOSED, STATISTICAL, Played, candidates, play
 from jax_specdec.checkpoints import Target
 from jax_specdec.drafters.base import ChainDrafter, Outcome, StatelessDrafter, TargetView
 from jax_specdec.drafters.expand import Comb
-from jax_specdec.drafters.loading import RULES, LoadedDrafter, Spec, parse_drafter
+from jax_specdec.drafters.loading import RULES, LoadedDrafter, depth_of, parse_drafter
 from jax_specdec.drafters.none import NoDrafter
+from jax_specdec.drafters.specs import CASCADE, Spec
 from jax_specdec.errors import UserError
 from jax_specdec.loop import DecodeLoop
 from jax_specdec.pipeline import Generation, SpeculativeDecoder
@@ -151,9 +153,17 @@ def _after_reading(x: jax.Array, arrays: Any, zero: jax.Array) -> jax.Array:
 
 
 def draft_arm(
-    target: Target, drafter: LoadedDrafter, ids: Sequence[Sequence[int]], rounds: int = 32
+    target: Target,
+    drafter: LoadedDrafter,
+    ids: Sequence[Sequence[int]],
+    rounds: int = 32,
+    answers: Sequence[Sequence[int]] | None = None,
 ) -> Callable[[], float]:
     """Seconds of one draft and its commit, without verification, advancing two tokens a round.
+
+    Args:
+      answers: what follows each of `ids`, at least two tokens a round: how long a cascade takes depends
+        on the text. None for zeros, where it does not.
 
     A verification reads the whole target between two drafts and leaves nothing of the drafter in the
     processor's caches. So before each draft the target's parameters are read, and the time of a loop
@@ -162,6 +172,11 @@ def draft_arm(
     loop = DecodeLoop(target.decoder, drafter.drafter)
     params = {"target": target.params, "drafters": drafter.params}
     state = _started(loop, params, ids, rounds, 2)
+    if answers is not None:
+        tokens = np.array(state.text.tokens)
+        for row, (prompt, answer) in enumerate(zip(ids, answers, strict=True)):
+            tokens[row, len(prompt) : len(prompt) + len(answer)] = answer
+        state = state.replace(text=Text(jnp.asarray(tokens), state.text.length))
     vocab = target.vocab_size
 
     def rounds_only(params, state, drafting):
@@ -267,11 +282,20 @@ def tune(
 
     Returns:
       A JSON-ready record: `lengths` by name (0: drafting does not pay), `nodes` by name of an
-      expansion, `default`, and under `measured` the figures that decided.
+      expansion, `cascade` where it was among the names (`allocation`), `default`, and under `measured` the
+      figures that decided.
     """
-    specs = [parse_drafter(name) for name in names if name != "none"]
+    specs = [parse_drafter(name) for name in names if name not in ("none", CASCADE)]
     if any(spec.inner for spec in specs):
-        raise UserError("Cascades have no single draft length to tune: name the drafters alone.")
+        raise UserError(
+            "A cascade has no single draft length to tune: name the drafters alone, and `cascade` for the "
+            "best one of them."
+        )
+    neural = [s.name for s in specs if s.rule is None and s.has_distribution]
+    if CASCADE in names and not neural:
+        raise UserError(
+            "A cascade needs a drafter with a distribution, lm or glide, to be tuned too."
+        )
     limits = {spec.key: min(longest, make_drafter(spec.name).longest) for spec in specs}
     longest = max(limits.values(), default=1)
     ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts[:batch_size]]
@@ -287,6 +311,14 @@ def tune(
         for plan in several:
             arms[plan] = draft_arm(target, make_drafter(str(plan)), ids)
         report(f"compiled {key}")
+    for name in neural if CASCADE in names else ():
+        for proposed in PROPOSED:  # one review
+            spec = Spec(name, 1, inner=(Spec(STATISTICAL, proposed),))
+            arms[spec] = draft_arm(target, make_drafter(str(spec)), ids)
+        report(f"compiled reviews by {name}")
+    if CASCADE in names:
+        spec = Spec(STATISTICAL, max(BEHIND))
+        arms[spec] = draft_arm(target, make_drafter(str(spec)), ids)
     seconds = {key: statistics.median(v) for key, v in medians(arms, repeats).items()}
     verify = {t: seconds[t] for t in sorted(widths)}
 
@@ -322,15 +354,50 @@ def tune(
         speedup = costs.speedup(accepted, length, nodes)
         return _Choice(speedup, spec._replace(length=length, nodes=nodes), accepted, costs)
 
+    def best_cascade() -> tuple[float, Spec, Played]:
+        """The quotas with the highest predicted speed."""
+        deepest = min(limits[name] for name in neural)
+        decoder, answers = decode(Spec(neural[0], deepest))
+        texts = [decoder.encode(a.prompt) + a.token_ids for a in answers]
+        starts = [len(t) - len(a.token_ids) for t, a in zip(texts, answers, strict=True)]
+        chains = {
+            name: record(target, make_drafter(f"{name}:{deepest}"), texts, starts, everywhere=True)
+            for name in neural
+        }
+        choices = []
+        for spec in candidates(neural, deepest):
+            played, (first, *_) = play(spec, texts, chains), spec.inner
+            drafts = {p.length or 0: seconds[p] for p in plans[first.name]}
+            took = _interpolate(verify, 1 + depth_of(spec))
+            if first.inner:
+                # The first review reads weights that the target's have pushed out of the caches.
+                review = seconds[first._replace(length=1)]
+                step = (_interpolate(drafts, deepest) - drafts[1]) / max(1, deepest - 1)
+                again = max(review - drafts[1] + step, 0.0)
+                took += review + (played.calls[0] - 1) * again
+            else:
+                took += _interpolate(drafts, first.length or 1)
+            took += sum(played.calls[1:]) * seconds[Spec(STATISTICAL, max(BEHIND))]
+            choices.append((played.tau * verify[1] / took, spec, played))
+        return max(choices, key=lambda choice: choice[0])
+
     chosen: dict[str, _Choice] = {}
     for spec in specs:
         choice = chosen[spec.key] = choose(spec)
         report(f"{choice.spec}: predicted {choice.speedup:.2f} times plain")
-    best = max(chosen.values(), key=lambda choice: choice.speedup)
+    ranking = {str(choice.spec): choice.speedup for choice in chosen.values()}
+    cascade: dict[str, Any] = {}
+    if CASCADE in names:
+        speedup, spec, played = best_cascade()
+        cascade = {"spec": str(spec), "tau": played.tau, "predicted_speedup": speedup}
+        ranking[str(spec)] = speedup
+        report(f"{spec}: predicted {speedup:.2f} times plain")
+    best = max(ranking, key=lambda spec: ranking[spec])
     return {
+        **({CASCADE: cascade["spec"]} if cascade else {}),
         "lengths": {key: c.spec.length for key, c in chosen.items()},
         "nodes": {key: c.spec.nodes for key, c in chosen.items() if c.spec.nodes is not None},
-        "default": str(best.spec) if best.speedup > 1 else "none",
+        "default": best if ranking[best] > 1 else "none",
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "dtype": str(target.decoder.dtype),
@@ -346,5 +413,6 @@ def tune(
                 }
                 for key, c in chosen.items()
             },
+            **({CASCADE: cascade} if cascade else {}),
         },
     }

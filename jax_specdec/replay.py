@@ -26,25 +26,34 @@ class Record(NamedTuple):
     """R rounds of greedy decoding with a chain of P tokens.
 
     Attributes:
+      row: `int32[R]`, which text. length: `int32[R]`, its tokens before the round.
+      tokens: `int32[R, P]`, the chain.
       agreed: `int32[R]`, chain tokens that are the text's.
       rank: `int32[R, P]`, which child of the chain node above the text's next token is: 0 the chain's
         own, -1 none. It means something down to the first that is not 0.
       probs: `float32[R, P, 8]`, `Draft.top_probs` of the chain.
     """
 
+    row: np.ndarray
+    length: np.ndarray
+    tokens: np.ndarray
     agreed: np.ndarray
     rank: np.ndarray
     probs: np.ndarray
 
 
 def record(
-    target: Target, drafter: LoadedDrafter, texts: Sequence[Sequence[int]], starts: Sequence[int]
+    target: Target,
+    drafter: LoadedDrafter,
+    texts: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    everywhere: bool = False,
 ) -> Record:
     """Drafts along texts of greedy decoding, each round going on where its chain was first wrong.
 
     Args:
       drafter: one of chains, with a distribution. texts: token ids, prompt included. starts: where the
-        drafting begins, the prompts' lengths.
+        drafting begins, the prompts' lengths. everywhere: a round begins at every token.
 
     Raises:
       UserError: a drafter without a distribution.
@@ -85,10 +94,13 @@ def record(
             rank = jnp.where(at < ends[:, None], rank, -1)
             agreed = jnp.sum(jnp.cumprod((rank == 0).astype(jnp.int32), axis=1), axis=1)
             agreed = agreed.astype(jnp.int32)
-            following = jnp.minimum(length + agreed + 1, ends)
-            outcome = Outcome(following, length + agreed, path, agreed)
+            kept = jnp.minimum(agreed, 0 if everywhere else depth)
+            following = jnp.minimum(length + kept + 1, ends)
+            outcome = Outcome(following, length + jnp.minimum(agreed, kept + 1), path, kept)
             states = inner.commit(states, outcome, view)
-            return (states, following), (length < ends, agreed, rank, probs)
+            row = jnp.arange(batch, dtype=jnp.int32)
+            chain = draft.tokens[:, 1 : depth + 1]
+            return (states, following), (length < ends, row, length, chain, agreed, rank, probs)
 
         states = inner.init(batch, columns)
         return lax.scan(step, (states, starts), None, length=rounds)[1]

@@ -20,6 +20,7 @@ from jax_specdec.drafters.glide import GliDeDrafter
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.loading import depth_of, parse_drafter
 from jax_specdec.drafters.max_gram import MaxGram
+from jax_specdec.drafters.neural import Stop
 from jax_specdec.drafters.prompt_lookup import PromptLookup
 from jax_specdec.drafters.specs import PRESETS, from_matrix, split
 from jax_specdec.sampling import Noise, shared_noise
@@ -57,6 +58,9 @@ CASCADES = {
     "three levels": three_levels(),
     "lenient": three_levels(lenience=4.0, copies=True),
     "horizontal": Horizontal((LmDrafter(h.TARGET, 2), Bigram(1), MaxGram(2)), (2, 2, 2)),
+    "unsure": Horizontal(
+        (dataclasses.replace(LM, length=3, stop=Stop("confidence", 0.3)), MaxGram(2)), (3, 2)
+    ),
     "generating": Cascade(LM, (LmDrafter(h.TARGET, 2, name="lm2"),), (3,), lenience=2.0),
 }
 
@@ -143,6 +147,38 @@ def test_glide_as_a_reviewer(layers):
     args = (target, target_params, given, PROMPTS)
     assert assert_drafts_as_alone(level, alone, whole, *args) > 50
     check_drafter(whole, given, target, target_params, compiler_options=h.QUICK)
+
+
+@pytest.mark.parametrize("stop", [Stop("confidence", 0.2), Stop("entropy", 0.3)], ids=str)
+def test_an_unsure_drafter_ends_its_draft(stop):
+    """It drafts the same tokens as without, as far as its own law says."""
+    alone = dataclasses.replace(LM, length=5)
+    wary = dataclasses.replace(alone, stop=stop)
+    sampling = h.sampling_of(len(PROMPTS), max_new_tokens=16, **MIXED)
+    all_params = {"target": h.target_params(), "drafters": params()}
+    ends = []
+    for state, running in rounds(DecodeLoop(h.TARGET, wary), all_params, PROMPTS, sampling):
+        got, want = jax.device_get(drafted(wary, alone, params(), state, jnp.asarray(running)))
+        for row in np.flatnonzero(running):
+            count = got.valid[row, 1:].sum()
+            assert got.valid[row, 1 : count + 1].all()
+            np.testing.assert_array_equal(
+                got.tokens[row, 1 : count + 1], want.tokens[row, 1 : count + 1]
+            )
+            ends.append(count)
+            if MIXED["temperature"][row]:
+                continue
+            text = np.asarray(state.text.tokens[row, : state.text.length[row]])
+            place = [*text, *want.tokens[row, 1:]]
+            padded = jnp.asarray(np.pad(place, (0, 96 - len(place))))[None].astype(jnp.int32)
+            logits = all_logits(h.TARGET, params()["lm"], padded)[len(text) - 1 :][:5]
+            p = np.asarray(jax.nn.softmax(logits), np.float64)
+            figure = p.max(-1)
+            if stop.rule == "entropy":
+                figure = 1 - np.sqrt(-0.2 * (p * np.log(p)).sum(-1))
+            unsure = np.flatnonzero(figure < stop.threshold)
+            assert count == (unsure[0] + 1 if len(unsure) else 5)
+    assert {1, 5} <= set(ends) or len(set(ends)) > 1
 
 
 # A plain transcription of Algorithm 1
@@ -354,9 +390,12 @@ def test_sizes_against_enumeration():
     for _ in range(200):
         some = [sorted(set(rng.integers(0, 5, 3).tolist()) | {4}) for _ in range(2)]
         quotas, cut = rng.integers(1, 5, 2).tolist(), bool(rng.integers(2))
+        stops = rng.integers(0, 2, 2).astype(bool).tolist()
         ends, latest = set(), [-1, -1]
 
-        def walk(turn, count, some=some, quotas=quotas, cut=cut, ends=ends, latest=latest):
+        def walk(
+            turn, count, some=some, quotas=quotas, cut=cut, stops=stops, ends=ends, latest=latest
+        ):
             if turn == 2:
                 ends.add(count)
                 return
@@ -365,13 +404,11 @@ def test_sizes_against_enumeration():
                 return walk(turn + 1, count)
             latest[turn] = max(latest[turn], count)
             for size in some[turn]:
-                if size == 0:
-                    walk(turn + 1, count)
-                else:
-                    walk(turn, min(count + size, quota) if cut else count + size)
+                last = size == 0 or (stops[turn] and size < 4)
+                walk(turn + last, min(count + size, quota) if cut else count + size)
 
         walk(0, 0)
-        assert turns(some, quotas, cut=cut) == (tuple(latest), tuple(sorted(ends)))
+        assert turns(some, quotas, stops, cut=cut) == (tuple(latest), tuple(sorted(ends)))
 
 
 def test_depths():
@@ -480,6 +517,9 @@ def test_a_list_of_specifications_is_split_outside_of_brackets():
         ("csd-vicuna-teee", "did you mean csd-vicuna-tree"),
         ("cascade(lm[max-gram:10]:2", "ends too early"),
         ("cascade(lm[max-gram:10]:2))", "unexpected '\\)' at character 27"),
+        ("lm[confidence=2]:4", "confidence threshold between 0 and 1, got 2"),
+        ("max-gram[entropy=0.2]", "no probabilities to stop"),
+        ("lm[entrpy=0.2]", "did you mean entropy"),
         ("cascade()", "unexpected '\\)' at character 9"),
         ("cascade(lm[max-gram:40]:40)", "may draft 80 tokens at once"),
         ("cascade(max-gram:4)+cape:9", "has no distribution to expand"),

@@ -9,9 +9,11 @@ import pytest
 
 import jax_specdec as sd
 from jax_specdec import costs, replay
+from jax_specdec.allocation import candidates, play
 from jax_specdec.costs import Costs, acceptance_by_position, tune
 from jax_specdec.drafters.expand import Cape, Fixed, PathProbability, select
 from jax_specdec.drafters.glide_checkpoint import save_glide, target_fingerprint
+from jax_specdec.drafters.loading import depth_of, parse_drafter
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.theory import comb_tau
@@ -49,6 +51,34 @@ def test_a_replay_is_the_decoding(found):
     rows = np.arange(len(record.agreed))
     below = record.agreed < 5
     assert (record.rank[rows[below], record.agreed[below]] != 0).all()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cascade(lm:3, max-gram:4; cut)",
+        "cascade(lm[max-gram:2]:3; cut)",
+        "cascade(lm[max-gram:4]:5, max-gram:2; cut)",
+    ],
+)
+def test_a_cascade_that_is_played_is_the_decoding(target, text):
+    """Round by round: the host knows what each drafter would do, Max-Gram's search included."""
+    decoder, plain = decode(target, "none")
+    texts = [decoder.encode(a.prompt) + a.token_ids for a in plain]
+    starts = [len(decoder.encode(a.prompt)) for a in plain]
+    chains = replay.record(target, sd.load_drafter("lm:7", target), texts, starts, everywhere=True)
+    played = play(parse_drafter(text), texts, {"lm": chains})
+    _, answers = decode(target, text)
+    assert [a.token_ids for a in answers] == [a.token_ids for a in plain]
+    steps = sum(a.stats.num_spec_steps for a in answers)
+    assert played.tau == sum(len(a.token_ids) for a in answers) / steps
+    assert played.calls[0] >= 1 and all(0 <= n <= 1 for n in played.calls[1:])
+
+
+def test_candidates():
+    some = list(candidates(["lm"], 6))
+    assert len(set(some)) == len(some) > 20
+    assert all(depth_of(spec) <= 6 and parse_drafter(str(spec)) == spec for spec in some)
 
 
 @pytest.mark.parametrize("rule", [Cape(20), Fixed(12), PathProbability(9)], ids=str)
@@ -113,6 +143,23 @@ def test_tune_chooses_lengths_and_budgets(target, monkeypatch):
     found = out["measured"]["drafters"]["lm+path"]
     tau = 1 + sum(found["accepted_per_pos"])
     assert abs(found["predicted_speedup"] - tau * 1.02 / (1.1 + nodes / 50)) < 1e-9
+
+
+def test_tune_chooses_a_cascade(target, tmp_path, monkeypatch):
+    """The best of those that it played; it is what the name stands for beside this checkpoint."""
+    monkeypatch.setattr(costs, "verify_arm", lambda target, nodes, ids: lambda: 1 + nodes / 50)
+    monkeypatch.setattr(costs, "draft_arm", lambda target, drafter, ids: lambda: 0.01)
+    settings = {"longest": 4, "max_new_tokens": 8, "repeats": 1}
+    out = tune(target, lambda s: sd.load_drafter(s, target), ["lm", "cascade"], PROMPTS, **settings)
+    spec = parse_drafter(out["cascade"])
+    assert spec in list(candidates(["lm"], 4))
+    (tmp_path / "draft_lengths.json").write_text(json.dumps(out))
+    drafts = {"lm": target.path.parent / "lm"}
+    assert sd.load_drafter("cascade", target, tmp_path, drafts=drafts).spec == str(spec)
+    with pytest.raises(sd.UserError, match="No cascade was chosen"):
+        sd.load_drafter("cascade", target, tmp_path / "elsewhere")
+    with pytest.raises(sd.UserError, match="needs a drafter with a distribution"):
+        tune(target, lambda s: sd.load_drafter(s, target), ["max-gram", "cascade"], PROMPTS)
 
 
 def test_tune_stops_at_the_trained_delay_and_decodes_with_trees(target, tmp_path, monkeypatch):

@@ -20,7 +20,8 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--drafters",
         metavar="A,B,...",
-        help="drafters to tune, with an expansion (`lm+path`) or without (default: all that there are)",
+        help="drafters to tune, with an expansion (`lm+path`) or without, and `cascade` for the best cascade "
+        "of them (default: all drafters that there are)",
     )
     parser.add_argument("--draft", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument(

@@ -75,7 +75,8 @@ class Horizontal(Composed):
 
     Attributes:
       quotas: tokens that each drafter adds to what is wanted. Turn c ends for a row when its draft has
-        `quotas[0] + ... + quotas[c]` tokens, whoever proposed them, or when the drafter finds none.
+        `quotas[0] + ... + quotas[c]` tokens, whoever proposed them, or when the drafter finds none or
+        ends a draft early, being unsure.
       cut: whether what exceeds the quota so far is dropped. As published it is kept.
 
     Raises:
@@ -111,7 +112,10 @@ class Horizontal(Composed):
     @functools.cached_property
     def _turns(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return turns(
-            [_sizes(drafter) for drafter in self.drafters], list(self.quotas), cut=self.cut
+            [_sizes(drafter) for drafter in self.drafters],
+            self.quotas,
+            [_stops(drafter) for drafter in self.drafters],
+            cut=self.cut,
         )
 
     @property
@@ -194,6 +198,7 @@ class Horizontal(Composed):
                 room - count,
             )
             found = jnp.sum(draft.valid[:, 1:], axis=1, dtype=jnp.int32)
+            done = found < (drafter.depth if _stops(drafter) else 1)
             if self.cut:
                 found = jnp.minimum(found, quota - count)
             found = jnp.where(need, found, 0)
@@ -209,7 +214,7 @@ class Horizontal(Composed):
             }
             tokens = _write(tokens, draft.tokens[:, 1:], length, found)
             states = drafter.commit(states, _accepted(length, found, drafter.depth), view)
-            return (states, tokens, count + found, fields), going & (found > 0)
+            return (states, tokens, count + found, fields), going & ~done
 
         going = jnp.ones_like(active)
         return lax.while_loop(lambda c: jnp.any(lacking(c)), call, (carry, going))[0]
@@ -329,16 +334,20 @@ class Cascade(Composed):
 
 
 def turns(
-    sizes: Sequence[Sequence[int]], quotas: Sequence[int], *, cut: bool
+    sizes: Sequence[Sequence[int]], quotas: Sequence[int], stops: Sequence[bool], *, cut: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What can happen in a `Horizontal` of drafters whose drafts have these sizes.
+
+    Args:
+      stops: whether a draft that is shorter than the drafter's longest ends its turn; one of no token
+        always does.
 
     Returns:
       Per drafter, the most tokens before one of its calls, -1 if it is never called; and the sizes that
       the whole draft may have.
     """
     counts, latest, quota = {0}, [], 0
-    for some, more in zip(sizes, quotas, strict=True):
+    for some, more, stop in zip(sizes, quotas, stops, strict=True):
         quota += more
         ended = {n for n in counts if n >= quota}
         waiting = sorted(counts - ended)
@@ -350,7 +359,7 @@ def turns(
             called.add(n)
             for size in some:
                 new = min(n + size, quota) if cut else n + size
-                if size == 0 or new >= quota:
+                if size == 0 or new >= quota or (stop and size < max(some)):
                     ended.add(new)
                 else:
                     waiting.append(new)
@@ -361,6 +370,11 @@ def turns(
 
 def _sizes(drafter: Any) -> tuple[int, ...]:
     return getattr(drafter, "sizes", tuple(range(drafter.depth + 1)))
+
+
+def _stops(drafter: Any) -> bool:
+    """Whether it ends drafts that it is unsure of."""
+    return getattr(drafter, "stop", None) is not None
 
 
 def _parts(drafter: Drafter) -> dict[str, Drafter]:

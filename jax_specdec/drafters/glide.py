@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax_specdec import cache as kv
 from jax_specdec._types import Array
 from jax_specdec.drafters.base import TargetView
-from jax_specdec.drafters.neural import CATCH_UP, NeuralDrafter
+from jax_specdec.drafters.neural import CATCH_UP, NeuralDrafter, Stop
 from jax_specdec.errors import UserError
 from jax_specdec.models.decoder import Output, Params
 from jax_specdec.models.glide import GliDe, glimpse_cache, last_seen
@@ -35,6 +35,7 @@ class GliDeDrafter(NeuralDrafter):
     length: int
     name: str = "glide"
     proposal: Literal["matched", "greedy"] = "matched"
+    stop: Stop | None = None
 
     def __post_init__(self):
         if self.reach is not None and self.length > self.reach:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from jax_specdec.drafters.neural import NeuralDrafter
+from jax_specdec.drafters.neural import NeuralDrafter, Stop
 from jax_specdec.models.decoder import Decoder
 
 
@@ -19,6 +19,7 @@ class LmDrafter(NeuralDrafter):
     length: int
     name: str = "lm"
     proposal: Literal["matched", "greedy"] = "matched"
+    stop: Stop | None = None
 
     @property
     def body(self):

@@ -22,9 +22,18 @@ from jax_specdec.drafters.glide_checkpoint import load_glide, read_glide_config
 from jax_specdec.drafters.growth import BeamSearch, DynamicTree
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
+from jax_specdec.drafters.neural import Stop
 from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.drafters.prompt_lookup import PromptLookup
-from jax_specdec.drafters.specs import CASCADE, NAMES, WITH_CHECKPOINT, Spec, known_name, parse
+from jax_specdec.drafters.specs import (
+    CASCADE,
+    EXAMPLE,
+    NAMES,
+    WITH_CHECKPOINT,
+    Spec,
+    known_name,
+    parse,
+)
 from jax_specdec.errors import UserError
 from jax_specdec.tree import MAX_NODES
 
@@ -94,6 +103,8 @@ def _check_lengths(spec: Spec) -> None:
         raise UserError(f"A draft length must be in 1..{MAX_NODES - 1}, got {length}.")
     if spec.lenience < 1:
         raise UserError(f"A lenience must be finite and at least 1, got {spec.lenience:g}.")
+    if spec.stop is not None:
+        Stop(*spec.stop)
     for inner in spec.inner:
         _check_lengths(inner)
 
@@ -112,7 +123,9 @@ def _sizes_of(spec: Spec) -> tuple[int, ...]:
     if spec.name == CASCADE:
         return _turns_of(spec)
     if spec.inner:
-        return turns([_reviewed(spec)], [spec.length or 1], cut=False)[1]
+        return turns([_reviewed(spec)], [spec.length or 1], [False], cut=False)[1]
+    if spec.stop is not None:
+        return tuple(range(1, (spec.length or 0) + 1))
     return _statistical(spec).sizes if spec.length else ()
 
 
@@ -123,7 +136,8 @@ def _reviewed(spec: Spec) -> tuple[int, ...]:
 
 def _turns_of(spec: Spec) -> tuple[int, ...]:
     sizes = [_reviewed(inner) if inner.inner else _sizes_of(inner) for inner in spec.inner]
-    return turns(sizes, [inner.length or 1 for inner in spec.inner], cut=spec.cut)[1]
+    quotas = [inner.length or 1 for inner in spec.inner]
+    return turns(sizes, quotas, [inner.stop is not None for inner in spec.inner], cut=spec.cut)[1]
 
 
 def expand(rule: str, length: int, nodes: int | None) -> Rule:
@@ -145,6 +159,14 @@ def complete(spec: Spec, folder: Path, drafts: Mapping[str, str | Path] | None =
     """
     if spec.name == "none":
         return spec
+    if spec.name == CASCADE and not spec.inner:
+        chosen = _measured(folder).get(CASCADE)
+        if chosen is None:
+            raise UserError(
+                f"No cascade was chosen for the checkpoints in {folder}: name one, as in {EXAMPLE}, or run "
+                "`jax-specdec tune --drafters lm,max-gram,cascade`."
+            )
+        spec = parse_drafter(chosen)._replace(rule=spec.rule, nodes=spec.nodes)
     if spec.inner:
         spec = _filled(spec)
         if spec.rule is not None:
@@ -162,7 +184,7 @@ def complete(spec: Spec, folder: Path, drafts: Mapping[str, str | Path] | None =
             nodes = found.get("nodes", {}).get(spec.key)
     if spec.rule is not None:
         nodes = expand(spec.rule, length, nodes).nodes
-    return Spec(spec.name, length, spec.rule, nodes)
+    return spec._replace(length=length, nodes=nodes)
 
 
 def _filled(spec: Spec) -> Spec:
@@ -206,7 +228,7 @@ def _measured(folder: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         counts = [*found.get("lengths", {}).values(), *found.get("nodes", {}).values()]
         good = all(n is None or 0 <= n <= MAX_NODES for n in counts)
-        good = good and isinstance(found.get("default", ""), str)
+        good = good and all(isinstance(found.get(k, ""), str) for k in ("default", CASCADE))
     except (OSError, ValueError, TypeError, AttributeError):
         good = False
     if not good:
@@ -243,13 +265,15 @@ def load_drafter(
     params: dict[str, Any] = {}
 
     def single(item: Spec, length: int) -> Any:
-        """The drafter of a name with another length; every name is loaded once."""
+        """The drafter of a name with its own length and stop; every name is loaded once."""
         where = Path((drafts or {}).get(item.name, home / item.name))
         known = loaded.get(item.name)
         if known is None:
             known = loaded[item.name] = _load_chain(item.name, length, target, where, dtype)
             params.update(known[1])
         drafter: Any = known[0]
+        if item.stop is not None:
+            drafter = dataclasses.replace(drafter, stop=Stop(*item.stop))
         return dataclasses.replace(drafter, length=length) if length else drafter
 
     def build(item: Spec) -> Any:

@@ -4,14 +4,17 @@ A subclass says what runs a forward pass over its own cache; reading text, draft
 back, and whatever grows a tree over it (`drafters.growth`) follow from that.
 """
 
+import dataclasses
 from typing import Any, Literal, Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jax_specdec import cache as kv
-from jax_specdec._types import Array, Float, Int
+from jax_specdec._types import Array, Bool, Float, Int
 from jax_specdec.drafters.base import ChainDrafter, States, TargetView, rollback
+from jax_specdec.errors import UserError
 from jax_specdec.models.decoder import Decoder, Output, Params
 from jax_specdec.prefill import read_ending, read_text
 from jax_specdec.sampling import NEG_INF, Noise, Sampling, argmax, largest, law_of, warp
@@ -41,16 +44,57 @@ class Model(Protocol):
     def head(self, params: Params, hidden: Array) -> Array: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """Ends a draft behind a token that the drafter is unsure of: drafting further would hardly pay.
+
+    Which tokens follow is no matter of exactness: a token stays in the draft once it was drawn.
+
+    Attributes:
+      rule: `confidence`, the probability of the drafted token (arXiv 2211.17192 drafts on regardless;
+        assisted generation of transformers stops at 0.4), or `entropy`, the lower bound
+        1 - sqrt(0.2 H) of the chance of acceptance, H in nats (AdaEDL, arXiv 2410.18351).
+      threshold: a draft ends where the figure is below, 0 < threshold < 1.
+
+    Raises:
+      UserError: another threshold.
+    """
+
+    rule: Literal["confidence", "entropy"]
+    threshold: float
+
+    def __post_init__(self):
+        if not 0 < self.threshold < 1:
+            raise UserError(
+                f"A draft stops at a {self.rule} threshold between 0 and 1, got {self.threshold:g}."
+            )
+
+    def ends(self, scores: Float[Array, "B 1 V"], sampling: Sampling) -> Bool[Array, " B"]:
+        """Which rows end behind the best of `scores`, noise included."""
+        best = jnp.max(scores, axis=-1, keepdims=True)
+        if self.rule == "confidence":
+            return confidences(scores, best, sampling)[:, 0, 0] < self.threshold
+        p = confidences(scores, scores, sampling)[:, 0]
+        entropy = jnp.sum(jax.scipy.special.entr(p), axis=-1)
+        return 1 - jnp.sqrt(0.2 * entropy) < self.threshold
+
+
 class NeuralDrafter(ChainDrafter):
     """A drafter with a forward pass and a KV cache, which is `states[name]`.
 
     Attributes:
       proposal: `matched` draws with the shared noise, which agrees with the target most often;
         `greedy` proposes the argmax at every temperature.
+      stop: where a draft ends early, None for nowhere.
     """
 
     proposal: Literal["matched", "greedy"]
+    stop: Stop | None
     has_distribution = True
+
+    @property
+    def sizes(self):
+        return (self.length,) if self.stop is None else tuple(range(1, self.length + 1))
 
     @property
     def body(self) -> Decoder:
@@ -159,34 +203,49 @@ class NeuralDrafter(ChainDrafter):
         return cache
 
     def draft(self, params, states, text, view, sampling, noise, active, room):
-        del active, room
+        del room
         cache, logits = self.read(params, states, text, view)
         described = noise.return_top or noise.return_q
 
-        def propose(logits, depth):
+        def propose(logits, depth, going):
+            """The next token of rows that go on, what is kept of it, and which rows go on behind it."""
             scores = warp(logits, sampling)
-            token = argmax(perturbed(scores, noise, depth, self.proposal))
-            item = {"token": token[:, 0]}
-            return token, {**item, "scores": scores[:, 0]} if described else item
+            chosen = perturbed(scores, noise, depth, self.proposal)
+            token = argmax(chosen)
+            item = {"token": token[:, 0], "valid": going}
+            if described:
+                item["scores"] = scores[:, 0]
+            if self.stop is not None:
+                going = going & ~self.stop.ends(chosen, sampling)
+            return token, item, going
 
-        def step(carry, depth):
-            cache, token = carry
+        def step(carry):
+            depth, going, cache, token, items = carry
             out = self.forward(params, cache, view, token, cache.length[:, None])
-            cache = kv.commit(cache, out.new_kv, jnp.ones_like(cache.length), after=out.hidden)
-            token, item = propose(out.logits, depth)
-            return (cache, token), item
+            cache = kv.commit(cache, out.new_kv, going.astype(jnp.int32), after=out.hidden)
+            token, item, going = propose(out.logits, depth, going)
+            items = {key: items[key].at[depth].set(item[key]) for key in items}
+            return depth + 1, going, cache, token, items
 
         # The last drafted token is not read: it is among the two that the next round begins with.
-        token, first = propose(logits, 0)
-        depth = jnp.arange(1, self.length, dtype=jnp.int32)
-        (cache, _), rest = lax.scan(step, (cache, token), depth)
+        going = jnp.ones_like(active) if self.stop is None else active
+        token, item, going = propose(logits, 0, going)
         items = {
-            key: jnp.concatenate([first[key][:, None], jnp.swapaxes(rest[key], 0, 1)], axis=1)
-            for key in first
+            key: jnp.zeros((self.length, *value.shape), value.dtype).at[0].set(value)
+            for key, value in item.items()
         }
+        carry = lax.while_loop(
+            lambda carry: (carry[0] < self.length) & jnp.any(carry[1]),
+            step,
+            (jnp.int32(1), going, cache, token, items),
+        )
+        cache = carry[2]
+        items = {key: jnp.swapaxes(value, 0, 1) for key, value in carry[-1].items()}
         tokens, fields = items["token"], {}
+        if self.stop is not None:
+            fields["valid"] = items["valid"]
         if described:
-            fields = chain_fields(items["scores"], tokens, sampling, noise, self.proposal)
+            fields |= chain_fields(items["scores"], tokens, sampling, noise, self.proposal)
         return chain(text, tokens, **fields), {**states, self.name: self.kept(cache, view)}
 
     def commit(self, states, outcome, view):

@@ -2,9 +2,11 @@
 
 lm:4                                          a drafter and its draft length
 lm:4+cape:16                                  an expansion and its node budget
+lm[confidence=0.4]:8                          drafts end behind tokens that it is unsure of; also entropy=
 lm[max-gram:10]                               lm reviews what max-gram drafts
 cascade(lm[max-gram:10]:2, max-gram:10)       drafters in turn, each with its quota
 lm[lm2[max-gram:10]:1, max-gram:10; lenience=3]:8     any nesting, with options behind semicolons
+cascade                                       the one that `jax-specdec tune` chose for the checkpoint
 """
 
 import difflib
@@ -20,6 +22,7 @@ NAMES = ("none", "lm", "glide", "max-gram", "prompt-lookup", "bigram")
 WITH_CHECKPOINT = ("lm", "glide", "bigram")
 REVIEWERS = ("lm", "glide")  # of which there may be several: lm2, lm3
 OPTIONS = ("lenience", "copies", "cut")
+STOPS = ("confidence", "entropy")
 CASCADE = "cascade"
 EXAMPLE = "cascade(lm[max-gram:10]:2, max-gram:10)"
 
@@ -39,7 +42,8 @@ PRESETS = {
 GRAMMAR = r"""
 start: (turns | item) ("+" rule)*
 turns: NAME "(" items options ")"
-item: NAME [review] [":" INT]
+item: NAME [review | unsure] [":" INT]
+unsure: "[" NAME "=" NUMBER "]"
 review: "[" items options "]"
 items: item ("," item)*
 options: (";" option)*
@@ -58,7 +62,7 @@ class Spec(NamedTuple):
     Attributes:
       length: tokens per draft, or the quota of a drafter that reviews.
       inner: the drafters whose draft it reviews, or those of a `cascade`.
-      lenience, copies, cut: as in `drafters.cascade`.
+      lenience, copies, cut: as in `drafters.cascade`. stop: as in `drafters.neural.Stop`.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Spec(NamedTuple):
     lenience: float = 1.0
     copies: bool = False
     cut: bool = False
+    stop: tuple[Any, float] | None = None
 
     @property
     def kind(self) -> str:
@@ -82,8 +87,8 @@ class Spec(NamedTuple):
 
     @property
     def has_distribution(self) -> bool:
-        if self.name == CASCADE:
-            return any(inner.has_distribution for inner in self.inner)
+        if self.name == CASCADE:  # without drafters: the one that was chosen by measurement
+            return not self.inner or any(inner.has_distribution for inner in self.inner)
         return self.kind in REVIEWERS
 
     def __str__(self) -> str:
@@ -92,13 +97,20 @@ class Spec(NamedTuple):
 
         inside = ", ".join(map(str, self.inner))
         if self.lenience != 1:
-            inside += f"; lenience={self.lenience:.17g}"
+            inside += f"; lenience={_number(self.lenience)}"
         inside += "; copies" * self.copies + "; cut" * self.cut
         if self.name == CASCADE:
-            text = f"{CASCADE}({inside})"
+            text = f"{CASCADE}({inside})" if self.inner else CASCADE
         else:
-            text = item(f"{self.name}[{inside}]" if self.inner else self.name, self.length)
+            if self.stop is not None:
+                inside = f"{self.stop[0]}={_number(self.stop[1])}"
+            text = item(f"{self.name}[{inside}]" if inside else self.name, self.length)
         return text if self.rule is None else f"{text}+{item(self.rule, self.nodes)}"
+
+
+def _number(value: float) -> str:
+    """The shortest text that is read as the same number."""
+    return str(int(value)) if value == int(value) else repr(value)
 
 
 def parse(text: str) -> Spec:
@@ -114,6 +126,8 @@ def parse(text: str) -> Spec:
         if plus and "+" in chain:
             raise UserError(f"The preset {text.partition('+')[0].strip()!r} is expanded already.")
         return parse(chain + plus + rule)
+    if chain.strip() == CASCADE:
+        return parse(f"lm{plus}{rule}")._replace(name=CASCADE)
     try:
         return _Build().transform(_parser().parse(text))
     except lark.exceptions.VisitError as error:
@@ -191,6 +205,10 @@ class _Build(lark.Transformer):
     def review(self, children):
         return children
 
+    def unsure(self, children):
+        name, value = children
+        return {"stop": (known_name(name, "option", STOPS), value)}
+
     def item(self, children):
         name, review, length = children
         spec = Spec(name, length)
@@ -202,6 +220,10 @@ class _Build(lark.Transformer):
             )
         if review is None:
             return spec
+        if isinstance(review, dict):
+            if kind not in REVIEWERS:
+                raise UserError(f"The drafter {name!r} has no probabilities to stop a draft by.")
+            return spec._replace(**review)
         if kind not in REVIEWERS:
             raise UserError(
                 f"The drafter {name!r} cannot review: {' and '.join(REVIEWERS)} can, as in lm[{name}:4]."
