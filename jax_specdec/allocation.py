@@ -1,0 +1,121 @@
+"""Quotas of a cascade, chosen by playing every round of greedy decoding again.
+
+A reviewer without lenience drafts what it would have drafted alone. So its own chains from every place of
+a text, recorded once, tell what any cascade of it and Max-Gram drafts there, how often each of them is
+called and what the target accepts: no cascade has to be compiled to be judged.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jax_specdec.drafters.loading import depth_of, parse_drafter
+from jax_specdec.drafters.specs import CASCADE, Spec
+from jax_specdec.replay import Record
+
+STATISTICAL = "max-gram"
+# Quotas of a reviewer or drafter, tokens proposed to a reviewer, and behind what it drafted.
+QUOTAS = range(1, 9)
+PROPOSED = (2, 4, 6)
+BEHIND = (2, 4)
+
+
+class Played(NamedTuple):
+    """What became of a cascade on known texts, means over rounds.
+
+    Attributes:
+      tau: tokens a round, the target's own included.
+      calls: of each drafter by its place in the cascade, from the left: drafts of one that drafts alone,
+        reviews of one that reviews.
+    """
+
+    tau: float
+    calls: tuple[float, ...]
+
+
+def candidates(neural: Sequence[str], deepest: int) -> Iterator[Spec]:
+    """Cascades of one neural drafter and Max-Gram that draft at most `deepest` tokens.
+
+    Vertical, horizontal and both; drafts are cut to the quotas, since every verification is as wide as
+    the longest.
+    """
+    for name in neural:
+        for quota in QUOTAS:
+            for behind in (0, *BEHIND):
+                tail = (Spec(STATISTICAL, behind),) if behind else ()
+                for proposed in (0, *PROPOSED):
+                    inner = (Spec(STATISTICAL, proposed),) if proposed else ()
+                    spec = Spec(CASCADE, inner=(Spec(name, quota, inner=inner), *tail), cut=True)
+                    if (inner or tail) and depth_of(spec) <= deepest:
+                        yield parse_drafter(str(spec))
+
+
+def play(spec: Spec, texts: Sequence[Sequence[int]], found: Mapping[str, Record]) -> Played:
+    """Plays every round of a cascade of `candidates`.
+
+    Args:
+      texts: prompts with answers. found: by name, `replay.record(..., everywhere=True)` of each neural
+        drafter on them, with chains at least as long as the cascade's drafts.
+    """
+    part, *rest = spec.inner
+    record = found[part.name]
+    calls = np.zeros(len(spec.inner))
+    tokens = rounds = 0
+    for row, text in enumerate(texts):
+        mine = np.flatnonzero(record.row == row)
+        chains = dict(zip(record.length[mine].tolist(), record.tokens[mine].tolist(), strict=True))
+        at = min(chains)
+        while at < len(text):
+            prefix, own = list(text[:at]), chains[at]
+            draft, made = _first(part, prefix, own)
+            calls[0] += made
+            for i, other in enumerate(rest, 1):
+                calls[i] += 1
+                draft += max_gram(prefix + draft, other.length or 0)
+            agreed = 0
+            while (
+                agreed < len(draft)
+                and at + agreed < len(text)
+                and draft[agreed] == text[at + agreed]
+            ):
+                agreed += 1
+            new = min(agreed + 1, len(text) - at)
+            tokens, rounds, at = tokens + new, rounds + 1, at + new
+    return Played(tokens / rounds, tuple((calls / rounds).tolist()))
+
+
+def _first(part: Spec, prefix: list[int], own: list[int]) -> tuple[list[int], int]:
+    """What the neural drafter drafts for its quota, and in how many calls."""
+    quota = part.length or 1
+    if not part.inner:
+        return own[:quota], 1
+    done = made = 0
+    while done < quota:
+        proposed = max_gram(prefix + own[:done], part.inner[0].length or 0)
+        agreed = 0
+        while (
+            agreed < len(proposed) and [proposed[agreed]] == own[done + agreed : done + agreed + 1]
+        ):
+            agreed += 1
+        done, made = done + agreed + 1, made + 1
+    return own[: min(done, quota)], made
+
+
+def max_gram(text: Sequence[int], length: int) -> list[int]:
+    """What `drafters.max_gram.MaxGram` drafts behind a text: nothing where no token of its end recurs."""
+    tokens = np.asarray(text)
+    ends = np.flatnonzero(tokens[:-1] == tokens[-1])
+    if not len(ends):
+        return []
+    back = 1
+    while len(ends) > 1:
+        longer = ends[ends >= back]
+        longer = longer[tokens[longer - back] == tokens[-1 - back]]
+        if not len(longer):
+            break
+        ends, back = longer, back + 1
+    out = list(text)
+    for place in range(int(ends[-1]) + 1, int(ends[-1]) + 1 + length):
+        out.append(out[place])
+    return out[len(text) :]
