@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from jax_specdec import UserError, load_drafter, load_target
 from jax_specdec.checkpoints import convert, save_pretrained
 from jax_specdec.drafters.glide_checkpoint import (
+    from_decoder,
     load_glide,
     load_own_params,
     read_glide_config,
@@ -333,3 +334,32 @@ def test_shapes_that_are_refused():
     ):
         with pytest.raises(ValueError):
             dataclasses.replace(config, **change)
+
+
+# Beginning as a decoder
+
+
+def test_a_drafter_that_begins_as_a_decoder_drafts_as_it(target, tiny_checkpoints):
+    """Cross-attention adds nothing at first, whatever it reads."""
+    small = load_target(tiny_checkpoints / "lm", dtype="float32")
+    model, own = from_decoder(small, target, jax.random.key(0), target_layers=(1,))
+    assert not model.config.share
+    assert model.config.target_layers == (1,)
+    tokens = jnp.asarray([[3, 7, 1, 9, 4]])
+    place = jnp.arange(5)[None]
+    want = small.decoder.apply(small.params, tokens, place).logits
+    got = model.apply(own, tokens, place, lambda q, layer: jnp.ones_like(q)).logits
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_a_drafter_cannot_begin_as_any_decoder(target, tiny_checkpoints):
+    small = load_target(tiny_checkpoints / "lm", dtype="float32")
+    key = jax.random.key(0)
+    with pytest.raises(UserError, match=r"has num_layers 1, and .* cannot have 2"):
+        from_decoder(small, target, key, num_layers=2)
+    with pytest.raises(UserError, match="'nonsense'"):
+        from_decoder(small, target, key, nonsense=1)
+    other = dataclasses.replace(small.config, norm_eps=1e-3)
+    other = dataclasses.replace(small.decoder, config=other)
+    with pytest.raises(UserError, match=r"has norm_eps 0\.001, and a GliDe drafter"):
+        from_decoder(dataclasses.replace(small, decoder=other), target, key)

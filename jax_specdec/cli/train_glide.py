@@ -41,7 +41,12 @@ def register(kinds: Any) -> None:
     )
     parser.add_argument("--out", metavar="DIR", required=True)
     parser.add_argument("--resume", action="store_true", help="go on from the newest state in OUT")
-    parser.add_argument("--init", metavar="DIR", help="start from this GliDe checkpoint")
+    parser.add_argument(
+        "--init",
+        metavar="DIR",
+        help="start from this GliDe checkpoint, or from a decoder with the target's vocabulary, whose layers, "
+        "embedding and head are taken over",
+    )
     parser.add_argument(
         "--config", metavar="FILE", help='JSON {"train": {...}, "recipe": {...}, "model": {...}}'
     )
@@ -99,8 +104,11 @@ def run(args: argparse.Namespace) -> int:
         recipe_fields = {"visibility": "block", "loss": "cross_entropy", **recipe_fields}
     recipe = GliDeRecipe(**recipe_fields)
 
+    import jax
+
     from jax_specdec.checkpoints import find_checkpoint, load_target
     from jax_specdec.drafters import glide_checkpoint
+    from jax_specdec.tensor_files import read_json
     from jax_specdec.training import glide
     from jax_specdec.training.losses import parse_mixture
 
@@ -115,7 +123,17 @@ def run(args: argparse.Namespace) -> int:
         )
     fields = {**sections["model"], **arguments.given(args, "model")}
     initial = None
-    if args.init is None:
+    if (
+        args.init is not None
+        and read_json(Path(args.init) / "config.json").get("model_type") != "glide"
+    ):
+        if args.paper:
+            raise UserError(f"{args.init} fixes the drafter's shape: leave out --paper.")
+        small = load_target(args.init, dtype="float32")
+        fields |= {"cross_attention": False} if args.vanilla else {}
+        key = jax.random.key(config.seed)
+        model, initial = glide_checkpoint.from_decoder(small, target, key, **fields)
+    elif args.init is None:
         shape = choose_shape(args, fields, recipe, target.config)
         model = glide_checkpoint.make_glide(shape, target.config, "float32")
     else:

@@ -118,6 +118,67 @@ def load_glide(
     return model, model.join(own, target.params)
 
 
+def from_decoder(
+    small: Target, target: Target, key: jax.Array, **fields: Any
+) -> tuple[GliDe, Params]:
+    """A drafter that begins as a decoder: its layers, embedding and head, and cross-attention that adds 0.
+
+    What the decoder learned need not be learned again, and cross-attention has only to improve on it.
+
+    Args:
+      small: with the target's vocabulary, in float32. fields: of `GliDeConfig`, what the decoder leaves open.
+
+    Raises:
+      UserError: another vocabulary, a field that the decoder says otherwise, or a decoder of another kind
+        than a GliDe drafter for this target is.
+    """
+    from jax_specdec.drafters.loading import check_vocabulary
+
+    check_vocabulary(target, small)
+    c = small.config
+    names = (
+        "hidden_size",
+        "mlp_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "qkv_bias",
+    )
+    fixed = {name: getattr(c, name) for name in names} | {"share": False, "final_norm": True}
+    for name, value in fixed.items():
+        if fields.get(name, value) != value:
+            raise UserError(
+                f"{small.path} has {name} {value}, and what begins as it cannot have {fields[name]}."
+            )
+    model = make_glide(
+        make_glide_config({**fixed, **fields}, "What was given"), target.config, "float32"
+    )
+    alike = model.config.decoder(target.config)
+    for field in dataclasses.fields(ModelConfig):
+        if field.name in (*_NOT_IDENTITY, "tied_head"):
+            continue
+        theirs, ours = getattr(c, field.name), getattr(alike, field.name)
+        if theirs != ours:
+            raise UserError(
+                f"{small.path} has {field.name} {theirs}, and a GliDe drafter for this target {ours}."
+            )
+    params = model.init(key)
+    theirs = small.params
+    layers = theirs["layers"]
+    if not isinstance(layers, tuple):
+        layers = tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(c.num_layers))
+    params["layers"] = tuple(
+        {**own, **layer} for own, layer in zip(params["layers"], layers, strict=True)
+    )
+    for layer in params["layers"]:
+        if "cross" in layer:
+            layer["cross"]["out"] = jnp.zeros_like(layer["cross"]["out"])
+    params |= {"norm": theirs["norm"], "embed": theirs["embed"]}
+    params["head"] = theirs["head"] if "head" in theirs else theirs["embed"].T
+    return model, params
+
+
 def make_glide(config: GliDeConfig, target: ModelConfig, dtype: Any) -> GliDe:
     """`GliDe`, its errors as a UserError."""
     try:

@@ -186,7 +186,8 @@ class GliDe:
             params["head_out"] = matrix(c.hidden_size, t.hidden_size, c.hidden_size**-0.5)
         if c.hidden_input:
             params["hidden_norm"] = jnp.ones((t.hidden_size,), self.dtype)
-            params["hidden_in"] = matrix(t.hidden_size, c.hidden_size)
+            # At first it adds nothing: the embedding is much smaller than a state of norm 1.
+            params["hidden_in"] = jnp.zeros((t.hidden_size, c.hidden_size), self.dtype)
         return params
 
     def parameter_count(self) -> int:
