@@ -192,6 +192,13 @@ def main() -> None:
                 "sum_of_parts_s": costs.round(length, nodes),
                 "loop_over_parts": loop / costs.round(length, nodes),
             }
+        if isinstance(arm, Arm):
+            row["peak_memory_bytes"] = arm.decoder.peak_memory()
+            if drafter is not None:
+                row["accepted_by_proposer"] = {
+                    proposer: sum(a.stats.per_drafter[proposer]["accepted"] for a in arm.answers)
+                    for proposer in drafter.drafter.proposers
+                }
         rows[name] = row
 
     record = {

@@ -340,6 +340,16 @@ class SpeculativeDecoder:
             stop_table=table,
         )
 
+    def peak_memory(self) -> int:
+        """The most bytes that one of its compiled programs takes so far, parameters included."""
+
+        def size(program: Any) -> int:
+            found = program.memory_analysis()
+            held = found.argument_size_in_bytes + found.output_size_in_bytes
+            return held - found.alias_size_in_bytes + found.temp_size_in_bytes
+
+        return max((size(p) for pair in self._programs.values() for p in pair), default=0)
+
     def _names(self, origin: np.ndarray) -> list[str | None]:
         names = (None, *self.loaded.drafter.proposers)
         return [names[i] for i in origin.tolist()]

@@ -518,6 +518,18 @@ def test_no_memory(model, capsys, monkeypatch):
     )
 
 
+def test_info_of_a_cascade(model, capsys):
+    """Each drafter in it once, and what they take together."""
+    spec = "cascade(lm[max-gram:4]:3, bigram:2, lm:1)"
+    (about,) = records(capsys, "info", "--model", model, "--drafter", spec)
+    drafter = about["drafter"]
+    assert list(drafter["parts"]) == ["lm", "max-gram", "bigram"]
+    sizes = [drafter["parts"][name]["memory"]["total"] for name in ("lm", "bigram")]
+    assert drafter["memory"]["total"] == sum(sizes)
+    assert about["total_bytes"] == about["memory"]["total"] + sum(sizes)
+    assert "lm  " in ok(capsys, "info", "--model", model, "--drafter", spec)
+
+
 @pytest.mark.usefixtures("relaxed_promotion")
 def test_train_glide(model, data, capsys, tmp_path):
     """A drafter of either kind, from data to text; what fits no target or draft is refused."""

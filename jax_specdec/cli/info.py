@@ -62,7 +62,8 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     config, stored = inspect_checkpoint(folder)
     parsed = parse_drafter(common.choose_drafter(args, folder, folders))
     spec = complete(parsed, folder.parent, folders)
-    name, length = spec.name, depth_of(spec)
+    name = str(spec._replace(rule=None, nodes=None)) if spec.inner else spec.name
+    length = depth_of(spec)
     width = spec.nodes or length + 1
     context = args.context or config.context
     if context > config.context:
@@ -78,24 +79,20 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     drafter: dict[str, Any] = {"name": name, "length": length}
     if spec.rule is not None:
         drafter |= {"expansion": spec.rule, "nodes": spec.nodes}
-    if name == "lm":
+
+    def part(name: str) -> dict[str, Any]:
+        """What is known of one drafter, its memory among it unless it takes none."""
         where = folders.get(name, folder.parent / name)
-        if not where.is_dir():
-            raise UserError(
-                f"The drafter 'lm' has no checkpoint at {where}: say where it is with --draft lm=DIR."
-            )
-        small, small_stored = inspect_checkpoint(where)
-        small_plan = memory_plan(small, dtype, args.batch_size, slots)
-        drafter |= {"path": str(where), **_sizes(small), "stored_dtype": small_stored}
-        drafter["memory"] = {**dataclasses.asdict(small_plan), "total": small_plan.total}
-        total += small_plan.total
-    elif name == "glide":
-        where = folders.get(name, folder.parent / name)
-        drafter |= _glide(where, config, dtype, args.batch_size, slots)
+        return _part(name, where, config, dtype, args.batch_size, slots)
+
+    if spec.inner:
+        drafter["parts"] = {name: part(name) for name in spec.names}
+        sizes = [found["memory"]["total"] for found in drafter["parts"].values() if found]
+        drafter["memory"] = {"total": sum(sizes)}
+    else:
+        drafter |= part(name)
+    if "memory" in drafter:
         total += drafter["memory"]["total"]
-    elif name == "bigram":
-        drafter["memory"] = {"parameters": 4 * config.vocab_size, "total": 4 * config.vocab_size}
-        total += 4 * config.vocab_size
     available = available_memory()
     return {
         "model": str(folder),
@@ -130,13 +127,31 @@ def _sizes(config: Any) -> dict[str, Any]:
     }
 
 
-def _glide(folder: Path, target: Any, dtype: Any, batch_size: int, slots: int) -> dict[str, Any]:
-    """What a GliDe drafter takes beside its target, whose cache, embedding and head it uses."""
+def _part(
+    name: str, folder: Path, target: Any, dtype: Any, batch_size: int, slots: int
+) -> dict[str, Any]:
+    """What one drafter takes; a GliDe drafter uses its target's cache, and maybe embedding and head."""
     import jax.numpy as jnp
 
-    from jax_specdec.checkpoints import memory_plan
+    from jax_specdec.checkpoints import inspect_checkpoint, memory_plan
     from jax_specdec.drafters.glide_checkpoint import make_glide, read_glide_config
+    from jax_specdec.drafters.specs import WITH_CHECKPOINT, kind_of
 
+    kind = kind_of(name)
+    if kind not in WITH_CHECKPOINT:
+        return {}
+    if kind == "bigram":
+        size = 4 * target.vocab_size
+        return {"memory": {"parameters": size, "total": size}}
+    if not folder.is_dir():
+        raise UserError(
+            f"The drafter {name!r} has no checkpoint at {folder}: say where it is with --draft {name}=DIR."
+        )
+    if kind == "lm":
+        small, stored = inspect_checkpoint(folder)
+        plan = memory_plan(small, dtype, batch_size, slots)
+        memory = {**dataclasses.asdict(plan), "total": plan.total}
+        return {"path": str(folder), **_sizes(small), "stored_dtype": stored, "memory": memory}
     model = make_glide(read_glide_config(folder)[0], target, dtype)
     count = model.parameter_count()
     cache = memory_plan(model.decoder.config, dtype, batch_size, slots).cache
@@ -172,11 +187,14 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines += [f"drafter  {drafter['path']}", f"         {_shape(drafter)}"]
     lines.append(
         f"decoding {found['batch_size']} rows of {found['context_used']} tokens (prompts of up to "
-        f"{found['longest_prompt']}) in {found['dtype']}, drafter {drafter['name']}:{drafter['length']}"
+        f"{found['longest_prompt']}) in {found['dtype']}, drafter {drafter['name']}, "
+        f"up to {drafter['length']} tokens a draft"
     )
     lines.append(f"         model   {_memory(found['memory'])}")
     if "memory" in drafter:
-        lines.append(f"         drafter {_memory(drafter['memory'])}")
+        parts = drafter.get("parts") or {"drafter": drafter}
+        shown = {name: part["memory"] for name, part in parts.items() if part}
+        lines += [f"         {name:7} {_memory(memory)}" for name, memory in shown.items()]
     free = found["available_bytes"]
     fits = (
         "unknown"

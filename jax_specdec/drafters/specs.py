@@ -56,6 +56,11 @@ NUMBER: /-?\d+(\.\d+)?/
 """
 
 
+def kind_of(name: str) -> str:
+    """A name without the number that tells drafters of a kind apart."""
+    return name.rstrip("0123456789")
+
+
 class Spec(NamedTuple):
     """A parsed specification; `str` gives it back. None stands for the default.
 
@@ -77,8 +82,13 @@ class Spec(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The name without the number that tells drafters of a kind apart."""
-        return self.name.rstrip("0123456789")
+        return kind_of(self.name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The drafters that it is made of, each once."""
+        own = () if self.name == CASCADE else (self.name,)
+        return tuple(dict.fromkeys((*own, *(name for part in self.inner for name in part.names))))
 
     @property
     def key(self) -> str:
