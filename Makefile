@@ -35,6 +35,7 @@ $(RUNS)/data/train.jsonl: $(VENV)/.installed
 identity: $(RUNS)/data/train.jsonl
 	$(BIN)/python benchmarks/identity.py --prompts $(RUNS)/data --out benchmarks/results/identity.json
 	$(BIN)/python benchmarks/identity.py --expansions --prompts $(RUNS)/data --out benchmarks/results/identity.json
+	$(BIN)/python benchmarks/identity.py --cascades --prompts $(RUNS)/data --out benchmarks/results/identity.json
 
 bench: $(RUNS)/data/train.jsonl
 	$(BIN)/python -m pip install --quiet -e '.[bench]'

@@ -2,6 +2,7 @@
 
     python benchmarks/identity.py --prompts runs/data --out benchmarks/results/identity.json
     python benchmarks/identity.py --expansions --prompts runs/data --out benchmarks/results/identity.json
+    python benchmarks/identity.py --cascades --prompts runs/data --out benchmarks/results/identity.json
 
 100 GSM8K test problems and 100 Spec-Bench prompts (their last 896 tokens), at temperature 0 and at
 temperatures 0.3, 1 and 1.7 mixed in one batch with equal seeds, at batch 1 and ragged batch 8. *Identical*
@@ -10,7 +11,7 @@ near-ties are counted.
 
 The second command adds the matrix of expansions to that record: `lm` and, where it has a checkpoint, `glide`,
 as chains and with every expansion, at draft lengths 1 to 6, on 12 prompts of each set and 48 new tokens at
-ragged batch 8.
+ragged batch 8. The third adds cascades, up to three levels deep, on the same prompts at batch 1 and 8.
 """
 
 import argparse
@@ -26,6 +27,19 @@ from jax_specdec.drafters.loading import RULES, longest_draft
 from jax_specdec.pipeline import NEAR_TIE
 
 TEMPERATURES = (0.3, 1.0, 1.7)
+CASCADES = (
+    "lm[max-gram:4]:2",
+    "cascade(lm:3, max-gram:4)",
+    "cascade(lm[max-gram:4]:2, max-gram:4)",
+    "cascade(lm[max-gram:4]:2, max-gram:4; cut)",
+    "cascade(lm[max-gram:4; lenience=3]:2, prompt-lookup:3)",
+    "cascade(lm[confidence=0.4]:4, max-gram:3)",
+    "cascade(glide[max-gram:3]:2, max-gram:3)",
+    "cascade(glide[lm[max-gram:3]:1, max-gram:2; lenience=5]:2, lm[max-gram:3]:1, max-gram:3; cut)",
+    "lm[glide[bigram:2; lenience=2]:1; lenience=4]:2",
+    "lm[max-gram:3; lenience=2]:2+cape:16",
+    "csd-vicuna-tree",
+)
 
 
 def compare(plain, other) -> str:
@@ -143,6 +157,7 @@ def main() -> None:
     parser.add_argument(
         "--expansions", action="store_true", help="the matrix of expansions instead"
     )
+    parser.add_argument("--cascades", action="store_true", help="the matrix of cascades instead")
     parser.add_argument("--lengths", default="1,2,3,4,5,6", help="draft lengths of the matrix")
     parser.add_argument("--per-set", type=int, help="prompts; default: 100, of the matrix 12")
     parser.add_argument("--keep-last", type=int, default=896)
@@ -153,18 +168,21 @@ def main() -> None:
 
     target, out = sd.load_target(args.model, dtype="float32"), Path(args.out)
     encode = sd.SpeculativeDecoder(target).encode
-    tokens = args.max_new_tokens or (48 if args.expansions else 64)
-    per_set = args.per_set or (12 if args.expansions else 100)
+    matrix = "expansions" if args.expansions else "cascades" if args.cascades else None
+    tokens = args.max_new_tokens or (48 if matrix else 64)
+    per_set = args.per_set or (12 if matrix else 100)
     prompts = []
     for record in read_prompts(args.prompts, ("gsm8k", "spec_bench"), per_set):
         ids = target.tokenizer(record["prompt"], verbose=False)["input_ids"]
         prompts.append(encode(ids[-min(args.keep_last, target.config.context - tokens) :]))
-    if args.expansions:
+    if matrix:
         lengths = [int(n) for n in args.lengths.split(",")]
-        arms = expansion_arms(target.path.parent, lengths)
-        matrix, failed = check(target, prompts, tokens, arms)
+        arms = [(spec, batch) for spec in CASCADES for batch in (1, 8)]
+        if args.expansions:
+            arms = expansion_arms(target.path.parent, lengths)
+        record, failed = check(target, prompts, tokens, arms)
         found = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
-        write_json(out, found | {"expansions": matrix})
+        write_json(out, found | {matrix: record})
     else:
         peer = None
         if not args.no_peer:
