@@ -173,8 +173,12 @@ def test_shapes_and_sharing():
     assert config_like(t).layers_read(t) == (0, 1)
     assert config_like(t, num_layers=1).layers_read(t) == (1,)
     assert config_like(t, target_layers=(1, 0)).layers_read(t) == (1, 0)
+    assert config_like(t, target_layers=(-1, -2)).layers_read(t) == (1, 0)
+    deep = dataclasses.replace(t, num_layers=18, windows=())
+    assert [config_like(t, num_layers=n).layers_read(deep) for n in (1, 2)] == [(9,), (6, 12)]
+    assert GliDeConfig.paper(2).layers_read(deep) == (16, 17)
     with pytest.raises(ValueError, match="not among the target's 2 layers"):
-        GliDe(config_like(t, num_layers=3), t)
+        GliDe(config_like(t, num_layers=3, target_layers=(0, 1, 2)), t)
     shared = GliDe(config_like(t, num_layers=1), t)
     params = shared.join(shared.init(jax.random.key(0)), h.target_params())
     # The very arrays of the target, not copies.

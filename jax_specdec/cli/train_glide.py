@@ -71,7 +71,8 @@ def register(kinds: Any) -> None:
         dest="model.target_layers",
         type=_layers,
         metavar="I,J",
-        help="the target layer that each layer reads, from 0 (default: the last ones)",
+        help="the target layer that each layer reads, from 0, or from the end as in --target-layers=-2,-1 "
+        "(default: evenly spread)",
     )
     for flag, field, text in SWITCHES:
         shape.add_argument(

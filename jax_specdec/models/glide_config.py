@@ -14,8 +14,9 @@ class GliDeConfig:
 
     Attributes:
       num_heads, num_kv_heads, head_dim: of the self-attention.
-      target_layers: the target layer that each layer reads, counted from 0; empty: the last ones in
-        order, layer m of n reading L - n + m.
+      target_layers: the target layer that each layer reads, counted from 0, or below 0 from the end.
+        Empty: evenly spread, layer m = 1 .. n reading the one at m L / (n + 1), which was measured to be
+        better than the last ones that the paper reads.
       cross_attention: False leaves it out, which is the paper's "vanilla drafter", the control.
       cross_norm: an RMS norm before the cross-attention, as in LongSpec (arXiv 2502.17421); the paper's
         code has none.
@@ -86,6 +87,7 @@ class GliDeConfig:
             num_kv_heads=32,
             head_dim=128,
             num_layers=num_layers,
+            target_layers=tuple(range(-num_layers, 0)),
             cross_norm=False,
             share=False,
             trained_delay=5,
@@ -114,13 +116,13 @@ class GliDeConfig:
         return self.cross_attention or self.hidden_input
 
     def layers_read(self, target: ModelConfig) -> tuple[int, ...]:
-        """The target layer that each layer attends to.
+        """The target layer that each layer attends to, counted from 0.
 
         Raises:
           ValueError: the target has no such layer.
         """
-        count = target.num_layers
-        layers = self.target_layers or tuple(range(count - self.num_layers, count))
-        if min(layers) < 0 or max(layers) >= count:
+        count, parts = target.num_layers, self.num_layers + 1
+        layers = self.target_layers or tuple(m * count // parts for m in range(1, parts))
+        if min(layers) < -count or max(layers) >= count:
             raise ValueError(f"target_layers {layers} are not among the target's {count} layers")
-        return layers
+        return tuple(layer % count for layer in layers)
