@@ -4,6 +4,7 @@
     python benchmarks/glide.py measure --prompts runs/data --arms-dir runs/glide \\
         --out benchmarks/results/glide.json
     python benchmarks/glide.py widen --prompts runs/data --out benchmarks/results/glide.json
+    python benchmarks/glide.py table --out benchmarks/results/glide.json
 
 All arms see the same windows in the same order, and one forward pass of the frozen target serves them
 all; an arm's seed is that of its initialisation and of its random delays. `measure` decodes held-out
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _common import machine, read_prompts
+from tabulate import tabulate
 from tqdm.auto import tqdm
 
 import jax_specdec as sd
@@ -60,13 +62,15 @@ class Run:
 
 
 # Without cross-attention the MLP is widened until the number of parameters is the same.
+LAST = {"target_layers": (-1,)}
 VANILLA = {"cross_attention": False, "mlp_size": 875}
 ARMS = {
     **{f"glide-{seed}": Arm(seed=seed) for seed in range(3)},
     **{f"vanilla-{seed}": Arm(VANILLA, seed=seed) for seed in range(3)},
     "vanilla, same MLP": Arm({"cross_attention": False}),
     "first target layer": Arm({"target_layers": (0,)}),
-    "last target layer": Arm({"target_layers": (-1,)}),
+    "last target layer": Arm(LAST),
+    "target layer 8": Arm({"target_layers": (8,)}),
     "block mask 5": Arm({"trained_delay": 5}, GliDeRecipe(visibility="block")),
     "block mask 16": Arm({}, GliDeRecipe(visibility="block")),
     "no mask": Arm({}, GliDeRecipe(visibility="none")),
@@ -74,10 +78,10 @@ ARMS = {
     "hidden state": Arm({"hidden_input": True}),
     "two layers": Arm({"num_layers": 2}),
     "two layers, the last two": Arm({"num_layers": 2, "target_layers": (-2, -1)}),
-    "cross-entropy": Arm({}, GliDeRecipe(loss="cross_entropy")),
-    "reverse KL": Arm({}, GliDeRecipe(loss="reverse_kl")),
-    "Jensen-Shannon": Arm({}, GliDeRecipe(loss="jensen_shannon")),
-    "total variation": Arm({}, GliDeRecipe(loss="total_variation")),
+    **{
+        f"last target layer, {loss.replace('_', ' ')}": Arm(LAST, GliDeRecipe(loss=loss))
+        for loss in ("cross_entropy", "reverse_kl", "jensen_shannon", "total_variation")
+    },
 }
 
 
@@ -262,6 +266,23 @@ def widen(args: argparse.Namespace) -> None:
             print(f"{name}, {setting}: cape wins {gain:.2f} of at most {most:.2f} tokens a round")
 
 
+def table(args: argparse.Namespace) -> None:
+    """Prints a record as the tables of docs/results.md."""
+    record = json.loads(Path(args.out).read_text())
+    head = [f"{s}: {what}" for s in SETTINGS for what in ("alpha", "tau")]
+    for part in ("arms", "expansions"):
+        rows = []
+        for name, row in record.get(part, {}).items():
+            held = row.get("heldout", {}).get("acceptance")
+            means = [
+                float(np.mean([found[what] for found in row[setting].values()]))
+                for setting in SETTINGS
+                for what in ("alpha", "tau")
+            ]
+            rows.append([name, *([held[i] if held else None for i in (0, 4, 15)]), *means])
+        print(tabulate(rows, [part, "held out, 1", "5", "16", *head], "github", ".3f"), "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="checkpoints/demo/target")
@@ -281,6 +302,9 @@ def main() -> None:
     for sub, default in ((training, list(ARMS)), (measuring, [])):
         sub.add_argument("--arms-dir", required=True)
         sub.add_argument("--arms", type=lambda s: s.split(";"), default=default, help="a;b;...")
+    printing = kinds.add_parser("table")
+    printing.add_argument("--out", required=True, help="the record to print")
+    printing.set_defaults(run=table)
     for sub in (measuring, widening):
         sub.add_argument("--prompts", required=True, help="folder written by prepare.py")
         sub.add_argument("--per-set", type=int, default=16)
