@@ -16,6 +16,7 @@ import numpy as np
 
 from jax_specdec import sampling as laws
 from jax_specdec.drafters.base import Drafter, Outcome, TargetView
+from jax_specdec.drafters.cascade import Composed
 from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.loop import DecodeLoop
 from jax_specdec.models.decoder import Decoder, Params
@@ -136,9 +137,12 @@ def check_draft(draft: Draft, drafter: Drafter, text: Text, vocab: int, wants_q:
             ((ids >= 0) & (ids < vocab)).all(), f"top_ids must be in the vocabulary of {vocab}"
         )
         known = top_probs.max(axis=-1) > 0
+        # A token drawn from q comes first whatever its chance, and so does one that lenience let pass.
+        lenient = isinstance(getattr(drafter, "drafter", drafter), Composed)
+        start = 1 if wants_q or lenient else 0
         _require(
-            (np.diff(top_probs[..., 1:], axis=-1) <= 0).all(),
-            "top_probs must be in falling order behind the first, which is the chain's own token's",
+            (np.diff(top_probs[..., start:], axis=-1) <= 0).all(),
+            "top_probs must be in falling order, except that a token drawn from q comes first",
         )
         drafted = known[:, : drafter.depth] & valid[:, 1 : drafter.depth + 1]
         _require(
