@@ -269,13 +269,16 @@ def table(args: argparse.Namespace) -> None:
     """Prints a record as the tables of docs/results.md."""
     record = json.loads(Path(args.out).read_text())
     head = [f"{s}: {what}" for s in SETTINGS for what in ("alpha", "tau")]
-    for part in ("arms", "expansions"):
+    # Arms that were not decoded have held-out figures alone.
+    only = {name: {"heldout": row} for name, row in record.get("heldout", {}).items()}
+    for part, known in (("arms", only), ("expansions", {})):
         rows = []
-        for name, row in record.get(part, {}).items():
+        for name, row in (known | record.get(part, {})).items():
             held = row.get("heldout", {}).get("acceptance")
             means = [
                 float(np.mean([found[what] for found in row[setting].values()]))
                 for setting in SETTINGS
+                if setting in row
                 for what in ("alpha", "tau")
             ]
             rows.append([name, *([held[i] if held else None for i in (0, 4, 15)]), *means])
