@@ -60,8 +60,8 @@ class Run:
     measure: Any
 
 
-# Without cross-attention the MLP is widened until the number of parameters is the same.
 LAST = {"target_layers": (-1,)}
+# Without cross-attention the MLP is widened until the number of parameters is the same.
 VANILLA = {"cross_attention": False, "mlp_size": 875}
 ARMS = {
     **{f"glide-{seed}": Arm(seed=seed) for seed in range(3)},
@@ -175,7 +175,7 @@ class Judge:
     """Held-out prompts, what they are decoded with, and the record that grows with every arm."""
 
     def __init__(self, args: argparse.Namespace, part: str):
-        self.args, self.part, self.out = args, part, Path(args.out)
+        self.args, self.out = args, Path(args.out)
         self.target = sd.load_target(args.model, dtype="float32")
         encode = sd.SpeculativeDecoder(self.target).encode
         self.prompts = {
@@ -249,7 +249,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def widen(args: argparse.Namespace) -> None:
-    """Adds to a chain's row the share of rounds that it leaves something to win in."""
+    """Decodes with chains and their expansions; prints what CaPE wins beside the most that it could."""
     judge = Judge(args, "expansions")
     for name in args.drafters.split(","):
         chain = f"{name}:{LENGTH}"
