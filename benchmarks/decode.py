@@ -17,7 +17,6 @@ import numpy as np
 from _common import machine, read_prompts, spread, write_json
 
 import jax_specdec as sd
-from jax_specdec.cli.common import draft_folders
 from jax_specdec.costs import Costs, acceptance_by_position, draft_arm, verify_arm
 from jax_specdec.drafters import specs
 
@@ -68,8 +67,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="checkpoints/demo/target")
     parser.add_argument("--prompts", required=True, help="folder written by prepare.py")
-    parser.add_argument("--drafters", default="auto,lm,max-gram,prompt-lookup,bigram")
-    parser.add_argument("--draft", action="append", default=[], metavar="NAME=DIR")
+    parser.add_argument(
+        "--drafters",
+        default="auto,lm,glide,glide+cape,max-gram,prompt-lookup,bigram",
+        help="specifications; SPEC@DIR takes the checkpoint from DIR",
+    )
     parser.add_argument("--per-set", type=int, default=8)
     parser.add_argument("--keep-last", type=int, default=256, help="prompt tokens kept")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -89,10 +91,13 @@ def main() -> None:
     tokens = args.max_new_tokens
 
     loaded = {"plain": None}
-    for spec in specs.split(args.drafters):
+    for item in specs.split(args.drafters):
+        spec, _, folder = item.partition("@")
         wanted = sd.default_spec(target) if spec == "auto" else spec
-        drafter = sd.load_drafter(wanted, target, drafts=draft_folders(args.draft))
-        loaded[f"default ({drafter.spec})" if spec == "auto" else drafter.spec] = drafter
+        drafts = {spec.partition(":")[0]: folder} if folder else None
+        drafter = sd.load_drafter(wanted, target, drafts=drafts)
+        name = f"{Path(folder).name} ({drafter.spec})" if folder else drafter.spec
+        loaded[f"default ({drafter.spec})" if spec == "auto" else name] = drafter
     arms: dict = {name: Arm(target, drafter, tokens) for name, drafter in loaded.items()}
     if args.dtype != "float32":  # the baseline is the faster plain decoding
         arms["plain float32"] = Arm(sd.load_target(args.model, dtype="float32"), None, tokens)
@@ -123,8 +128,10 @@ def main() -> None:
     arms["plain"].answers.clear()
     for i, text in enumerate(texts):
         parts |= {("verify", t, i): verify_arm(target, t, [text], rounds=64) for t in used}
-        for d in filter(None, loaded.values()):
-            parts["draft", d.spec, i] = draft_arm(target, d, [text], tokens // 2, [answers[i]])
+        for name, drafter in loaded.items():
+            if drafter is not None:
+                answer = [answers[i]]
+                parts["draft", name, i] = draft_arm(target, drafter, [text], tokens // 2, answer)
     taken: dict = {key: [] for key in parts}
 
     # seconds[arm][repeat] = sum over prompts
@@ -174,7 +181,7 @@ def main() -> None:
         drafter = loaded.get(name)
         if drafter is not None:
             length, nodes = drafter.drafter.depth, drafter.drafter.num_nodes + 1
-            costs = Costs(verify, {length: cost["draft", drafter.spec]["median"]})
+            costs = Costs(verify, {length: cost["draft", name]["median"]})
             accepted = acceptance_by_position(arm.answers)
             predicted = costs.speedup(accepted, length, nodes)
             measured = statistics.median(

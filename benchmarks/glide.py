@@ -61,8 +61,8 @@ class Run:
     measure: Any
 
 
-# Without cross-attention the MLP is widened until the number of parameters is the same.
 LAST = {"target_layers": (-1,)}
+# Without cross-attention the MLP is widened until the number of parameters is the same.
 VANILLA = {"cross_attention": False, "mlp_size": 875}
 ARMS = {
     **{f"glide-{seed}": Arm(seed=seed) for seed in range(3)},
@@ -176,7 +176,7 @@ class Judge:
     """Held-out prompts, what they are decoded with, and the record that grows with every arm."""
 
     def __init__(self, args: argparse.Namespace, part: str):
-        self.args, self.part, self.out = args, part, Path(args.out)
+        self.args, self.out = args, Path(args.out)
         self.target = sd.load_target(args.model, dtype="float32")
         encode = sd.SpeculativeDecoder(self.target).encode
         self.prompts = {
@@ -250,7 +250,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def widen(args: argparse.Namespace) -> None:
-    """Adds to a chain's row the share of rounds that it leaves something to win in."""
+    """Decodes with chains and their expansions; prints what CaPE wins beside the most that it could."""
     judge = Judge(args, "expansions")
     for name in specs.split(args.drafters):
         chain = f"{name}:{LENGTH}"
@@ -270,13 +270,16 @@ def table(args: argparse.Namespace) -> None:
     """Prints a record as the tables of docs/results.md."""
     record = json.loads(Path(args.out).read_text())
     head = [f"{s}: {what}" for s in SETTINGS for what in ("alpha", "tau")]
-    for part in ("arms", "expansions"):
+    # Arms that were not decoded have held-out figures alone.
+    only = {name: {"heldout": row} for name, row in record.get("heldout", {}).items()}
+    for part, known in (("arms", only), ("expansions", {})):
         rows = []
-        for name, row in record.get(part, {}).items():
+        for name, row in (known | record.get(part, {})).items():
             held = row.get("heldout", {}).get("acceptance")
             means = [
                 float(np.mean([found[what] for found in row[setting].values()]))
                 for setting in SETTINGS
+                if setting in row
                 for what in ("alpha", "tau")
             ]
             rows.append([name, *([held[i] if held else None for i in (0, 4, 15)]), *means])

@@ -9,9 +9,10 @@ temperatures 0.3, 1 and 1.7 mixed in one batch with equal seeds, at batch 1 and 
 means equal, or that at the first difference the two best scores of plain decoding are within 1e-3; such
 near-ties are counted.
 
-The second command adds the matrix of expansions to that record: `lm` and, where it has a checkpoint, `glide`,
-as chains and with every expansion, at draft lengths 1 to 6, on 12 prompts of each set and 48 new tokens at
-ragged batch 8. The third adds cascades, up to three levels deep, on the same prompts at batch 1 and 8.
+The second command adds the matrix of expansions to that record: `glide`, or `lm` where that has no checkpoint,
+as a chain and with every expansion, at draft lengths 1 to 6, on 12 prompts of each set (their last 160 tokens)
+and 48 new tokens at ragged batch 8. The third adds cascades, up to three levels deep, on the same prompts at
+batch 1 and 8.
 """
 
 import argparse
@@ -134,11 +135,10 @@ def check(target, prompts, tokens: int, arms, peer=None):
 
 
 def expansion_arms(home: Path, lengths) -> list[tuple[str, int]]:
-    """Every neural drafter with a checkpoint in `home`, plain and with every expansion, at batch 8."""
+    """`glide`, or `lm` where that has no checkpoint in `home`, plain and with every expansion, at batch 8."""
+    name = "glide" if (home / "glide").is_dir() else "lm"
     return [
         (f"{name}:{length}{suffix}", 8)
-        for name in ("lm", "glide")
-        if (home / name).is_dir()
         for length in lengths
         if length <= longest_draft(name, home / name)
         for suffix in ("", *(f"+{rule}" for rule in RULES))
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--prompts", required=True, help="folder written by prepare.py")
     parser.add_argument(
         "--drafters",
-        default="lm:4,max-gram:8,prompt-lookup:6,bigram:3,lm:4+cape:16,lm:6+fixed:16,lm:4+path:16,"
+        default="lm:4,glide:7,max-gram:8,prompt-lookup:6,bigram:3,glide:5+cape:16,lm:6+fixed:16,lm:4+path:16,"
         "lm:5+tree:20,lm:4+beam:13",
     )
     parser.add_argument(
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--cascades", action="store_true", help="the matrix of cascades instead")
     parser.add_argument("--lengths", default="1,2,3,4,5,6", help="draft lengths of the matrix")
     parser.add_argument("--per-set", type=int, help="prompts; default: 100, of the matrix 12")
-    parser.add_argument("--keep-last", type=int, default=896)
+    parser.add_argument("--keep-last", type=int, help="default: 896, of the matrix 160")
     parser.add_argument("--max-new-tokens", type=int, help="default: 64, of the matrix 48")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     parser.add_argument("--out", required=True)
@@ -171,18 +171,18 @@ def main() -> None:
     matrix = "expansions" if args.expansions else "cascades" if args.cascades else None
     tokens = args.max_new_tokens or (48 if matrix else 64)
     per_set = args.per_set or (12 if matrix else 100)
+    keep = args.keep_last or (160 if matrix else 896)
     prompts = []
     for record in read_prompts(args.prompts, ("gsm8k", "spec_bench"), per_set):
         ids = target.tokenizer(record["prompt"], verbose=False)["input_ids"]
-        prompts.append(encode(ids[-min(args.keep_last, target.config.context - tokens) :]))
+        prompts.append(encode(ids[-min(keep, target.config.context - tokens) :]))
     if matrix:
         lengths = [int(n) for n in args.lengths.split(",")]
         arms = [(spec, batch) for spec in CASCADES for batch in (1, 8)]
         if args.expansions:
             arms = expansion_arms(target.path.parent, lengths)
         record, failed = check(target, prompts, tokens, arms)
-        found = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
-        write_json(out, found | {matrix: record})
+        record = {matrix: record}
     else:
         peer = None
         if not args.no_peer:
@@ -192,7 +192,8 @@ def main() -> None:
             (spec, batch) for spec in wanted for batch in (1, 8) if (spec, batch) != ("none", 1)
         ]
         record, failed = check(target, prompts, tokens, arms, peer)
-        write_json(out, record)
+    found = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    write_json(out, found | record)
     if failed:
         sys.exit(f"{failed} answers differ from plain decoding")
 

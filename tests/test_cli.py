@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -558,7 +559,7 @@ def test_train_glide(model, data, capsys, tmp_path):
     assert about["drafter"]["own_parameters"] > 10_000
     init = [*args, "--init", out / "checkpoint", "--out", tmp_path / "next"]
     assert "fixes the drafter's shape" in fails(capsys, *init, "--vanilla")
-    init = [*args, "--init", model.parent / "lm", "--out", tmp_path / "next"]
+    init = [*args, "--init", Path(model).parent / "lm", "--out", tmp_path / "next"]
     assert "fixes the drafter's shape" in fails(capsys, *init, "--paper")
     assert "cannot have 4" in fails(capsys, *init, "--layers", 4)
     paper = ["--paper", "--hidden-size", 32, "--mlp-size", 32, "--heads", 2, "--kv-heads", 2]

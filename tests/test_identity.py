@@ -46,7 +46,9 @@ def plain(target):
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("spec", ["lm:4", "max-gram:8", "prompt-lookup:6", "bigram:3"])
+@pytest.mark.parametrize(
+    "spec", ["lm:4", "glide:7", "glide:5+cape:16", "max-gram:8", "prompt-lookup:6", "bigram:3"]
+)
 def test_every_drafter_gives_the_tokens_of_plain_decoding(target, plain, spec, batch):
     decoder = sd.SpeculativeDecoder(target, sd.load_drafter(spec, target))
     for name, temperature in SETTINGS.items():

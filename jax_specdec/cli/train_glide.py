@@ -124,20 +124,12 @@ def run(args: argparse.Namespace) -> int:
         )
     fields = {**sections["model"], **arguments.given(args, "model")}
     initial = None
-    if (
-        args.init is not None
-        and read_json(Path(args.init) / "config.json").get("model_type") != "glide"
-    ):
-        if args.paper:
-            raise UserError(f"{args.init} fixes the drafter's shape: leave out --paper.")
-        small = load_target(args.init, dtype="float32")
-        fields |= {"cross_attention": False} if args.vanilla else {}
-        key = jax.random.key(config.seed)
-        model, initial = glide_checkpoint.from_decoder(small, target, key, **fields)
-    elif args.init is None:
+    if args.init is None:
         shape = choose_shape(args, fields, recipe, target.config)
         model = glide_checkpoint.make_glide(shape, target.config, "float32")
-    else:
+    elif (
+        read_json(Path(args.init) / "config.json").get("model_type") == glide_checkpoint.MODEL_TYPE
+    ):
         if fields or args.paper or args.vanilla:
             raise UserError(
                 f"{args.init} fixes the drafter's shape: leave out the flags that say it."
@@ -147,6 +139,13 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{args.init} was trained for another target than {args.target}.")
         model = glide_checkpoint.make_glide(shape, target.config, "float32")
         initial = glide_checkpoint.load_own_params(Path(args.init), model)
+    else:
+        if args.paper:
+            raise UserError(f"{args.init} fixes the drafter's shape: leave out --paper.")
+        small = load_target(args.init, dtype="float32")
+        fields |= {"cross_attention": False} if args.vanilla else {}
+        key = jax.random.key(config.seed)
+        model, initial = glide_checkpoint.from_decoder(small, target, key, **fields)
     documents, heldout = arguments.load_documents(args, target.tokenizer, config.sequence_length)
 
     out = Path(args.out)

@@ -18,7 +18,7 @@ import numpy as np
 from jax_specdec.checkpoints import Target, load_config
 from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
-from jax_specdec.models.decoder import Params
+from jax_specdec.models.decoder import Params, unstack_layers
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.models.hf import Weight, weight_names
@@ -164,12 +164,9 @@ def from_decoder(
                 f"{small.path} has {field.name} {theirs}, and a GliDe drafter for this target {ours}."
             )
     params = model.init(key)
-    theirs = small.params
-    layers = theirs["layers"]
-    if not isinstance(layers, tuple):
-        layers = tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(c.num_layers))
+    theirs = unstack_layers(small.params)
     params["layers"] = tuple(
-        {**own, **layer} for own, layer in zip(params["layers"], layers, strict=True)
+        {**own, **layer} for own, layer in zip(params["layers"], theirs["layers"], strict=True)
     )
     for layer in params["layers"]:
         if "cross" in layer:

@@ -15,8 +15,8 @@ class GliDeConfig:
     Attributes:
       num_heads, num_kv_heads, head_dim: of the self-attention.
       target_layers: the target layer that each layer reads, counted from 0, or below 0 from the end.
-        Empty: evenly spread, layer m = 1 .. n reading the one at m L / (n + 1), which was measured to be
-        better than the last ones that the paper reads.
+        Empty: evenly spread, layer m = 1 .. n reading the one at m L / (n + 1); the paper reads
+        the last ones.
       cross_attention: False leaves it out, which is the paper's "vanilla drafter", the control.
       cross_norm: an RMS norm before the cross-attention, as in LongSpec (arXiv 2502.17421); the paper's
         code has none.
