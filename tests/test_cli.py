@@ -424,7 +424,7 @@ def test_arguments(model, capsys, monkeypatch, tmp_path):
         (["--max-new-tokens", str(10**30)], "max_new_tokens must be at least 1 and below 2^30"),
         (["--drafter", "lmm:4"], "Unknown drafter 'lmm': did you mean lm"),
         (["--drafter", "lm:0"], "A draft length must be in 1..63, got 0"),
-        (["--drafter", "xyzzy"], "known are none, lm, glide, max-gram"),
+        (["--drafter", "xyzzy"], "known are none, lm, glide, medusa"),
         (["--prompt", ""], "The prompt is empty"),
         (["--prompt", "word " * 300], "but the context of 256 must also hold at least one new"),
         (["--prompts", "/absent.jsonl"], "There is no file /absent.jsonl"),

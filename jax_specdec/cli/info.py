@@ -93,6 +93,10 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         where = folders.get(name, folder.parent / name)
         drafter |= _glide(where, config, dtype, args.batch_size, slots)
         total += drafter["memory"]["total"]
+    elif name == "medusa":
+        where = folders.get(name, folder.parent / name)
+        drafter |= _medusa(where, config, dtype, args.batch_size, slots)
+        total += drafter["memory"]["total"]
     elif name == "bigram":
         drafter["memory"] = {"parameters": 4 * config.vocab_size, "total": 4 * config.vocab_size}
         total += 4 * config.vocab_size
@@ -143,6 +147,26 @@ def _glide(folder: Path, target: Any, dtype: Any, batch_size: int, slots: int) -
     parameters = count * jnp.dtype(dtype).itemsize
     memory = {"parameters": parameters, "cache": cache, "total": parameters + cache}
     return {"path": str(folder), "own_parameters": count, "memory": memory}
+
+
+def _medusa(folder: Path, target: Any, dtype: Any, batch_size: int, slots: int) -> dict[str, Any]:
+    """What Medusa heads take beside their target, whose hidden states are kept for them."""
+    import jax.numpy as jnp
+
+    from jax_specdec.drafters.medusa_checkpoint import read_medusa_config
+    from jax_specdec.models.medusa import Medusa
+
+    config, accuracies, _ = read_medusa_config(folder)
+    count, size = Medusa(config, target, dtype).parameter_count(), jnp.dtype(dtype).itemsize
+    hidden = batch_size * slots * target.hidden_size * size
+    memory = {"parameters": count * size, "cache": hidden, "total": count * size + hidden}
+    return {
+        "path": str(folder),
+        "num_heads": config.num_heads,
+        "own_parameters": count,
+        "accuracies": accuracies,
+        "memory": memory,
+    }
 
 
 def _has_tokenizer(folder: Path) -> bool:
