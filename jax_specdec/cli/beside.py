@@ -69,9 +69,7 @@ def open_target(args: argparse.Namespace, config: TrainConfig) -> Run:
 def check_init(args: argparse.Namespace, shaped: Any, trained_for: str, run: Run) -> None:
     """Raises `UserError` where `--init` does not go with the shape's flags or with the target."""
     if shaped:
-        raise UserError(
-            f"{args.init} fixes the drafter's shape: leave out the flags that say it."
-        )
+        raise UserError(f"{args.init} fixes the drafter's shape: leave out the flags that say it.")
     if trained_for != run.fingerprint:
         raise UserError(f"{args.init} was trained for another target than {args.target}.")
 

@@ -90,7 +90,11 @@ def _accuracies(rows: Any, heads: int, where: str) -> Accuracies:
     if rows == []:
         return ()
     if not isinstance(rows, list) or len(rows) != heads or not all(map(good, rows)):
-        raise UserError(f"{where} must list accuracies in 0 to 1 for each of {heads} heads, or none.")
+        raise UserError(
+            f"{where} must list accuracies in 0 to 1 for each of {heads} heads, or none."
+        )
     if len({len(row) for row in rows}) > 1 or not 1 <= len(rows[0]) <= TOP:
-        raise UserError(f"{where} must list accuracies of 1 to {TOP} ranks, as many for every head.")
+        raise UserError(
+            f"{where} must list accuracies of 1 to {TOP} ranks, as many for every head."
+        )
     return tuple(tuple(map(float, row)) for row in rows)

@@ -127,7 +127,9 @@ class StaticTree(Rule):
         return draft.replace(
             tokens=jnp.concatenate([draft.tokens[:, :1], nodes(draft.top_ids)], axis=1),
             valid=valid,
-            origin=everywhere(np.where(line == 0, 0, np.where(line <= depth, 1, 2)).astype(np.int32)),
+            origin=everywhere(
+                np.where(line == 0, 0, np.where(line <= depth, 1, 2)).astype(np.int32)
+            ),
             probability=jnp.concatenate([draft.probability[:, :1], probs], axis=1),
             parent=everywhere(parents),
             depth=everywhere(np.concatenate([[0], level + 1]).astype(np.int32)),

@@ -93,7 +93,9 @@ class Medusa:
             return dict(block.init(jax.random.key(0), x)["params"])
 
         heads = range(c.num_heads)
-        params: Params = {"heads": tuple(tuple(fresh() for _ in range(c.num_layers)) for _ in heads)}
+        params: Params = {
+            "heads": tuple(tuple(fresh() for _ in range(c.num_layers)) for _ in heads)
+        }
         if not c.share:
             tied = "head" not in target_params
             out = target_params["embed"].T if tied else target_params["head"]

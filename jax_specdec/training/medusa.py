@@ -40,9 +40,7 @@ class Heads:
         """The target's reading of `tokens [B, T+1]` without the last one."""
         return read(self.target, target_params, tokens)
 
-    def loss(
-        self, params: Params, target_params: Params, reading: Reading, tokens: Array
-    ) -> Array:
+    def loss(self, params: Params, target_params: Params, reading: Reading, tokens: Array) -> Array:
         """The sum over heads of decay^k times the mean loss of head k, over `tokens [B, T+1]`."""
         total = jnp.zeros((), jnp.float32)
         for index in range(self.model.config.num_heads):

@@ -84,7 +84,6 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         def muon_axes(params: Any) -> Any:
             numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 
-
             def of(name: str) -> Any:
                 if name not in INNER:
                     return None
