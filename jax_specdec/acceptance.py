@@ -49,6 +49,9 @@ class LossyTypical:
             raise UserError(f"The delta of lossy-typical must be above 0, got {self.delta}.")
 
 
+PUBLISHED = LossyTypical()
+
+
 class Verdict(NamedTuple):
     """What one round emits.
 

@@ -105,7 +105,7 @@ class DecodeLoop:
     drafter: Drafter
     rule: acceptance.Rule = "match"
     processors: tuple[Processor, ...] = ()
-    lossy: acceptance.LossyTypical = acceptance.LossyTypical()
+    lossy: acceptance.LossyTypical = acceptance.PUBLISHED
 
     def __post_init__(self):
         if self.rule not in acceptance.RULES:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_specdec import stops as stopping
-from jax_specdec.acceptance import LossyTypical, Rule
+from jax_specdec.acceptance import PUBLISHED, LossyTypical, Rule
 from jax_specdec.checkpoints import Target, available_memory, check_fits, memory_plan
 from jax_specdec.drafters.loading import LoadedDrafter
 from jax_specdec.drafters.none import NoDrafter
@@ -113,7 +113,7 @@ class SpeculativeDecoder:
         drafter: LoadedDrafter | None = None,
         *,
         rule: Rule = "match",
-        lossy: LossyTypical | None = None,
+        lossy: LossyTypical = PUBLISHED,
         processors: Sequence[Processor] = (),
         loop: type[DecodeLoop] = DecodeLoop,
     ):
@@ -124,7 +124,7 @@ class SpeculativeDecoder:
             self.loaded.drafter,
             rule=rule,
             processors=tuple(processors),
-            lossy=lossy or LossyTypical(),
+            lossy=lossy,
         )
         self.params = {"target": target.params, "drafters": self.loaded.params}
         self.compilations = 0

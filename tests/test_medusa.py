@@ -36,7 +36,7 @@ from jax_specdec.training.config import MedusaRecipe, TrainConfig
 from jax_specdec.tree import Draft, Text, ancestor_bits, chain
 
 TEMPERATURES = (0.0, 0.3, 1.0, 1.7)
-MODEL = Medusa(MedusaConfig(num_heads=6, share=False), h.SMALL_CONFIG)
+MODEL = Medusa(MedusaConfig(num_heads=4, share=False), h.SMALL_CONFIG)
 TREE = StaticTree(10)
 
 
@@ -86,7 +86,7 @@ def reading_program():
     @functools.partial(jax.jit, compiler_options=h.QUICK)
     def read(own, target, tokens):
         reading = heads.read(target, tokens)
-        laws = [heads.laws(own, target, reading, index) for index in range(6)]
+        laws = [heads.laws(own, target, reading, index) for index in range(4)]
         loss = heads.loss(own, target, reading, tokens)
         return laws, loss, heads.accuracies(own, target, reading), reading.log_p
 
@@ -154,12 +154,16 @@ def test_decoding_reads_what_training_reads():
     laws = all_laws(tokens)
     committed, ahead = np.array([4, 7, 11]), np.array([0, 2, 1])
     cache = h.SMALL.init_cache(3, 24, hidden=True)
-    cache = read_text(h.SMALL, target, cache, tokens, jnp.asarray(committed - 1, jnp.int32))
-    for length, extra in ((3, 0 * ahead), (3, ahead), (6, 0 * ahead)):
+    read = functools.partial(jax.jit, compiler_options=h.QUICK)
+    cache = read(lambda *x: read_text(h.SMALL, *x))(
+        target, cache, tokens, jnp.asarray(committed - 1, jnp.int32)
+    )
+    scores = read(drafter(2).scores)
+    for extra in (0 * ahead, ahead):
         text = Text(tokens, jnp.asarray(committed + extra, jnp.int32))
-        got = jax.nn.log_softmax(drafter(length).scores(trained()[1], text, TargetView(cache)))
+        got = jax.nn.log_softmax(scores(trained()[1], text, TargetView(cache)))
         for row, (known, skip) in enumerate(zip(committed, extra, strict=True)):
-            for i in range(length):
+            for i in range(2):
                 at = known - 2  # of the hidden state that predicted the root
                 want = laws[i + skip][1][row, at]
                 np.testing.assert_allclose(got[row, i], want, rtol=1e-4, atol=1e-4)
@@ -183,9 +187,9 @@ def test_contract(rule):
 
 
 def cascaded() -> Horizontal:
-    """`cascade(lm[medusa:2]:1, medusa:3)+...`: the second asks for tokens behind those of others."""
+    """`cascade(lm[medusa:2]:1, medusa:2)`: the second asks for tokens behind those of others."""
     lm = LmDrafter(h.SMALL, 1)
-    return Horizontal((Cascade(lm, (drafter(2),), (2,)), drafter(3)), (1, 3))
+    return Horizontal((Cascade(lm, (drafter(2),), (2,)), drafter(2)), (1, 2))
 
 
 @functools.cache
@@ -195,14 +199,11 @@ def plain_answers():
     return sampling, h.decode(loop, given, h.prompts_of([1, 3, 8, 13]), sampling)
 
 
-@pytest.mark.parametrize("kind", ["chain", "greedy", "cape", "static", "wide", "cascade"])
+@pytest.mark.parametrize("kind", ["greedy", "static", "cascade"])
 def test_identity(kind):
     made = {
-        "chain": lambda: drafter(4),
-        "greedy": lambda: drafter(2, proposal="greedy"),
-        "cape": lambda: Expand(drafter(3), Cape(9)),
-        "static": lambda: Expand(drafter(3), TREE),
-        "wide": lambda: Expand(drafter(2), StaticTree(40)),
+        "greedy": lambda: Expand(drafter(4, proposal="greedy"), Cape(9)),
+        "static": lambda: Expand(drafter(3), StaticTree(24)),
         "cascade": lambda: Expand(cascaded(), Cape(12)),
     }[kind]()
     sampling, plain = plain_answers()
@@ -211,7 +212,7 @@ def test_identity(kind):
     h.assert_identical(got, plain)
     accepted, drafted = got.stats.accepted.sum(axis=0), got.stats.drafted.sum(axis=0)
     assert 0 < accepted[1:].sum() < drafted[1:].sum()
-    if kind in ("static", "wide"):
+    if kind == "static":
         assert accepted[2] > 0, "nothing beside the chain was ever accepted"
     if kind == "cascade":
         medusa_alone = made.proposers.index("medusa") + 1
@@ -221,15 +222,15 @@ def test_identity(kind):
 def test_cascades_that_reach_too_far_are_refused():
     lm = LmDrafter(h.SMALL, 1)
     inner = Cascade(lm, (drafter(3),), (3,))
-    with pytest.raises(UserError, match="'medusa' drafts up to 7 places behind the text"):
-        Horizontal((inner, drafter(3)), (1, 4))
-    assert Horizontal((inner, drafter(3)), (1, 4), cut=True).depth == 5
+    with pytest.raises(UserError, match="'medusa' drafts up to 6 places behind the text"):
+        Horizontal((inner, drafter(3)), (1, 3))
+    assert Horizontal((inner, drafter(3)), (1, 3), cut=True).depth == 4
 
 
 def test_more_tokens_than_heads():
-    assert drafter(6).depth == 6
-    with pytest.raises(UserError, match="has 6 heads.*asked for 7: draft 6 tokens or fewer"):
-        drafter(7)
+    assert drafter(4).depth == 4
+    with pytest.raises(UserError, match=r"has 4 heads.*asked for 5: draft 4 tokens or fewer"):
+        drafter(5)
 
 
 # The static tree
@@ -295,10 +296,10 @@ def test_trees_that_are_refused():
         UserError, match="accuracies of the heads, which this Medusa checkpoint lacks"
     ):
         Expand(MedusaDrafter(MODEL, 3), TREE)
-    with pytest.raises(UserError, match="chain of 3 takes 5 to 64 nodes.*got 4"):
+    with pytest.raises(UserError, match=r"chain of 3 takes 5 to 64 nodes.*got 4"):
         Expand(drafter(3), StaticTree(4))
-    few = MedusaDrafter(MODEL, 2, accuracies=((0.5, 0.2),) * 6)
-    with pytest.raises(UserError, match="of 2 heads with 2 candidates each has 7 nodes.*than 8"):
+    few = MedusaDrafter(MODEL, 2, accuracies=((0.5, 0.2),) * 4)
+    with pytest.raises(UserError, match=r"of 2 heads with 2 candidates each has 7 nodes.*than 8"):
         Expand(few, StaticTree(8))
     for text, message in (
         ("lm:4+static:16", r"'lm' takes no \+static: .*\+tree or \+beam expand it"),
@@ -375,7 +376,9 @@ def test_lossy_typical_in_float64(parents):
             **({} if len(parents) == 4 else shape),
         )
         got = jax.device_get(
-            acceptance.lossy_typical(draft, jnp.asarray(p), jnp.asarray(own), lossy)
+            jax.jit(acceptance.lossy_typical, static_argnums=3, compiler_options=h.QUICK)(
+                draft, jnp.asarray(p), jnp.asarray(own), lossy
+            )
         )
     seen = set()
     for row in range(batch):
@@ -479,7 +482,7 @@ def test_the_loss_and_the_laws_in_float64():
     )
     hidden = medusa.Heads(MODEL, h.SMALL).read(h.small_params(), jnp.asarray(tokens)).hidden
     want = 0.0
-    for k in range(1, 7):
+    for k in range(1, 5):
         scores = np.asarray(MODEL.head(joined, hidden, k - 1), np.float64)
         log_q = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
         places = [(row, t) for row in range(3) for t in range(20 - k)]
@@ -491,7 +494,7 @@ def test_the_loss_and_the_laws_in_float64():
 
 def test_accuracies_by_rank():
     own, _, accuracies = trained()
-    assert len(accuracies) == 6 and all(len(row) == 8 for row in accuracies)
+    assert len(accuracies) == 4 and all(len(row) == 8 for row in accuracies)
     laws, _, got, _ = jax.device_get(
         reading_program()(own, h.small_params(), jnp.asarray(texts()[:3, :21]))
     )
@@ -571,7 +574,7 @@ def test_loading_by_name(target, folder):
         (1, 0),
     )
     assert load_drafter("medusa+static", target, drafts=drafts).spec == "medusa:2+static:9"
-    with pytest.raises(UserError, match="has 2 heads.*draft 2 tokens or fewer"):
+    with pytest.raises(UserError, match=r"has 2 heads.*draft 2 tokens or fewer"):
         load_drafter("medusa:3", target, drafts=drafts)
     with pytest.raises(UserError, match=r"no checkpoint at .*nowhere: say where .* --draft medusa"):
         load_drafter("medusa:1", target, drafts={"medusa": folder / "nowhere"})

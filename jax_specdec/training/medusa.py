@@ -33,7 +33,7 @@ class Heads:
 
     model: Medusa
     target: Decoder
-    recipe: MedusaRecipe = MedusaRecipe()
+    recipe: MedusaRecipe = dataclasses.field(default_factory=MedusaRecipe)
     remat: bool = False
 
     def read(self, target_params: Params, tokens: Array) -> Reading:
