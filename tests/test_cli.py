@@ -18,6 +18,7 @@ from jax_specdec.cli import main
 from jax_specdec.cli.common import DEMO_TARGET
 from jax_specdec.drafters.glide_checkpoint import read_glide_config
 from jax_specdec.drafters.loading import load_bigram
+from jax_specdec.drafters.medusa_checkpoint import read_medusa_config
 from jax_specdec.training.data import read_documents
 
 PROMPT = "Once upon a time"
@@ -516,6 +517,54 @@ def test_no_memory(model, capsys, monkeypatch):
         json.loads(ok(capsys, "info", "--model", model, "--drafter", "none", "--json"))["fits"]
         is False
     )
+
+
+@pytest.mark.usefixtures("relaxed_promotion")
+def test_train_medusa(model, data, capsys, tmp_path):
+    """Heads from data to text, their tree and their accuracies; the lossy rule by its name alone."""
+    out = tmp_path / "run"
+    args = ["train", "medusa", "--data", data, "--target", model, "--heldout-share", 0.2]
+    args += ["--batch-size", 2, "--sequence-length", 16]
+    ok(capsys, *args, "--steps", 2, "--save-every", 2, "--heads", 2, "--out", out)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and len(rows[-1]["acceptance"]) == 2
+    found, accuracies, _ = read_medusa_config(out / "checkpoint")
+    assert (found.num_heads, found.share) == (2, True)
+    assert len(accuracies) == 2 and len(accuracies[0]) == 8
+
+    again = ["--init", out / "checkpoint", "--out", tmp_path / "again"]
+    ok(capsys, *args, *again, "--calibrate")
+    assert read_medusa_config(tmp_path / "again/checkpoint")[1] == pytest.approx(accuracies)
+    assert "with --init" in fails(capsys, *args, "--out", tmp_path / "new", "--calibrate")
+    assert "fixes the drafter's shape" in fails(capsys, *args, *again, "--steps", 1, "--no-share")
+    assert "--steps" in fails(capsys, *args, "--out", tmp_path / "new")
+    few = ["--steps", 1, "--heads", 16, "--out", tmp_path / "new"]
+    assert "leave nothing to the last of 16 heads" in fails(capsys, *args, *few)
+
+    generate = ["generate", "--model", model, "--prompt", PROMPT, "--max-new-tokens", 8]
+    draft = ["--draft", f"medusa={out / 'checkpoint'}"]
+    (answer,) = records(capsys, *generate, "--drafter", "medusa:2+static:6", *draft)
+    (plain,) = records(capsys, *generate, "--drafter", "none")
+    assert answer["token_ids"] == plain["token_ids"]
+    assert answer["stats"]["per_drafter"]["sibling"]["drafted"] > 0
+    assert "draft 2 tokens or fewer" in fails(capsys, *generate, "--drafter", "medusa:3", *draft)
+    (about,) = records(capsys, "info", "--model", model, "--drafter", "medusa", *draft)
+    assert (about["drafter"]["length"], about["drafter"]["num_heads"]) == (2, 2)
+    lossy = ["--rule", "lossy-typical", "--lossy-epsilon", 0.5]
+    (answer,) = records(capsys, *generate, "--drafter", "medusa:2+static:6", *draft, *lossy)
+    assert answer["token_ids"] == plain["token_ids"], "at temperature 0 nothing else is typical"
+    assert "setting of --rule lossy" in fails(capsys, *generate, "--lossy-delta", 0.1)
+    assert "must be in (0, 1]" in fails(capsys, *generate, *lossy[:2], "--lossy-epsilon", 2)
+
+    heads = {"0.0.linear.weight": (64, 64), "0.0.linear.bias": (64,), "0.1.weight": (300, 64)}
+    heads = {name: np.ones(shape, np.float32) for name, shape in heads.items()}
+    (tmp_path / "heads").mkdir()
+    save_file(heads, tmp_path / "heads/medusa_lm_head.safetensors")
+    ok(capsys, "convert", tmp_path / "heads", tmp_path / "imported", "--target", model)
+    found, accuracies, _ = read_medusa_config(tmp_path / "imported")
+    assert (found.num_heads, found.share, accuracies) == (1, False, ())
+    imported = ["--draft", f"medusa={tmp_path / 'imported'}", "--drafter", "medusa:1+static:3"]
+    assert "this Medusa checkpoint lacks" in fails(capsys, *generate, *imported)
 
 
 @pytest.mark.usefixtures("relaxed_promotion")

@@ -219,6 +219,15 @@ def test_identity(kind):
         assert drafted[medusa_alone] > 0
 
 
+def test_the_rejection_rule_takes_trees():
+    """Its law is enumerated elsewhere; where nothing is random it is plain decoding."""
+    sampling, plain = plain_answers()
+    loop = DecodeLoop(h.SMALL, Expand(drafter(3), TREE), "reject")
+    got = h.decode(loop, params(), h.prompts_of([1, 3, 8, 13]), sampling)
+    assert got.tokens[0] == plain.tokens[0]
+    assert (got.stats.accepted.sum(axis=0)[1:] > 0).all()
+
+
 def test_cascades_that_reach_too_far_are_refused():
     lm = LmDrafter(h.SMALL, 1)
     inner = Cascade(lm, (drafter(3),), (3,))
