@@ -534,7 +534,8 @@ def test_train_medusa(model, data, capsys, tmp_path):
 
     again = ["--init", out / "checkpoint", "--out", tmp_path / "again"]
     ok(capsys, *args, *again, "--calibrate")
-    assert read_medusa_config(tmp_path / "again/checkpoint")[1] == pytest.approx(accuracies)
+    measured = read_medusa_config(tmp_path / "again/checkpoint")[1]
+    np.testing.assert_allclose(measured, accuracies, atol=0.1)  # the heads were rounded to bfloat16
     assert "with --init" in fails(capsys, *args, "--out", tmp_path / "new", "--calibrate")
     assert "fixes the drafter's shape" in fails(capsys, *args, *again, "--steps", 1, "--no-share")
     assert "--steps" in fails(capsys, *args, "--out", tmp_path / "new")
