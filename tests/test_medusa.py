@@ -314,6 +314,7 @@ def test_trees_that_are_refused():
         ("lm:4+static:16", r"'lm' takes no \+static: .*\+tree or \+beam expand it"),
         ("medusa:3+tree:16", r"'medusa' takes no \+tree: .*\+path or \+static expand it"),
         ("medusa:3+static:3", "takes 5 to 64 nodes"),
+        ("medusa:40+static:8", "takes 42 to 64 nodes"),
         ("medusa[max-gram:3]", "'medusa' cannot review"),
     ):
         with pytest.raises(UserError, match=message):

@@ -9,6 +9,7 @@ how many drafted tokens a round gains.
 import dataclasses
 import functools
 import heapq
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def choose_tree(accuracies: tuple[tuple[float, ...], ...], count: int) -> tuple[
 
 def full_size(ranks: Sequence[int]) -> int:
     """Nodes of the tree that holds every candidate, without the root."""
-    return sum(int(np.prod(ranks[: d + 1], dtype=np.int64)) for d in range(len(ranks)))
+    return sum(math.prod(ranks[: d + 1]) for d in range(len(ranks)))  # beyond any int64
 
 
 @dataclasses.dataclass(frozen=True)
