@@ -31,7 +31,7 @@ import jax_specdec as sd
 from jax_specdec import costs
 from jax_specdec.drafters import specs
 from jax_specdec.drafters.glide_checkpoint import make_glide, save_glide, target_fingerprint
-from jax_specdec.drafters.loading import RULES
+from jax_specdec.drafters.loading import rules_for
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.training import data, glide, trainer
 from jax_specdec.training.config import GliDeRecipe, TrainConfig
@@ -254,7 +254,7 @@ def widen(args: argparse.Namespace) -> None:
     judge = Judge(args, "expansions")
     for name in specs.split(args.drafters):
         chain = f"{name}:{LENGTH}"
-        for spec in (chain, *(f"{chain}+{rule}:{args.nodes}" for rule in RULES)):
+        for spec in (chain, *(f"{chain}+{rule}:{args.nodes}" for rule in rules_for("glide"))):
             judge.add(spec, sd.load_drafter(spec, judge.target), {})
         # A sibling that nothing follows wins one token where the chain ends early, and never more.
         for setting in SETTINGS:

@@ -24,7 +24,7 @@ from _common import machine, read_prompts, write_json
 
 import jax_specdec as sd
 from jax_specdec.drafters import specs
-from jax_specdec.drafters.loading import RULES, longest_draft
+from jax_specdec.drafters.loading import longest_draft, rules_for
 from jax_specdec.pipeline import NEAR_TIE
 
 TEMPERATURES = (0.3, 1.0, 1.7)
@@ -139,9 +139,11 @@ def expansion_arms(home: Path, lengths) -> list[tuple[str, int]]:
     name = "glide" if (home / "glide").is_dir() else "lm"
     return [
         (f"{name}:{length}{suffix}", 8)
+        for name in (name, "medusa")
+        if (home / name).is_dir()
         for length in lengths
         if length <= longest_draft(name, home / name)
-        for suffix in ("", *(f"+{rule}" for rule in RULES))
+        for suffix in ("", *(f"+{rule}" for rule in rules_for(name)))
     ]
 
 

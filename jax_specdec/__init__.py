@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from jax_specdec.drafters.expand import Cape, Expand, Fixed, PathProbability
     from jax_specdec.drafters.growth import BeamSearch, DynamicTree
     from jax_specdec.drafters.loading import LoadedDrafter, default_spec, load_drafter
+    from jax_specdec.drafters.static_tree import StaticTree
     from jax_specdec.loop import DecodeLoop, make_generate
     from jax_specdec.models.config import ModelConfig, RopeConfig
     from jax_specdec.models.decoder import Decoder
     from jax_specdec.models.glide import GliDe
     from jax_specdec.models.glide_config import GliDeConfig
+    from jax_specdec.models.medusa import Medusa, MedusaConfig
     from jax_specdec.pipeline import Generation, SpeculativeDecoder
     from jax_specdec.sampling import Sampling, make_sampling
     from jax_specdec.tree import Draft, Text
@@ -32,11 +34,13 @@ _HOMES = {
     "drafters.expand": ("Cape", "Expand", "Fixed", "PathProbability"),
     "drafters.growth": ("BeamSearch", "DynamicTree"),
     "drafters.loading": ("LoadedDrafter", "default_spec", "load_drafter"),
+    "drafters.static_tree": ("StaticTree",),
     "loop": ("DecodeLoop", "make_generate"),
     "models.config": ("ModelConfig", "RopeConfig"),
     "models.decoder": ("Decoder",),
     "models.glide": ("GliDe",),
     "models.glide_config": ("GliDeConfig",),
+    "models.medusa": ("Medusa", "MedusaConfig"),
     "pipeline": ("Generation", "SpeculativeDecoder"),
     "sampling": ("Sampling", "make_sampling"),
     "tree": ("Draft", "Text"),
@@ -58,6 +62,8 @@ __all__ = [
     "GliDeConfig",
     "Horizontal",
     "LoadedDrafter",
+    "Medusa",
+    "MedusaConfig",
     "ModelConfig",
     "Outcome",
     "PathProbability",
@@ -65,6 +71,7 @@ __all__ = [
     "RunError",
     "Sampling",
     "SpeculativeDecoder",
+    "StaticTree",
     "Target",
     "TargetView",
     "Text",

@@ -180,10 +180,10 @@ def draft_arm(
     vocab = target.vocab_size
 
     def rounds_only(params, state, drafting):
-        view = TargetView(state.cache)
-
         def step(_, carry):
             drafts, text, total = carry
+            # As if the target had read the text: a drafter may ask how far behind it is.
+            view = TargetView(state.cache.replace(length=text.length - 1))
             length = _after_reading(text.length, params["target"], jnp.minimum(total, 0))
             if not drafting:
                 return drafts, Text(text.tokens, length + 2), total + jnp.max(length)

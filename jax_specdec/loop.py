@@ -5,7 +5,7 @@ host synchronisation inside a round.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import flax.struct
 import jax
@@ -17,6 +17,7 @@ from jax_specdec import cache as kv
 from jax_specdec import sampling as laws
 from jax_specdec._types import Array, Float, Int, UInt
 from jax_specdec.drafters.base import Drafter, Outcome, States, TargetView
+from jax_specdec.errors import UserError
 from jax_specdec.models.decoder import Decoder
 from jax_specdec.prefill import read_text
 from jax_specdec.sampling import History, Noise, Processor, Sampling
@@ -94,15 +95,23 @@ class DecodeLoop:
     """The speculative decoding loop of one target and one drafter.
 
     Attributes:
-      rule: `match` (any draft, exact, identical to plain decoding with the same seed) or `reject`
-        (speculative sampling of a chain, exact in law).
+      rule: `match` (any draft, exact, identical to plain decoding with the same seed), `reject`
+        (speculative sampling of a chain, exact in law) or `lossy-typical` (not exact).
+      lossy: what `lossy-typical` accepts.
       processors: history-dependent logits processors, applied at every node of the tree.
     """
 
     target: Decoder
     drafter: Drafter
-    rule: Literal["match", "reject"] = "match"
+    rule: acceptance.Rule = "match"
     processors: tuple[Processor, ...] = ()
+    lossy: acceptance.LossyTypical = acceptance.PUBLISHED
+
+    def __post_init__(self):
+        if self.rule not in acceptance.RULES:
+            raise UserError(
+                f"Unknown acceptance rule {self.rule!r}; there are {', '.join(acceptance.RULES)}."
+            )
 
     @property
     def nodes(self) -> int:
@@ -175,14 +184,18 @@ class DecodeLoop:
     ) -> tuple[acceptance.Verdict, Array]:
         """The verdict, and the margin of each node's own token, `float32[B, T]`."""
         scores = laws.warp(logits, state.sampling)
-        if self.rule == "match":
+        if self.rule != "reject":
             if draft.is_chain:
                 added = noise[:, : scores.shape[1]]
             else:
                 depth = jnp.broadcast_to(draft.depths(), draft.tokens.shape)
                 added = jnp.take_along_axis(noise, depth[..., None], axis=1)
             token, margin = _best_two(scores + added)
-            return acceptance.match(draft, token), margin
+            if self.rule == "match":
+                return acceptance.match(draft, token), margin
+            p = laws.law_of(scores, state.sampling)
+            verdict = acceptance.lossy_typical(draft, p, token, self.lossy)
+            return verdict, jnp.full(margin.shape, jnp.inf, jnp.float32)
         batch, vocab = scores.shape[0], scores.shape[-1]
         start, depth = state.text.length, self.drafter.depth
         p = laws.law_of(scores, state.sampling)
@@ -256,7 +269,7 @@ class DecodeLoop:
         active = stats.finish == RUNNING
         room = state.limit - text.length
         view = TargetView(state.cache)
-        role = laws.ROLE_MATCH if self.rule == "match" else laws.ROLE_DRAFT
+        role = laws.ROLE_DRAFT if self.rule == "reject" else laws.ROLE_MATCH
         noise = laws.shared_noise(
             state.keys, sampling, text.length, self.window, self.target.config.vocab_size, role
         )
@@ -359,7 +372,7 @@ def make_generate(
     drafter: Any = None,
     *,
     max_new_tokens: int,
-    rule: Literal["match", "reject"] = "match",
+    rule: acceptance.Rule = "match",
     processors: tuple[Processor, ...] = (),
 ):
     """The whole decoding as one pure function, for other people's programs.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_specdec import stops as stopping
+from jax_specdec.acceptance import PUBLISHED, LossyTypical, Rule
 from jax_specdec.checkpoints import Target, available_memory, check_fits, memory_plan
 from jax_specdec.drafters.loading import LoadedDrafter
 from jax_specdec.drafters.none import NoDrafter
@@ -100,6 +101,10 @@ class SpeculativeDecoder:
 
     Programs are compiled ahead of time, one pair (prefill, rounds) per text capacity, batch size and
     number of stop-string states, each in powers of two; `compilations` counts them.
+
+    Args:
+      rule: see `DecodeLoop`; every one whose name does not say lossy is exact.
+      lossy: what the rule `lossy-typical` accepts; default: the published values.
     """
 
     def __init__(
@@ -107,14 +112,19 @@ class SpeculativeDecoder:
         target: Target,
         drafter: LoadedDrafter | None = None,
         *,
-        rule: Literal["match", "reject"] = "match",
+        rule: Rule = "match",
+        lossy: LossyTypical = PUBLISHED,
         processors: Sequence[Processor] = (),
         loop: type[DecodeLoop] = DecodeLoop,
     ):
         self.target = target
         self.loaded = drafter or LoadedDrafter(NoDrafter(), {}, "none")
         self.loop = loop(
-            target.decoder, self.loaded.drafter, rule=rule, processors=tuple(processors)
+            target.decoder,
+            self.loaded.drafter,
+            rule=rule,
+            processors=tuple(processors),
+            lossy=lossy,
         )
         self.params = {"target": target.params, "drafters": self.loaded.params}
         self.compilations = 0

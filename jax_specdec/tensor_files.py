@@ -25,24 +25,27 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _ROWS = 32
 
 
-def open_tensors(folder: Path) -> dict[str, Any]:
+def open_tensors(folder: Path, stem: str = "model") -> dict[str, Any]:
     """Tensor name -> open file that holds it. Nothing is read but headers.
+
+    Args:
+      stem: what the file is called, or the index of several.
 
     Raises:
       UserError: no weights, a shard that is missing, or a file that is broken.
     """
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        files = ["model.safetensors"]
+    index = folder / f"{stem}.safetensors.index.json"
+    if (folder / f"{stem}.safetensors").is_file():
+        files = [f"{stem}.safetensors"]
     elif index.is_file():
         files = sorted(set(read_json(index).get("weight_map", {}).values()))
-    elif any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+    elif any(any(folder.glob(f"*.{kind}")) for kind in ("bin", "pth", "pt")):
         raise UserError(
             f"{folder} holds pickled weights, which can run code and are not read: convert them to "
             "safetensors first (save_pretrained of transformers writes them)."
         )
     else:
-        raise UserError(f"{folder} holds no weights: there is no model.safetensors.")
+        raise UserError(f"{folder} holds no weights: there is no {stem}.safetensors.")
     absent = [name for name in files if not (folder / name).is_file()]
     if not files:
         raise UserError(f"{index} names no files.")
@@ -141,7 +144,7 @@ def write_tensors(
 def _tensor(params: Params, name: str, weight: Weight, dtype: Any) -> np.ndarray:
     """One tensor as the file has it, from either layer layout."""
     leaf: Any = params
-    if len(weight.path) == 3 and not isinstance(params["layers"], tuple):
+    if len(weight.path) == 3 and not isinstance(params.get("layers", ()), tuple):
         leaf = np.asarray(params["layers"][weight.path[2]])[weight.path[1]]
     else:
         for key in weight.path:

@@ -19,6 +19,7 @@ from jax_specdec.cli import main
 from jax_specdec.cli.common import DEMO_TARGET
 from jax_specdec.drafters.glide_checkpoint import read_glide_config
 from jax_specdec.drafters.loading import load_bigram
+from jax_specdec.drafters.medusa_checkpoint import read_medusa_config
 from jax_specdec.training.data import read_documents
 
 PROMPT = "Once upon a time"
@@ -425,7 +426,7 @@ def test_arguments(model, capsys, monkeypatch, tmp_path):
         (["--max-new-tokens", str(10**30)], "max_new_tokens must be at least 1 and below 2^30"),
         (["--drafter", "lmm:4"], "Unknown drafter 'lmm': did you mean lm"),
         (["--drafter", "lm:0"], "A draft length must be in 1..63, got 0"),
-        (["--drafter", "xyzzy"], "known are none, lm, glide, max-gram"),
+        (["--drafter", "xyzzy"], "known are none, lm, glide, medusa"),
         (["--prompt", ""], "The prompt is empty"),
         (["--prompt", "word " * 300], "but the context of 256 must also hold at least one new"),
         (["--prompts", "/absent.jsonl"], "There is no file /absent.jsonl"),
@@ -529,6 +530,55 @@ def test_info_of_a_cascade(model, capsys):
     assert drafter["memory"]["total"] == sum(sizes)
     assert about["total_bytes"] == about["memory"]["total"] + sum(sizes)
     assert "lm  " in ok(capsys, "info", "--model", model, "--drafter", spec)
+
+
+@pytest.mark.usefixtures("relaxed_promotion")
+def test_train_medusa(model, data, capsys, tmp_path):
+    """Heads from data to text, their tree and their accuracies; the lossy rule by its name alone."""
+    out = tmp_path / "run"
+    args = ["train", "medusa", "--data", data, "--target", model, "--heldout-share", 0.2]
+    args += ["--batch-size", 2, "--sequence-length", 16]
+    ok(capsys, *args, "--steps", 2, "--save-every", 2, "--heads", 2, "--out", out)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and len(rows[-1]["acceptance"]) == 2
+    found, accuracies, _ = read_medusa_config(out / "checkpoint")
+    assert (found.num_heads, found.share) == (2, True)
+    assert len(accuracies) == 2 and len(accuracies[0]) == 8
+
+    again = ["--init", out / "checkpoint", "--out", tmp_path / "again"]
+    ok(capsys, *args, *again, "--calibrate")
+    measured = read_medusa_config(tmp_path / "again/checkpoint")[1]
+    np.testing.assert_allclose(measured, accuracies, atol=0.1)  # the heads were rounded to bfloat16
+    assert "with --init" in fails(capsys, *args, "--out", tmp_path / "new", "--calibrate")
+    assert "fixes the drafter's shape" in fails(capsys, *args, *again, "--steps", 1, "--no-share")
+    assert "--steps" in fails(capsys, *args, "--out", tmp_path / "new")
+    few = ["--steps", 1, "--heads", 16, "--out", tmp_path / "new"]
+    assert "leave nothing to the last of 16 heads" in fails(capsys, *args, *few)
+
+    generate = ["generate", "--model", model, "--prompt", PROMPT, "--max-new-tokens", 8]
+    draft = ["--draft", f"medusa={out / 'checkpoint'}"]
+    (answer,) = records(capsys, *generate, "--drafter", "medusa:2+static:6", *draft)
+    (plain,) = records(capsys, *generate, "--drafter", "none")
+    assert answer["token_ids"] == plain["token_ids"]
+    assert answer["stats"]["per_drafter"]["sibling"]["drafted"] > 0
+    assert "draft 2 tokens or fewer" in fails(capsys, *generate, "--drafter", "medusa:3", *draft)
+    (about,) = records(capsys, "info", "--model", model, "--drafter", "medusa", *draft)
+    assert (about["drafter"]["length"], about["drafter"]["num_heads"]) == (2, 2)
+    lossy = ["--rule", "lossy-typical", "--lossy-epsilon", 0.5]
+    (answer,) = records(capsys, *generate, "--drafter", "medusa:2+static:6", *draft, *lossy)
+    assert answer["token_ids"] == plain["token_ids"], "at temperature 0 nothing else is typical"
+    assert "setting of --rule lossy" in fails(capsys, *generate, "--lossy-delta", 0.1)
+    assert "must be in (0, 1]" in fails(capsys, *generate, *lossy[:2], "--lossy-epsilon", 2)
+
+    heads = {"0.0.linear.weight": (64, 64), "0.0.linear.bias": (64,), "0.1.weight": (300, 64)}
+    heads = {name: np.ones(shape, np.float32) for name, shape in heads.items()}
+    (tmp_path / "heads").mkdir()
+    save_file(heads, tmp_path / "heads/medusa_lm_head.safetensors")
+    ok(capsys, "convert", tmp_path / "heads", tmp_path / "imported", "--target", model)
+    found, accuracies, _ = read_medusa_config(tmp_path / "imported")
+    assert (found.num_heads, found.share, accuracies) == (1, False, ())
+    imported = ["--draft", f"medusa={tmp_path / 'imported'}", "--drafter", "medusa:1+static:3"]
+    assert "this Medusa checkpoint lacks" in fails(capsys, *generate, *imported)
 
 
 @pytest.mark.usefixtures("relaxed_promotion")

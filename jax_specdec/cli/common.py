@@ -37,9 +37,10 @@ def add_drafter(parser: argparse.ArgumentParser) -> None:
         "--drafter",
         metavar="SPEC",
         default="auto",
-        help="none, lm, glide, max-gram, prompt-lookup or bigram, with a draft length after a colon, as in "
-        "lm:4; lm and glide also with an expansion, cape, fixed, path, tree or beam, and its nodes, as in "
-        "lm:4+cape:16 (default: the fastest measured for the model, else prompt-lookup)",
+        help="none, lm, glide, medusa, max-gram, prompt-lookup or bigram, with a draft length after a colon, "
+        "as in lm:4; lm and glide also with an expansion, cape, fixed, path, tree or beam, and its nodes, as "
+        "in lm:4+cape:16, medusa with cape, fixed, path or its own, static (default: the fastest measured for "
+        "the model, else prompt-lookup)",
     )
     parser.add_argument(
         "--draft",
@@ -77,8 +78,9 @@ def draft_folders(items: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"--draft takes NAME=DIR, as in lm=checkpoints/demo/lm, not {item!r}.")
         spec = parse_drafter(name)
         if str(spec) != spec.name or spec.kind not in WITH_CHECKPOINT:
+            *some, last = WITH_CHECKPOINT
             raise UserError(
-                f"--draft {item}: {name!r} has no checkpoint; lm, glide and bigram have one."
+                f"--draft {item}: {name!r} has no checkpoint; {', '.join(some)} and {last} have one."
             )
         folders[name] = Path(folder).expanduser()
     return folders

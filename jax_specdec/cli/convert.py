@@ -12,7 +12,8 @@ def register(commands: Any) -> None:
         "convert",
         help="write a checkpoint in another dtype or other shards, or import a drafter",
         description="Writes a checkpoint again, in another dtype or other shards. With --target it reads a "
-        "drafter of the GliDe or LongSpec projects, and writes it for --drafter glide.",
+        "drafter of the GliDe or LongSpec projects, and writes it for --drafter glide, or Medusa heads, and "
+        "writes them for --drafter medusa.",
     )
     parser.add_argument("source", metavar="SRC", help="checkpoint folder or hub id")
     parser.add_argument("out", metavar="OUT", help="folder to write")
@@ -40,16 +41,18 @@ def run(args: argparse.Namespace) -> int:
 
 def import_drafter(args: argparse.Namespace, max_shard_bytes: int) -> None:
     from jax_specdec.checkpoints import find_checkpoint, load_target
-    from jax_specdec.drafters.glide_checkpoint import save_glide, target_fingerprint
+    from jax_specdec.drafters.glide_checkpoint import save_glide
     from jax_specdec.drafters.glide_import import import_glide
+    from jax_specdec.drafters.medusa_checkpoint import save_medusa
+    from jax_specdec.drafters.medusa_import import import_medusa, is_medusa
+    from jax_specdec.drafters.own_files import target_fingerprint
 
     source, target = find_checkpoint(args.source), load_target(args.target, tokenizer=False)
-    model, params = import_glide(source, target)
-    save_glide(
-        args.out,
-        model,
-        params,
-        target_fingerprint(target.path),
-        dtype=args.dtype or "bfloat16",
-        max_shard_bytes=max_shard_bytes,
-    )
+    fingerprint = target_fingerprint(target.path)
+    dtype, shard = args.dtype or "bfloat16", max_shard_bytes
+    if is_medusa(source):
+        heads, params = import_medusa(source, target)
+        save_medusa(args.out, heads, params, fingerprint, dtype=dtype, max_shard_bytes=shard)
+    else:
+        model, params = import_glide(source, target)
+        save_glide(args.out, model, params, fingerprint, dtype=dtype, max_shard_bytes=shard)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jax_specdec.checkpoints import Target
     from jax_specdec.pipeline import Chunk, Generation
 
+LOSSY = "lossy-typical"
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
 
 
@@ -54,9 +55,20 @@ def register(commands: Any) -> None:
     )
     sampling.add_argument(
         "--rule",
-        choices=("match", "reject"),
+        choices=("match", "reject", LOSSY),
         default="match",
-        help="match: the very tokens of plain decoding; reject: speculative sampling, the same law",
+        help="match: the very tokens of plain decoding; reject: speculative sampling, the same law; "
+        "lossy-typical: NOT exact, takes every draft that the target finds likely enough (Medusa's "
+        "typical acceptance)",
+    )
+    sampling.add_argument(
+        "--lossy-epsilon",
+        type=float,
+        metavar="P",
+        help="of lossy-typical: likely enough is what is above min(P, D exp(-entropy)) (default: 0.09)",
+    )
+    sampling.add_argument(
+        "--lossy-delta", type=float, metavar="D", help="of lossy-typical (default: 0.3)"
     )
     running = parser.add_argument_group("running and output")
     running.add_argument("--batch-size", type=int, default=1, metavar="N")
@@ -79,14 +91,20 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--batch-size must be at least 1, got {args.batch_size}.")
     if any(not stop for stop in args.stop):
         raise UserError("A stop string must not be empty.")
+    chosen = {"epsilon": args.lossy_epsilon, "delta": args.lossy_delta}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if chosen and args.rule != LOSSY:
+        raise UserError(f"--lossy-{next(iter(chosen))} is a setting of --rule {LOSSY}.")
     records = read_records(args)
     settings: dict[str, Any] = {name: _rows(args, records, name) for name in SAMPLING}
     _check(records, settings)
 
+    from jax_specdec.acceptance import LossyTypical
     from jax_specdec.pipeline import SpeculativeDecoder
 
+    lossy = LossyTypical(**chosen)
     target, drafter = common.load(args)
-    decoder = SpeculativeDecoder(target, drafter, rule=args.rule)
+    decoder = SpeculativeDecoder(target, drafter, rule=args.rule, lossy=lossy)
     stops = [record.settings.get("stop", tuple(args.stop)) for record in records]
     streams = _Streams(target.tokenizer, stops) if args.stream else None
     answers = decoder.generate(
@@ -113,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
             _head(records, record)
             print(answer.text, flush=True)
     if not args.json:
-        common.say(summary(done, args.batch_size))
+        common.say(summary(done, args.batch_size) + f", {LOSSY}" * (args.rule == LOSSY))
     return 0
 
 

@@ -152,12 +152,34 @@ def _part(
         plan = memory_plan(small, dtype, batch_size, slots)
         memory = {**dataclasses.asdict(plan), "total": plan.total}
         return {"path": str(folder), **_sizes(small), "stored_dtype": stored, "memory": memory}
+    if kind == "medusa":
+        return _medusa(folder, target, dtype, batch_size, slots)
     model = make_glide(read_glide_config(folder)[0], target, dtype)
     count = model.parameter_count()
     cache = memory_plan(model.decoder.config, dtype, batch_size, slots).cache
     parameters = count * jnp.dtype(dtype).itemsize
     memory = {"parameters": parameters, "cache": cache, "total": parameters + cache}
     return {"path": str(folder), "own_parameters": count, "memory": memory}
+
+
+def _medusa(folder: Path, target: Any, dtype: Any, batch_size: int, slots: int) -> dict[str, Any]:
+    """What Medusa heads take beside their target, whose hidden states are kept for them."""
+    import jax.numpy as jnp
+
+    from jax_specdec.drafters.medusa_checkpoint import read_medusa_config
+    from jax_specdec.models.medusa import Medusa
+
+    config, accuracies, _ = read_medusa_config(folder)
+    count, size = Medusa(config, target, dtype).parameter_count(), jnp.dtype(dtype).itemsize
+    hidden = batch_size * slots * target.hidden_size * size
+    memory = {"parameters": count * size, "cache": hidden, "total": count * size + hidden}
+    return {
+        "path": str(folder),
+        "num_heads": config.num_heads,
+        "own_parameters": count,
+        "accuracies": accuracies,
+        "memory": memory,
+    }
 
 
 def _has_tokenizer(folder: Path) -> bool:

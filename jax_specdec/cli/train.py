@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jax_specdec.cli import arguments, common, regenerate, train_glide
+from jax_specdec.cli import arguments, common, regenerate, train_glide, train_medusa
 from jax_specdec.errors import UserError
 from jax_specdec.training.config import TrainConfig
 
@@ -27,6 +27,7 @@ def register(commands: Any) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     register_lm(kinds)
     train_glide.register(kinds)
+    train_medusa.register(kinds)
     register_tokenizer(kinds)
     register_bigram(kinds)
     regenerate.register(kinds)

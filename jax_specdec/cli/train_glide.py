@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jax_specdec.cli import arguments, common
+from jax_specdec.cli import arguments, beside, common
 from jax_specdec.errors import UserError
 from jax_specdec.training.config import GliDeRecipe, TrainConfig
 
@@ -35,22 +35,11 @@ def register(kinds: Any) -> None:
         description="Trains a GliDe drafter beside its frozen target and writes it to OUT/checkpoint "
         "whenever the state is saved; the state to resume from, metrics.jsonl and loss.png go to OUT.",
     )
-    arguments.add_data(parser)
-    parser.add_argument(
-        "--target", metavar="DIR", required=True, help="checkpoint folder or hub id"
-    )
-    parser.add_argument("--out", metavar="DIR", required=True)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest state in OUT")
-    parser.add_argument(
-        "--init",
-        metavar="DIR",
-        help="start from this GliDe checkpoint, or from a decoder with the target's vocabulary, whose layers, "
+    beside.add_arguments(
+        parser,
+        "start from this GliDe checkpoint, or from a decoder with the target's vocabulary, whose layers, "
         "embedding and head are taken over",
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help='JSON {"train": {...}, "recipe": {...}, "model": {...}}'
-    )
-    parser.add_argument("--save-dtype", choices=common.DTYPES, default="bfloat16")
     shape = parser.add_argument_group("the drafter")
     shape.add_argument(
         "--paper",
@@ -78,8 +67,7 @@ def register(kinds: Any) -> None:
         shape.add_argument(
             f"--{flag}", dest=f"model.{field}", action=argparse.BooleanOptionalAction, help=text
         )
-    arguments.add_dataclass(parser.add_argument_group("what is trained"), GliDeRecipe, "recipe")
-    arguments.add_dataclass(parser.add_argument_group("training"), TrainConfig, "train")
+    beside.add_recipe(parser, GliDeRecipe)
     parser.set_defaults(run=run)
 
 
@@ -107,36 +95,26 @@ def run(args: argparse.Namespace) -> int:
 
     import jax
 
-    from jax_specdec.checkpoints import find_checkpoint, load_target
+    from jax_specdec.checkpoints import load_target
     from jax_specdec.drafters import glide_checkpoint
     from jax_specdec.tensor_files import read_json
     from jax_specdec.training import glide
     from jax_specdec.training.losses import parse_mixture
 
     parse_mixture(recipe.loss)
-    folder = find_checkpoint(args.target)
-    fingerprint = glide_checkpoint.target_fingerprint(folder)
-    target = load_target(folder, dtype=config.dtype)
-    if config.sequence_length > target.config.context:
-        raise UserError(
-            f"Windows of {config.sequence_length} tokens do not fit the target's context of "
-            f"{target.config.context}: lower --sequence-length."
-        )
+    about = beside.open_target(args, config)
+    target = about.target
     fields = {**sections["model"], **arguments.given(args, "model")}
     initial = None
     if args.init is None:
         shape = choose_shape(args, fields, recipe, target.config)
         model = glide_checkpoint.make_glide(shape, target.config, "float32")
     elif (
-        read_json(Path(args.init) / "config.json").get("model_type") == glide_checkpoint.MODEL_TYPE
+        read_json(Path(args.init) / "config.json").get("model_type")
+        == glide_checkpoint.KIND.model_type
     ):
-        if fields or args.paper or args.vanilla:
-            raise UserError(
-                f"{args.init} fixes the drafter's shape: leave out the flags that say it."
-            )
         shape, trained_for = glide_checkpoint.read_glide_config(Path(args.init))
-        if trained_for != fingerprint:
-            raise UserError(f"{args.init} was trained for another target than {args.target}.")
+        beside.check_init(args, fields or args.paper or args.vanilla, trained_for, about)
         model = glide_checkpoint.make_glide(shape, target.config, "float32")
         initial = glide_checkpoint.load_own_params(Path(args.init), model)
     else:
@@ -146,13 +124,8 @@ def run(args: argparse.Namespace) -> int:
         fields |= {"cross_attention": False} if args.vanilla else {}
         key = jax.random.key(config.seed)
         model, initial = glide_checkpoint.from_decoder(small, target, key, **fields)
-    documents, heldout = arguments.load_documents(args, target.tokenizer, config.sequence_length)
-
-    out = Path(args.out)
-    common.say(
-        f"{model.parameter_count():,} parameters of its own, "
-        f"{config.steps * config.batch_size * config.sequence_length:,} tokens of training"
-    )
+    documents, heldout = beside.load_documents(args, about, config)
+    beside.announce(model, config)
     glide.train(
         model,
         target.decoder,
@@ -161,15 +134,15 @@ def run(args: argparse.Namespace) -> int:
         config,
         documents,
         heldout,
-        out,
-        fingerprint=fingerprint,
+        about.out,
+        fingerprint=about.fingerprint,
         initial=initial,
         resume=args.resume,
         on_save=lambda params: glide_checkpoint.save_glide(
-            out / "checkpoint", model, params, fingerprint, dtype=args.save_dtype
+            about.out / "checkpoint", model, params, about.fingerprint, dtype=args.save_dtype
         ),
     )
-    common.say(f"Wrote {out / 'checkpoint'}.")
+    common.say(f"Wrote {about.out / 'checkpoint'}.")
     return 0
 
 

@@ -381,15 +381,15 @@ def _parts(drafter: Drafter) -> dict[str, Drafter]:
     return drafter.parts if isinstance(drafter, Composed) else {drafter.name: drafter}
 
 
-def _neural(drafter: Drafter, before: int, limit: int) -> Iterator[tuple[NeuralDrafter, int, bool]]:
-    """Neural drafters, how far behind the text their tokens lie at most, and whether they review.
+def _models(drafter: Any, before: int, limit: int) -> Iterator[tuple[Any, int, bool]]:
+    """Drafters with a model, how far behind the text their tokens lie at most, and whether they review.
 
     Args:
       before: tokens drafted before. limit: tokens further behind are dropped.
     """
     if isinstance(drafter, Cascade):
         yield drafter.reviewer, min(before + drafter.depth, limit), True
-        yield from _neural(drafter.inner, before, limit)
+        yield from _models(drafter.inner, before, limit)
     elif isinstance(drafter, Horizontal):
         quota = 0
         for part, more, latest in zip(
@@ -398,8 +398,8 @@ def _neural(drafter: Drafter, before: int, limit: int) -> Iterator[tuple[NeuralD
             quota += more
             if latest >= 0:
                 end = min(limit, before + quota) if drafter.cut else limit
-                yield from _neural(part, before + latest, end)
-    elif isinstance(drafter, NeuralDrafter):
+                yield from _models(part, before + latest, end)
+    elif hasattr(drafter, "reach"):
         yield drafter, min(before + drafter.depth, limit), False
 
 
@@ -411,7 +411,7 @@ def _check(drafter: Horizontal | Cascade) -> None:
             f"{MAX_NODES - 1}: lower its quotas and lengths, or cut."
         )
     bodies: dict[str, Any] = {}
-    for part, end, reviews in _neural(drafter, 0, MAX_NODES):
+    for part, end, reviews in _models(drafter, 0, MAX_NODES):
         if bodies.setdefault(part.name, part.body) != part.body:
             raise UserError(f"Two drafters of this cascade are named {part.name!r}: rename one.")
         if part.reach is not None and end > part.reach:

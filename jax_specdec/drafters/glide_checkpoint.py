@@ -1,69 +1,44 @@
-"""Checkpoint folders of GliDe drafters: config.json, and safetensors named by the path in our tree.
-
-What is shared with the target is not stored. The folder names the target that it was trained for by a
-fingerprint, and loads beside no other: the drafter's queries mean nothing to other keys.
-"""
+"""Checkpoint folders of GliDe drafters, see `drafters.own_files`."""
 
 import dataclasses
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jax_specdec.checkpoints import Target, load_config
+from jax_specdec.checkpoints import Target
+from jax_specdec.drafters.own_files import (
+    NOT_IDENTITY,
+    SHARD_BYTES,
+    Kind,
+    check_target,
+    make_config,
+    read_fields,
+    read_own,
+    save_own,
+    target_fingerprint,
+)
 from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import Params, unstack_layers
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
-from jax_specdec.models.hf import Weight, weight_names
-from jax_specdec.tensor_files import (
-    aligned,
-    check_tensors,
-    new_folder,
-    open_tensors,
-    read_into,
-    read_json,
-    write_json,
-    write_tensors,
-)
 
-MODEL_TYPE = "glide"
-SHARD_BYTES = 14 * 10**6
-# Rows and columns of each of the target's tensors that its fingerprint reads.
-_SAMPLED_ROWS, _SAMPLED_COLUMNS = 4, 256
-# What does not change the target's keys: special ids, and the longest text.
-_NOT_IDENTITY = ("family", "context", "bos_id", "eos_ids", "pad_id")
+__all__ = [
+    "KIND",
+    "from_decoder",
+    "load_glide",
+    "load_own_params",
+    "make_glide",
+    "make_glide_config",
+    "read_glide_config",
+    "save_glide",
+    "target_fingerprint",
+]
 
-
-def target_fingerprint(folder: str | os.PathLike[str]) -> str:
-    """SHA-256 over a target's geometry and a fixed sample of every tensor, rounded to bfloat16.
-
-    It is taken from the files, and so is the same whatever dtype the target is loaded in.
-
-    Raises:
-      UserError: the folder is no checkpoint, or a tensor is missing.
-    """
-    folder = Path(folder)
-    config, tensors = load_config(folder), open_tensors(folder)
-    geometry = dataclasses.asdict(config)
-    for name in _NOT_IDENTITY:
-        del geometry[name]
-    digest = hashlib.sha256(json.dumps(geometry, sort_keys=True).encode())
-    for name in sorted(weight_names(config)):
-        if name not in tensors:
-            raise UserError(f"{folder} lacks {name}, which its config.json describes.")
-        view = tensors[name].get_slice(name)
-        rows = view.get_shape()[0]
-        for row in np.linspace(0, rows - 1, min(rows, _SAMPLED_ROWS)).astype(int).tolist():
-            part = view[row : row + 1][..., :_SAMPLED_COLUMNS]
-            digest.update(part.astype(jnp.bfloat16).tobytes())
-    return digest.hexdigest()
+KIND = Kind("glide", "GliDe")
 
 
 def save_glide(
@@ -83,16 +58,8 @@ def save_glide(
     Raises:
       RunError: the disk is full or read-only.
     """
-    dtype = jnp.dtype(dtype)
-    config = {
-        "model_type": MODEL_TYPE,
-        "dtype": dtype.name,
-        **dataclasses.asdict(model.config),
-        "target": fingerprint,
-    }
-    with new_folder(Path(folder)) as new:
-        write_json(new / "config.json", config)
-        write_tensors(new, _weights(model), params, dtype, max_shard_bytes)
+    fields = dataclasses.asdict(model.config)
+    save_own(KIND, folder, fields, model.shapes(), params, fingerprint, dtype, max_shard_bytes)
 
 
 def load_glide(
@@ -108,11 +75,7 @@ def load_glide(
     """
     folder = Path(folder)
     config, fingerprint = read_glide_config(folder)
-    if fingerprint != target_fingerprint(target.path):
-        raise UserError(
-            f"The GliDe drafter in {folder} was trained for another target than the model in "
-            f"{target.path}: train one for it with `jax-specdec train glide`."
-        )
+    check_target(KIND, folder, fingerprint, target)
     model = make_glide(config, target.config, dtype or target.decoder.dtype)
     own = load_own_params(folder, model)
     return model, model.join(own, target.params)
@@ -156,7 +119,7 @@ def from_decoder(
     )
     alike = model.config.decoder(target.config)
     for field in dataclasses.fields(ModelConfig):
-        if field.name in (*_NOT_IDENTITY, "tied_head"):
+        if field.name in (*NOT_IDENTITY, "tied_head"):
             continue
         theirs, ours = getattr(c, field.name), getattr(alike, field.name)
         if theirs != ours:
@@ -190,19 +153,8 @@ def read_glide_config(folder: Path) -> tuple[GliDeConfig, str]:
     Raises:
       UserError: it is missing, broken, or not a GliDe drafter's.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is no GliDe checkpoint: it has no config.json.")
-    found = read_json(path)
-    if found.pop("model_type", None) != MODEL_TYPE:
-        raise UserError(
-            f"{folder} holds no GliDe drafter: the model_type of its config.json differs."
-        )
-    found.pop("dtype", None)
-    fingerprint = found.pop("target", None)
-    if not isinstance(fingerprint, str):
-        raise UserError(f"{path} does not say which target the drafter was trained for.")
-    return make_glide_config(found, str(path)), fingerprint
+    found, fingerprint = read_fields(KIND, folder)
+    return make_glide_config(found, str(folder / "config.json")), fingerprint
 
 
 def make_glide_config(fields: dict[str, Any], where: str) -> GliDeConfig:
@@ -212,13 +164,10 @@ def make_glide_config(fields: dict[str, Any], where: str) -> GliDeConfig:
       UserError: unknown or missing fields, or wrong values, with `where` they are.
     """
     fields = dict(fields)
-    try:
-        if "target_layers" in fields:
-            fields["target_layers"] = tuple(fields["target_layers"])
-        return GliDeConfig(**fields)
-    except (TypeError, ValueError) as error:
-        reason = str(error).replace("GliDeConfig.__init__() ", "")
-        raise UserError(f"{where} does not describe a GliDe drafter: {reason}.") from None
+    layers = fields.get("target_layers")
+    if isinstance(layers, list):
+        fields["target_layers"] = tuple(layers)
+    return make_config(KIND, GliDeConfig, fields, where)
 
 
 def load_own_params(folder: Path, model: GliDe) -> Params:
@@ -227,42 +176,4 @@ def load_own_params(folder: Path, model: GliDe) -> Params:
     Raises:
       UserError: keys or shapes differ from the configuration; all of them are listed.
     """
-    tensors, weights = open_tensors(folder), _weights(model)
-    return read_weights(folder, tensors, weights, model)
-
-
-def read_weights(
-    folder: Path, tensors: dict[str, Any], weights: dict[str, Weight], model: GliDe
-) -> Params:
-    """A drafter's own parameters from open files.
-
-    Args:
-      tensors: as `open_tensors` returns them. weights: every tensor that there should be, by its name.
-
-    Raises:
-      UserError: missing, unexpected or misshapen tensors; all of them are listed.
-    """
-    check_tensors(folder, tensors, weights)
-    hosts = jax.tree.map(lambda leaf: aligned(leaf.shape, model.dtype), _abstract(model))
-    for name, weight in weights.items():
-        host: Any = hosts
-        for key in weight.path:
-            host = host[key]
-        part = host[..., weight.start : weight.start + weight.part[-1]]
-        read_into(part, tensors[name].get_slice(name), weight.transposed)
-    return jax.tree.map(jax.device_put, hosts)
-
-
-def _abstract(model: GliDe) -> Params:
-    return jax.eval_shape(model.init, jax.random.key(0))
-
-
-def _weights(model: GliDe) -> dict[str, Weight]:
-    """Our own layout: every array as it is, by its path, such as `layers.0.cross.q`."""
-
-    def keys(path: tuple[Any, ...]) -> tuple[str | int, ...]:
-        return tuple(getattr(key, "key", getattr(key, "idx", key)) for key in path)
-
-    leaves = jax.tree_util.tree_leaves_with_path(_abstract(model))
-    weights = [Weight(keys(path), leaf.shape) for path, leaf in leaves]
-    return {".".join(map(str, weight.path)): weight for weight in weights}
+    return read_own(folder, model.shapes())

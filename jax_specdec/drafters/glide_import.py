@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from jax_specdec.checkpoints import Target
-from jax_specdec.drafters.glide_checkpoint import make_glide, read_weights
+from jax_specdec.drafters.glide_checkpoint import make_glide
+from jax_specdec.drafters.own_files import read_weights
 from jax_specdec.errors import UserError
 from jax_specdec.models.decoder import Params
 from jax_specdec.models.glide import GliDe
@@ -57,7 +58,7 @@ def import_glide(
         )
     model = make_glide(config, target.config, dtype)
     kept = {name: file for name, file in tensors.items() if not ignored.fullmatch(name)}
-    return model, read_weights(folder, kept, names(model), model)
+    return model, read_weights(folder, kept, names(model), model.shapes())
 
 
 def glide_names(model: GliDe) -> dict[str, Weight]:

@@ -19,9 +19,11 @@ from jax_specdec.drafters.cascade import Cascade, Horizontal, turns
 from jax_specdec.drafters.expand import Cape, Expand, Fixed, PathProbability, Rule
 from jax_specdec.drafters.glide import GliDeDrafter
 from jax_specdec.drafters.glide_checkpoint import load_glide, read_glide_config
-from jax_specdec.drafters.growth import BeamSearch, DynamicTree
+from jax_specdec.drafters.growth import BeamSearch, DynamicTree, Growth
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
+from jax_specdec.drafters.medusa import MedusaDrafter
+from jax_specdec.drafters.medusa_checkpoint import load_medusa, read_medusa_config
 from jax_specdec.drafters.neural import Stop
 from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.drafters.prompt_lookup import PromptLookup
@@ -29,11 +31,13 @@ from jax_specdec.drafters.specs import (
     CASCADE,
     EXAMPLE,
     NAMES,
+    REVIEWERS,
     WITH_CHECKPOINT,
     Spec,
     known_name,
     parse,
 )
+from jax_specdec.drafters.static_tree import StaticTree
 from jax_specdec.errors import UserError
 from jax_specdec.tree import MAX_NODES
 
@@ -43,9 +47,17 @@ RULES: dict[str, type[Rule]] = {
     "path": PathProbability,
     "tree": DynamicTree,
     "beam": BeamSearch,
+    "static": StaticTree,
 }
 # Where nothing was measured for a checkpoint: see `jax-specdec tune`.
-FALLBACK_LENGTHS = {"lm": 4, "glide": 4, "max-gram": 6, "prompt-lookup": 6, "bigram": 2}
+FALLBACK_LENGTHS = {
+    "lm": 4,
+    "glide": 4,
+    "medusa": 3,
+    "max-gram": 6,
+    "prompt-lookup": 6,
+    "bigram": 2,
+}
 LENGTHS_FILE = "draft_lengths.json"
 BIGRAM_FILE = "bigram.safetensors"
 
@@ -83,6 +95,12 @@ def parse_drafter(text: str) -> Spec:
         raise UserError(
             f"The drafter {spec.name!r} has no distribution to expand: leave out +{spec.rule}."
         )
+    fitting = rules_for(spec.kind)
+    if not spec.inner and spec.rule not in fitting:
+        *some, last = (f"+{name}" for name in fitting)
+        raise UserError(
+            f"The drafter {spec.name!r} takes no +{spec.rule}: {', '.join(some)} or {last} expand it."
+        )
     if length is not None:
         expand(spec.rule, length, spec.nodes)
     elif spec.nodes is not None and not 3 <= spec.nodes <= MAX_NODES:
@@ -91,6 +109,19 @@ def parse_drafter(text: str) -> Spec:
             f"{spec.nodes}."
         )
     return spec
+
+
+def rules_for(kind: str) -> tuple[str, ...]:
+    """The expansions that a drafter of a kind takes, none where it has no distribution."""
+    if not Spec(kind).has_distribution:
+        return ()
+
+    def fits(rule: type[Rule]) -> bool:
+        if issubclass(rule, Growth):
+            return kind in REVIEWERS
+        return rule is not StaticTree or kind == "medusa"
+
+    return tuple(name for name, rule in RULES.items() if fits(rule))
 
 
 def _check_lengths(spec: Spec) -> None:
@@ -202,6 +233,8 @@ def longest_draft(name: str, folder: Path) -> int:
         config, _ = read_glide_config(folder)
         if config.cross_attention:
             return min(config.trained_delay, MAX_NODES - 1)
+    if name == "medusa" and folder.is_dir():
+        return min(read_medusa_config(folder)[0].num_heads, MAX_NODES - 1)
     return MAX_NODES - 1
 
 
@@ -247,10 +280,10 @@ def load_drafter(
     """Builds the drafter of a specification for a target.
 
     Args:
-      spec: `none`, `lm`, `glide`, `max-gram`, `prompt-lookup` or `bigram`, with a draft length after a
-        colon, or a cascade of them (`drafters.specs`) or a preset's name; and for drafters with a
-        distribution an expansion, `+cape`, `+fixed`, `+path`, `+tree` or `+beam`, with the nodes of a
-        verification after a colon, as in `lm:4+cape:16`.
+      spec: `none`, `lm`, `glide`, `medusa`, `max-gram`, `prompt-lookup` or `bigram`, with a draft length
+        after a colon, or a cascade of them (`drafters.specs`) or a preset's name; and for drafters with a
+        distribution an expansion, `+cape`, `+fixed`, `+path`, `+tree`, `+beam` or `+static`
+        (`rules_for`), with the nodes of a verification after a colon, as in `lm:4+cape:16`.
       folder: where drafters' checkpoints lie by name; default: the folder that the target's is in.
       drafts: checkpoint folders by name, in place of `folder/name`.
       dtype: of the drafter's parameters; default: the target's.
@@ -340,6 +373,9 @@ def _load_chain(
     if name.startswith("glide"):
         model, params = load_glide(where, target, dtype)
         return GliDeDrafter(model, length, name), {name: params}
+    if name == "medusa":
+        heads, params, accuracies = load_medusa(where, target, dtype)
+        return MedusaDrafter(heads, length, name, accuracies), {name: params}
     small = load_target(where, dtype=dtype or target.decoder.dtype)
     check_vocabulary(target, small)
     return LmDrafter(small.decoder, length, name), {name: small.params}

@@ -3,6 +3,7 @@
 lm:4                                          a drafter and its draft length
 lm:4+cape:16                                  an expansion and its node budget
 lm[confidence=0.4]:8                          drafts end behind tokens that it is unsure of; also entropy=
+medusa:3+static:16                            Medusa's tree, chosen by the accuracies of its checkpoint
 lm[max-gram:10]                               lm reviews what max-gram drafts
 cascade(lm[max-gram:10]:2, max-gram:10)       drafters in turn, each with its quota
 lm[lm2[max-gram:10]:1, max-gram:10; lenience=3]:8     any nesting, with options behind semicolons
@@ -18,9 +19,10 @@ import lark
 
 from jax_specdec.errors import UserError
 
-NAMES = ("none", "lm", "glide", "max-gram", "prompt-lookup", "bigram")
-WITH_CHECKPOINT = ("lm", "glide", "bigram")
+NAMES = ("none", "lm", "glide", "medusa", "max-gram", "prompt-lookup", "bigram")
+WITH_CHECKPOINT = ("lm", "glide", "medusa", "bigram")
 REVIEWERS = ("lm", "glide")  # of which there may be several: lm2, lm3
+WITH_DISTRIBUTION = (*REVIEWERS, "medusa")
 OPTIONS = ("lenience", "copies", "cut")
 STOPS = ("confidence", "entropy")
 CASCADE = "cascade"
@@ -99,7 +101,7 @@ class Spec(NamedTuple):
     def has_distribution(self) -> bool:
         if self.name == CASCADE:  # without drafters: the one that was chosen by measurement
             return not self.inner or any(inner.has_distribution for inner in self.inner)
-        return self.kind in REVIEWERS
+        return self.kind in WITH_DISTRIBUTION
 
     def __str__(self) -> str:
         def item(name: str, count: int | None) -> str:

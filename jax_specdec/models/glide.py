@@ -190,10 +190,13 @@ class GliDe:
             params["hidden_in"] = jnp.zeros((t.hidden_size, c.hidden_size), self.dtype)
         return params
 
+    def shapes(self) -> Params:
+        """Its own parameters as shapes and dtypes."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
     def parameter_count(self) -> int:
         """Number of its own parameters."""
-        leaves = jax.tree.leaves(jax.eval_shape(self.init, jax.random.key(0)))
-        return sum(leaf.size for leaf in leaves)
+        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes()))
 
     def join(self, params: Params, target_params: Params) -> Params:
         """Its own parameters and, where they are shared, the target's embedding and head, not copied."""

@@ -83,9 +83,30 @@ class GliDeRecipe:
     jensen_shannon_beta: float = 0.5
 
     def __post_init__(self):
-        if not 0 < self.jensen_shannon_beta < 1:
-            raise UserError(
-                f"jensen_shannon_beta must be between 0 and 1, got {self.jensen_shannon_beta}."
-            )
+        _check_beta(self.jensen_shannon_beta)
         if self.visibility not in ("shift", "block", "none"):
             raise UserError(f"visibility must be shift, block or none, got {self.visibility!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MedusaRecipe:
+    """What Medusa heads are trained on, beside `TrainConfig`.
+
+    Attributes:
+      loss, jensen_shannon_beta: of each head, as in `GliDeRecipe`.
+      decay: the loss of head k counts decay^k, k from 1 (arXiv 2401.10774, section 2.2.1).
+    """
+
+    loss: str = "cross_entropy"
+    jensen_shannon_beta: float = 0.5
+    decay: float = 0.8
+
+    def __post_init__(self):
+        _check_beta(self.jensen_shannon_beta)
+        if not 0 < self.decay <= 1:
+            raise UserError(f"decay must be above 0 and at most 1, got {self.decay}.")
+
+
+def _check_beta(beta: float) -> None:
+    if not 0 < beta < 1:
+        raise UserError(f"jensen_shannon_beta must be between 0 and 1, got {beta}.")

@@ -7,7 +7,7 @@ dropped. The paper's recipe is `GliDeConfig.paper`, visibility `block` and the l
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +20,11 @@ from jax_specdec.models.glide import GliDe, glimpse_text, last_seen
 from jax_specdec.training import losses, trainer
 from jax_specdec.training.config import GliDeRecipe, TrainConfig
 from jax_specdec.training.data import Documents
+from jax_specdec.training.reading import Reading, positions, read
 from jax_specdec.training.visibility import visible_keys
 
 # Held-out agreement is measured at delays up to this, whatever was trained.
 MEASURED_DELAYS = 16
-
-
-class Reading(NamedTuple):
-    """What the target made of a batch of texts `[B, T+1]`, their last tokens left out.
-
-    Attributes:
-      kv, hidden: as `Output.new_kv` and `Output.hidden`.
-      log_p: log-probabilities `float32[B, T, V]` of the token after each input.
-    """
-
-    kv: Any
-    hidden: Array
-    log_p: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +41,7 @@ class Pair:
 
     def read(self, target_params: Params, tokens: Array) -> Reading:
         """The target's reading of `tokens [B, T+1]` without the last one."""
-        inputs = tokens[:, :-1]
-        out = self.target.apply(target_params, inputs, _positions(inputs))
-        assert out.logits is not None
-        return Reading(out.new_kv, out.hidden, jax.nn.log_softmax(out.logits, axis=-1))
+        return read(self.target, target_params, tokens)
 
     def loss(
         self, params: Params, target_params: Params, reading: Reading, tokens: Array, key: Array
@@ -109,19 +94,13 @@ class Pair:
         if self.model.config.hidden_input:
             hidden = last_seen(reading.hidden, visible)
         out = self.model.apply(
-            joined, inputs, _positions(inputs), glimpse, hidden=hidden, remat=self.remat
+            joined, inputs, positions(inputs), glimpse, hidden=hidden, remat=self.remat
         )
         assert out.logits is not None
         return jax.nn.log_softmax(out.logits, axis=-1)
 
     def _losses(self, reading: Reading, log_q: Array, tokens: Array) -> Array:
-        weights = losses.parse_mixture(self.recipe.loss)
-        beta = self.recipe.jensen_shannon_beta
-        return losses.mixture(weights, reading.log_p, log_q, tokens[:, 1:], beta)
-
-
-def _positions(tokens: Array) -> Array:
-    return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+        return losses.of_recipe(self.recipe, reading.log_p, log_q, tokens[:, 1:])
 
 
 def make_objective(

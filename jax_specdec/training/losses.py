@@ -5,6 +5,8 @@ Each loss takes log-probabilities `float32[..., V]` and returns nats (or, for th
 token is accepted with probability 1 - TV(p, q) at temperature 1 (section 3 there).
 """
 
+from typing import Protocol
+
 import jax.numpy as jnp
 
 from jax_specdec._types import Array, Float, Int
@@ -77,6 +79,27 @@ def mixture(
     for name, weight in weights:
         total = total + weight * losses[name]()
     return total
+
+
+class Recipe(Protocol):
+    """What says which losses are meant."""
+
+    @property
+    def loss(self) -> str: ...
+
+    @property
+    def jensen_shannon_beta(self) -> float: ...
+
+
+def of_recipe(
+    recipe: Recipe,
+    log_p: Float[Array, "*s V"],
+    log_q: Float[Array, "*s V"],
+    labels: Int[Array, "*s"],
+) -> Float[Array, "*s"]:
+    """The `mixture` that a recipe names."""
+    weights = parse_mixture(recipe.loss)
+    return mixture(weights, log_p, log_q, labels, recipe.jensen_shannon_beta)
 
 
 def cross_entropy(log_q: Float[Array, "*s V"], labels: Int[Array, "*s"]) -> Float[Array, "*s"]:

@@ -33,6 +33,9 @@ LossFn = Callable[[Params, Any, jax.Array, jax.Array], jax.Array]
 # `(params, frozen, tokens) -> {name: float32[] or float32[n]}`, means over the batch.
 MeasureFn = Callable[[Params, Any, jax.Array], dict[str, jax.Array]]
 
+# Where in a tree of parameters the matrices are that Muon is for; not embeddings and output matrices.
+INNER = ("layers", "heads")
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -80,11 +83,16 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
         def muon_axes(params: Any) -> Any:
             numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-            stacked = not isinstance(params["layers"], tuple)
-            inner = jax.tree.map(
-                lambda x: numbers if x.ndim - stacked == 2 else None, params["layers"]
-            )
-            return {name: inner if name == "layers" else None for name in params}
+
+            def of(name: str) -> Any:
+                if name not in INNER:
+                    return None
+                stacked = not isinstance(params[name], tuple)
+                return jax.tree.map(
+                    lambda x: numbers if x.ndim - stacked == 2 else None, params[name]
+                )
+
+            return {name: of(name) for name in params}
 
         core = optax.contrib.muon(
             schedule,

@@ -1,0 +1,191 @@
+"""Checkpoint folders of drafters that read the target: config.json, and safetensors named by the path in
+our tree.
+
+What is shared with the target is not stored. A folder names the target that it was trained for by a
+fingerprint, and loads beside no other: what such a drafter has learnt to read means nothing elsewhere.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_specdec.checkpoints import Target, load_config
+from jax_specdec.errors import UserError
+from jax_specdec.models.decoder import Params
+from jax_specdec.models.hf import Weight, weight_names
+from jax_specdec.tensor_files import (
+    aligned,
+    check_tensors,
+    new_folder,
+    open_tensors,
+    read_into,
+    read_json,
+    write_json,
+    write_tensors,
+)
+
+C = TypeVar("C")
+
+SHARD_BYTES = 14 * 10**6
+# Rows and columns of each of the target's tensors that its fingerprint reads.
+_SAMPLED_ROWS, _SAMPLED_COLUMNS = 4, 256
+# What does not change the target's keys: special ids, and the longest text.
+NOT_IDENTITY = ("family", "context", "bos_id", "eos_ids", "pad_id")
+
+
+class Kind(NamedTuple):
+    """A kind of drafter.
+
+    Attributes:
+      model_type: in its config.json. title: in messages.
+    """
+
+    model_type: str
+    title: str
+
+
+def target_fingerprint(folder: str | os.PathLike[str]) -> str:
+    """SHA-256 over a target's geometry and a fixed sample of every tensor, rounded to bfloat16.
+
+    It is taken from the files, and so is the same whatever dtype the target is loaded in.
+
+    Raises:
+      UserError: the folder is no checkpoint, or a tensor is missing.
+    """
+    folder = Path(folder)
+    config, tensors = load_config(folder), open_tensors(folder)
+    geometry = dataclasses.asdict(config)
+    for name in NOT_IDENTITY:
+        del geometry[name]
+    digest = hashlib.sha256(json.dumps(geometry, sort_keys=True).encode())
+    for name in sorted(weight_names(config)):
+        if name not in tensors:
+            raise UserError(f"{folder} lacks {name}, which its config.json describes.")
+        view = tensors[name].get_slice(name)
+        rows = view.get_shape()[0]
+        for row in np.linspace(0, rows - 1, min(rows, _SAMPLED_ROWS)).astype(int).tolist():
+            part = view[row : row + 1][..., :_SAMPLED_COLUMNS]
+            digest.update(part.astype(jnp.bfloat16).tobytes())
+    return digest.hexdigest()
+
+
+def check_target(kind: Kind, folder: Path, fingerprint: str, target: Target) -> None:
+    """Raises `UserError` where a drafter was trained for another target."""
+    if fingerprint != target_fingerprint(target.path):
+        raise UserError(
+            f"The {kind.title} drafter in {folder} was trained for another target than the model in "
+            f"{target.path}: train one for it with `jax-specdec train {kind.model_type}`."
+        )
+
+
+def save_own(
+    kind: Kind,
+    folder: str | os.PathLike[str],
+    fields: dict[str, Any],
+    shapes: Params,
+    params: Params,
+    fingerprint: str,
+    dtype: Any,
+    max_shard_bytes: int,
+) -> None:
+    """Writes a drafter; a folder that exists keeps its other files.
+
+    Args:
+      fields: of its config.json. shapes: its own parameters as shapes. fingerprint: of its target.
+
+    Raises:
+      RunError: the disk is full or read-only.
+    """
+    dtype = jnp.dtype(dtype)
+    config = {
+        "model_type": kind.model_type,
+        "dtype": dtype.name,
+        **fields,
+        "target": fingerprint,
+    }
+    with new_folder(Path(folder)) as new:
+        write_json(new / "config.json", config)
+        write_tensors(new, own_weights(shapes), params, dtype, max_shard_bytes)
+
+
+def read_fields(kind: Kind, folder: Path) -> tuple[dict[str, Any], str]:
+    """The fields of a folder's config.json, and the target's fingerprint there.
+
+    Raises:
+      UserError: it is missing, broken, or not that of such a drafter.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is no {kind.title} checkpoint: it has no config.json.")
+    found = read_json(path)
+    if found.pop("model_type", None) != kind.model_type:
+        raise UserError(
+            f"{folder} holds no {kind.title} drafter: the model_type of its config.json differs."
+        )
+    found.pop("dtype", None)
+    fingerprint = found.pop("target", None)
+    if not isinstance(fingerprint, str):
+        raise UserError(f"{path} does not say which target the drafter was trained for.")
+    return found, fingerprint
+
+
+def make_config(kind: Kind, make: type[C], fields: dict[str, Any], where: str) -> C:
+    """A configuration from JSON values, checked.
+
+    Raises:
+      UserError: unknown or missing fields, or wrong values, with `where` they are.
+    """
+    try:
+        return make(**fields)
+    except (TypeError, ValueError) as error:
+        reason = str(error).replace(f"{make.__name__}.__init__() ", "")
+        raise UserError(f"{where} does not describe a {kind.title} drafter: {reason}.") from None
+
+
+def read_own(folder: Path, shapes: Params) -> Params:
+    """The parameters that are not shared, in the dtype of `shapes`.
+
+    Raises:
+      UserError: keys or shapes differ from the configuration; all of them are listed.
+    """
+    return read_weights(folder, open_tensors(folder), own_weights(shapes), shapes)
+
+
+def read_weights(
+    folder: Path, tensors: dict[str, Any], weights: dict[str, Weight], shapes: Params
+) -> Params:
+    """A drafter's own parameters from open files.
+
+    Args:
+      tensors: as `open_tensors` returns them. weights: every tensor that there should be, by its name.
+
+    Raises:
+      UserError: missing, unexpected or misshapen tensors; all of them are listed.
+    """
+    check_tensors(folder, tensors, weights)
+    hosts = jax.tree.map(lambda leaf: aligned(leaf.shape, leaf.dtype), shapes)
+    for name, weight in weights.items():
+        host: Any = hosts
+        for key in weight.path:
+            host = host[key]
+        part = host[..., weight.start : weight.start + weight.part[-1]]
+        read_into(part, tensors[name].get_slice(name), weight.transposed)
+    return jax.tree.map(jax.device_put, hosts)
+
+
+def own_weights(shapes: Params) -> dict[str, Weight]:
+    """Our own layout: every array as it is, by its path, such as `layers.0.cross.q`."""
+
+    def keys(path: tuple[Any, ...]) -> tuple[str | int, ...]:
+        return tuple(getattr(key, "key", getattr(key, "idx", key)) for key in path)
+
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    weights = [Weight(keys(path), leaf.shape) for path, leaf in leaves]
+    return {".".join(map(str, weight.path)): weight for weight in weights}
