@@ -5,7 +5,8 @@ a text, recorded once, tell what any cascade of it and Max-Gram drafts there, ho
 called and what the target accepts: no cascade has to be compiled to be judged.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,21 +35,24 @@ class Played(NamedTuple):
     calls: tuple[float, ...]
 
 
-def candidates(neural: Sequence[str], deepest: int) -> Iterator[Spec]:
+def candidates(
+    neural: Sequence[str],
+    deepest: int,
+    quotas: Iterable[int] = QUOTAS,
+    proposed: Iterable[int] = PROPOSED,
+    behind: Iterable[int] = BEHIND,
+) -> Iterator[Spec]:
     """Cascades of one neural drafter and Max-Gram that draft at most `deepest` tokens.
 
     Vertical, horizontal and both; drafts are cut to the quotas, since every verification is as wide as
     the longest.
     """
-    for name in neural:
-        for quota in QUOTAS:
-            for behind in (0, *BEHIND):
-                tail = (Spec(STATISTICAL, behind),) if behind else ()
-                for proposed in (0, *PROPOSED):
-                    inner = (Spec(STATISTICAL, proposed),) if proposed else ()
-                    spec = Spec(CASCADE, inner=(Spec(name, quota, inner=inner), *tail), cut=True)
-                    if (inner or tail) and depth_of(spec) <= deepest:
-                        yield parse_drafter(str(spec))
+    tails = [(), *((Spec(STATISTICAL, length),) for length in behind)]
+    inners = [(), *((Spec(STATISTICAL, length),) for length in proposed)]
+    for name, quota, tail, inner in itertools.product(neural, quotas, tails, inners):
+        spec = Spec(CASCADE, inner=(Spec(name, quota, inner=inner), *tail), cut=True)
+        if (inner or tail) and depth_of(spec) <= deepest:
+            yield parse_drafter(str(spec))
 
 
 def play(spec: Spec, texts: Sequence[Sequence[int]], found: Mapping[str, Record]) -> Played:

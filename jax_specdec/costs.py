@@ -24,7 +24,7 @@ from jax_specdec.drafters.base import ChainDrafter, Outcome, StatelessDrafter, T
 from jax_specdec.drafters.expand import Comb
 from jax_specdec.drafters.loading import RULES, LoadedDrafter, depth_of, parse_drafter
 from jax_specdec.drafters.none import NoDrafter
-from jax_specdec.drafters.specs import CASCADE, Spec
+from jax_specdec.drafters.specs import CASCADE, REVIEWERS, Spec
 from jax_specdec.errors import UserError
 from jax_specdec.loop import DecodeLoop
 from jax_specdec.pipeline import Generation, SpeculativeDecoder
@@ -112,11 +112,10 @@ def _started(loop: DecodeLoop, params: Any, ids: Sequence[Sequence[int]], steps:
     capacity = 1 << (longest + steps * room - 1).bit_length()
     sampling = make_sampling(len(ids), max_new_tokens=capacity, stop_ids=(-1,))
     lengths = jnp.asarray([len(prompt) for prompt in ids], jnp.int32)
+    args = (params, jnp.asarray(tokens), lengths, sampling, jnp.arange(len(ids)))
     start = jax.jit(loop.start, static_argnames=("capacity",))
-    state = start(
-        params, jnp.asarray(tokens), lengths, sampling, jnp.arange(len(ids)), capacity=capacity
-    )
-    return jax.block_until_ready(state)
+    # Compiled ahead, and so not kept: a process has room for so many programs.
+    return jax.block_until_ready(start.lower(*args, capacity=capacity).compile()(*args))
 
 
 def verify_arm(
@@ -127,11 +126,10 @@ def verify_arm(
     loop = DecodeLoop(target.decoder, drafter)
     params = {"target": target.params, "drafters": {}}
     state = _started(loop, params, ids, rounds, 2)
-    run = jax.jit(loop.run).lower(params, state, jnp.int32(0)).compile()
 
     def once() -> float:
         began = time.perf_counter()
-        out = jax.block_until_ready(run(params, state, jnp.int32(rounds)))
+        out = jax.block_until_ready(_run(loop, params, state, jnp.int32(rounds)))
         took = time.perf_counter() - began
         return took / max(1, int(out.stats.rounds.max()))
 
@@ -177,52 +175,59 @@ def draft_arm(
         for row, (prompt, answer) in enumerate(zip(ids, answers, strict=True)):
             tokens[row, len(prompt) : len(prompt) + len(answer)] = answer
         state = state.replace(text=Text(jnp.asarray(tokens), state.text.length))
-    vocab = target.vocab_size
 
-    def rounds_only(params, state, drafting):
-        def step(_, carry):
-            drafts, text, total = carry
-            # As if the target had read the text: a drafter may ask how far behind it is.
-            view = TargetView(state.cache.replace(length=text.length - 1))
-            length = _after_reading(text.length, params["target"], jnp.minimum(total, 0))
-            if not drafting:
-                return drafts, Text(text.tokens, length + 2), total + jnp.max(length)
-            text = Text(text.tokens, length)
-            noise = shared_noise(state.keys, state.sampling, text.length, loop.window, vocab)
-            draft, drafts = drafter.drafter.draft(
-                params["drafters"],
-                drafts,
-                text,
-                view,
-                state.sampling,
-                Noise(noise),
-                jnp.ones(text.length.shape, bool),
-                jnp.full(text.length.shape, 1 << 20, jnp.int32),
-            )
-            one = jnp.ones_like(text.length)
-            path = jnp.zeros((one.shape[0], loop.window), jnp.int32)
-            outcome = Outcome(text.length + 2, text.length + 1, path, one)
-            drafts = drafter.drafter.commit(drafts, outcome, view)
-            total = total + jnp.sum(draft.tokens, dtype=jnp.int32)
-            return drafts, Text(text.tokens, text.length + 2), total
-
-        return lax.fori_loop(0, rounds, step, (state.drafts, state.text, jnp.int32(0)))
-
-    both, reading = (
-        jax.jit(functools.partial(rounds_only, drafting=drafting)).lower(params, state).compile()
-        for drafting in (True, False)
-    )
-
-    def seconds(program: Callable) -> float:
+    def seconds(drafting: bool) -> float:
         began = time.perf_counter()
-        jax.block_until_ready(program(params, state))
+        jax.block_until_ready(_drafts_only(loop, rounds, drafting, params, state))
         return (time.perf_counter() - began) / rounds
 
     def once() -> float:
-        return max(seconds(both) - seconds(reading), 0.0)
+        return max(seconds(True) - seconds(False), 0.0)
 
     once()
     return once
+
+
+# Loops are static arguments by their value: arms on several texts share a program.
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(loop: DecodeLoop, params: Any, state: Any, rounds: jax.Array) -> Any:
+    return loop.run(params, state, rounds)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _drafts_only(loop: DecodeLoop, rounds: int, drafting: bool, params: Any, state: Any) -> Any:
+    """Rounds without verification that advance by two tokens, or only the reading between them."""
+
+    def step(_, carry):
+        drafts, text, total = carry
+        # As if the target had read the text: a drafter may ask how far behind it is.
+        view = TargetView(state.cache.replace(length=text.length - 1))
+        length = _after_reading(text.length, params["target"], jnp.minimum(total, 0))
+        if not drafting:
+            return drafts, Text(text.tokens, length + 2), total + jnp.max(length)
+        text = Text(text.tokens, length)
+        vocab = loop.target.config.vocab_size
+        noise = shared_noise(state.keys, state.sampling, text.length, loop.window, vocab)
+        draft, drafts = loop.drafter.draft(
+            params["drafters"],
+            drafts,
+            text,
+            view,
+            state.sampling,
+            Noise(noise),
+            jnp.ones(text.length.shape, bool),
+            jnp.full(text.length.shape, 1 << 20, jnp.int32),
+        )
+        one = jnp.ones_like(text.length)
+        path = jnp.zeros((one.shape[0], loop.window), jnp.int32)
+        outcome = Outcome(text.length + 2, text.length + 1, path, one)
+        drafts = loop.drafter.commit(drafts, outcome, view)
+        total = total + jnp.sum(draft.tokens, dtype=jnp.int32)
+        return drafts, Text(text.tokens, text.length + 2), total
+
+    return lax.fori_loop(0, rounds, step, (state.drafts, state.text, jnp.int32(0)))
 
 
 def acceptance_by_position(generations: Sequence[Generation]) -> list[float]:
@@ -291,11 +296,9 @@ def tune(
             "A cascade has no single draft length to tune: name the drafters alone, and `cascade` for the "
             "best one of them."
         )
-    neural = [s.name for s in specs if s.rule is None and s.has_distribution]
+    neural = [s.name for s in specs if s.rule is None and s.kind in REVIEWERS]
     if CASCADE in names and not neural:
-        raise UserError(
-            "A cascade needs a drafter with a distribution, lm or glide, to be tuned too."
-        )
+        raise UserError("A cascade needs a drafter that can review, lm or glide, to be tuned too.")
     limits = {spec.key: min(longest, make_drafter(spec.name).longest) for spec in specs}
     longest = max(limits.values(), default=1)
     ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts[:batch_size]]

@@ -371,7 +371,7 @@ def test_info(model, capsys, monkeypatch):
     assert found["total_bytes"] == both and found["fits"] is True
     assert found["longest_prompt"] == 128
     text = ok(capsys, *args)
-    assert "3 layers of 64" in text and "lm:3" in text and "fits" in text
+    assert "3 layers of 64" in text and "drafter lm, up to 3 tokens" in text and "fits" in text
     assert ok(capsys, "info", "--model", model, "--drafter", "bigram")
 
 

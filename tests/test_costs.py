@@ -57,7 +57,6 @@ def test_a_replay_is_the_decoding(found):
     "text",
     [
         "cascade(lm:3, max-gram:4; cut)",
-        "cascade(lm[max-gram:2]:3; cut)",
         "cascade(lm[max-gram:4]:5, max-gram:2; cut)",
     ],
 )

@@ -299,7 +299,7 @@ class Cascade(Composed):
         count = jnp.sum(valid, axis=1, dtype=jnp.int32)
         cache, logits = self.reviewer.review(params, states, text, drafted, count, view)
         raw = warp(logits, sampling)
-        scores = perturbed(raw, noise, 0, self.reviewer.proposal)
+        scores = perturbed(raw, noise, 0, self.reviewer.proposal, raw.shape[1])
         own = argmax(scores)
         agree = drafted == own[:, :-1]
         if lenient:

@@ -89,6 +89,6 @@ class MedusaDrafter(StatelessDrafter, ChainDrafter):
     def draft(self, params, states, text, view, sampling, noise, active, room):
         del active, room
         scores = warp(self.scores(params[self.name], text, view), sampling)
-        tokens = argmax(perturbed(scores, noise, 0, self.proposal))
+        tokens = argmax(perturbed(scores, noise, 0, self.proposal, scores.shape[1]))
         fields = chain_fields(scores, tokens, sampling, noise, self.proposal)
         return chain(text, tokens, **fields), states

@@ -255,16 +255,23 @@ class NeuralDrafter(ChainDrafter):
 
 
 def perturbed(
-    scores: Float[Array, "B T V"], noise: Noise, depth: Array | int, proposal: str
+    scores: Float[Array, "B T V"],
+    noise: Noise,
+    depth: Array | int,
+    proposal: str,
+    depths: int = 1,
 ) -> Float[Array, "B T V"]:
-    """What tokens from `depth` on are the argmax of: warped scores, with the noise unless greedy.
+    """What tokens at `depth` are the argmax of: warped scores, with the noise unless greedy.
 
     Under the rejection rule a token must be drawn from the law that is handed over, whatever the
     proposal.
+
+    Args:
+      depths: 1 for tokens of one depth, T for those of T depths from `depth` on.
     """
     if proposal == "greedy" and not noise.return_q:
         return scores
-    return scores + lax.dynamic_slice_in_dim(noise.gumbel, depth, scores.shape[1], axis=1)
+    return scores + lax.dynamic_slice_in_dim(noise.gumbel, depth, depths, axis=1)
 
 
 def chain_fields(
