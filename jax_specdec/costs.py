@@ -358,7 +358,10 @@ def tune(
         return _Choice(speedup, spec._replace(length=length, nodes=nodes), accepted, costs)
 
     def best_cascade() -> tuple[float, Spec, Played]:
-        """The quotas with the highest predicted speed."""
+        """The cascade with the highest predicted speed of those that gain on their drafter alone.
+
+        Where none gains, of all.
+        """
         deepest = min(limits[name] for name in neural)
         decoder, answers = decode(Spec(neural[0], deepest))
         texts = [decoder.encode(a.prompt) + a.token_ids for a in answers]
@@ -382,7 +385,8 @@ def tune(
                 took += _interpolate(drafts, first.length or 1)
             took += sum(played.calls[1:]) * seconds[Spec(STATISTICAL, max(BEHIND))]
             choices.append((played.tau * verify[1] / took, spec, played))
-        return max(choices, key=lambda choice: choice[0])
+        gaining = [c for c in choices if c[0] >= chosen[c[1].inner[0].name].speedup]
+        return max(gaining or choices, key=lambda choice: choice[0])
 
     chosen: dict[str, _Choice] = {}
     for spec in specs:

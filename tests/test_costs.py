@@ -157,7 +157,7 @@ def test_tune_chooses_a_cascade(target, tmp_path, monkeypatch):
     assert sd.load_drafter("cascade", target, tmp_path, drafts=drafts).spec == str(spec)
     with pytest.raises(sd.UserError, match="No cascade was chosen"):
         sd.load_drafter("cascade", target, tmp_path / "elsewhere")
-    with pytest.raises(sd.UserError, match="needs a drafter with a distribution"):
+    with pytest.raises(sd.UserError, match="needs a drafter that can review"):
         tune(target, lambda s: sd.load_drafter(s, target), ["max-gram", "cascade"], PROMPTS)
 
 
