@@ -77,14 +77,7 @@ def play(spec: Spec, texts: Sequence[Sequence[int]], found: Mapping[str, Record]
             for i, other in enumerate(rest, 1):
                 calls[i] += 1
                 draft += max_gram(prefix + draft, other.length or 0)
-            agreed = 0
-            while (
-                agreed < len(draft)
-                and at + agreed < len(text)
-                and draft[agreed] == text[at + agreed]
-            ):
-                agreed += 1
-            new = min(agreed + 1, len(text) - at)
+            new = min(_agreed(draft, text[at:]) + 1, len(text) - at)
             tokens, rounds, at = tokens + new, rounds + 1, at + new
     return Played(tokens / rounds, tuple((calls / rounds).tolist()))
 
@@ -97,13 +90,14 @@ def _first(part: Spec, prefix: list[int], own: list[int]) -> tuple[list[int], in
     done = made = 0
     while done < quota:
         proposed = max_gram(prefix + own[:done], part.inner[0].length or 0)
-        agreed = 0
-        while (
-            agreed < len(proposed) and [proposed[agreed]] == own[done + agreed : done + agreed + 1]
-        ):
-            agreed += 1
-        done, made = done + agreed + 1, made + 1
+        done, made = done + _agreed(proposed, own[done:]) + 1, made + 1
     return own[: min(done, quota)], made
+
+
+def _agreed(draft: Sequence[int], text: Sequence[int]) -> int:
+    """How many tokens of a draft the text begins with."""
+    same = (mine == other for mine, other in zip(draft, text, strict=False))
+    return sum(itertools.takewhile(bool, same))
 
 
 def max_gram(text: Sequence[int], length: int) -> list[int]:
