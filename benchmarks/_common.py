@@ -45,8 +45,9 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def write_json(path: str | Path, record: dict[str, Any]) -> None:
+def write_json(path: str | Path, record: dict[str, Any], *, quiet: bool = False) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
+    if not quiet:
+        print(f"wrote {path}")

@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Array = jax.Array
+import pallas_kernels
+from pallas_kernels import write_rows
 
-# Up to this many rows a commit is one dynamic_update_slice per row, which XLA keeps in place; beyond
-# it one dropping scatter, so that the program does not grow with the batch.
-_MAX_UPDATE_SLICES = 16
+Array = jax.Array
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -68,27 +67,6 @@ def init_cache(
     return KVCache(k=k, v=v, length=jnp.zeros((batch,), jnp.int32), hidden=hidden)
 
 
-def write_rows(cache: Array, new: Array, start: Array) -> Array:
-    """Writes `new [..., B, K, P, D]` into `cache [..., B, K, S, D]` at slot `start[b]` of row b."""
-    batch = start.shape[0]
-    if batch <= _MAX_UPDATE_SLICES:
-        axis = cache.ndim - 4
-        zero = jnp.zeros((), jnp.int32)
-        for b in range(batch):
-            row = lax.slice_in_dim(new, b, b + 1, axis=axis)
-            index = [zero] * cache.ndim
-            index[axis], index[-2] = jnp.int32(b), start[b]
-            cache = lax.dynamic_update_slice(cache, row, index)
-        return cache
-    slot = start[:, None] + jnp.arange(new.shape[-2], dtype=jnp.int32)[None]  # [B, P]
-    row = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    if cache.ndim == 4:
-        value = jnp.transpose(new, (0, 2, 1, 3))  # [B, P, K, D]: advanced indices come first
-        return cache.at[row, :, slot, :].set(value, mode="drop")
-    value = jnp.transpose(new, (1, 3, 0, 2, 4))
-    return cache.at[:, row, :, slot, :].set(value, mode="drop")
-
-
 def _wait_for(start: Array, after: Array) -> Array:
     """`start` unchanged, but not known to the compiler before `after` is."""
     bits = lax.bitcast_convert_type(after.astype(jnp.float32), jnp.int32)
@@ -124,24 +102,18 @@ def commit(
 
     start = cache.length if after is None else _wait_for(cache.length, after[:, -1, 0])
 
-    def rows(new: Array) -> Array:
-        if path is not None:
-            index = path[..., None, None]
-            index = index[None] if new.ndim == 5 else index
-            new = jnp.take_along_axis(new, index, axis=-3)
-        return jnp.swapaxes(new, -3, -2)  # [..., B, K, P, D]
+    def write(k: Array, v: Array, new_k: Array, new_v: Array) -> tuple[Array, Array]:
+        new_k, new_v = new_k.astype(k.dtype), new_v.astype(v.dtype)
+        return pallas_kernels.commit(k, v, new_k, new_v, start, count, path)
 
-    def write(old: Array, new: Array) -> Array:
-        return write_rows(old, rows(new).astype(old.dtype), start)
-
-    k, v = new_kv
     if cache.stacked:
-        new_k, new_v = write(cache.k, k), write(cache.v, v)
+        new_k, new_v = write(cache.k, cache.v, *new_kv)
     else:
-        new_k = tuple(write(old, new) for old, new in zip(cache.k, k, strict=True))
-        new_v = tuple(write(old, new) for old, new in zip(cache.v, v, strict=True))
+        layers = [write(*layer) for layer in zip(cache.k, cache.v, *new_kv, strict=True)]
+        new_k, new_v = (tuple(x) for x in zip(*layers, strict=True))
     hidden = cache.hidden
     if hidden is not None:
         assert after is not None, "a cache with hidden states is given those of the nodes"
-        hidden = write(hidden[:, None], after[:, :, None])[:, 0]
+        taken = after if path is None else jnp.take_along_axis(after, path[..., None], axis=1)
+        hidden = write_rows(hidden[:, None], taken[:, None].astype(hidden.dtype), start)[:, 0]
     return cache.replace(k=new_k, v=new_v, length=cache.length + count, hidden=hidden)

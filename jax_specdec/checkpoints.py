@@ -105,7 +105,7 @@ def load_target(
     tensors = open_tensors(folder)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else _stored_dtype(folder, tensors)
-    decoder = _make_decoder(config, dtype, layer_loop or "unroll")
+    decoder = _make_decoder(config, dtype, layer_loop or _faster_loop(config))
     loaded = load_tokenizer(folder) if tokenizer else None  # first, because it is quick to fail
     check_fits(memory_plan(config, decoder.dtype, batch=0, slots=0), available_memory())
     params = _read_params(folder, tensors, decoder, None)
@@ -335,11 +335,16 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
+def _faster_loop(config: ModelConfig) -> LayerLoop:
+    same = len(set(config.windows)) == 1
+    return "scan" if jax.default_backend() == "tpu" and same else "unroll"
+
+
 def _make_decoder(config: ModelConfig, dtype: Any, layer_loop: LayerLoop) -> Decoder:
     if layer_loop not in ("unroll", "scan"):
         raise UserError(f"layer_loop is unroll or scan, not {layer_loop!r}.")
     try:
-        return Decoder(config, dtype, layer_loop)
+        return Decoder(config, dtype, layer_loop, stacked_cache=jax.default_backend() != "cpu")
     except (TypeError, ValueError) as error:
         raise UserError(f"The model cannot be loaded so: {error}.") from error
 

@@ -360,7 +360,7 @@ def tune(
     def best_cascade() -> tuple[float, Spec, Played]:
         """The cascade with the highest predicted speed of those that gain on their drafter alone.
 
-        Where none gains, of all.
+        Where none gains, the one that loses least.
         """
         deepest = min(limits[name] for name in neural)
         decoder, answers = decode(Spec(neural[0], deepest))
@@ -385,8 +385,12 @@ def tune(
                 took += _interpolate(drafts, first.length or 1)
             took += sum(played.calls[1:]) * seconds[Spec(STATISTICAL, max(BEHIND))]
             choices.append((played.tau * verify[1] / took, spec, played))
-        gaining = [c for c in choices if c[0] >= chosen[c[1].inner[0].name].speedup]
-        return max(gaining or choices, key=lambda choice: choice[0])
+
+        def gain(choice: tuple[float, Spec, Played]) -> float:
+            return choice[0] / chosen[choice[1].inner[0].name].speedup
+
+        gaining = [choice for choice in choices if gain(choice) >= 1]
+        return max(gaining, key=lambda choice: choice[0]) if gaining else max(choices, key=gain)
 
     chosen: dict[str, _Choice] = {}
     for spec in specs:

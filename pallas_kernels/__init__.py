@@ -1,6 +1,7 @@
-"""Attention kernels for verifying trees of drafted tokens against a KV cache."""
+"""Kernels for verifying trees of drafted tokens against a KV cache: attention, and the commit."""
 
 from pallas_kernels import masks
+from pallas_kernels.commit import COMMIT_BACKENDS, commit, write_rows
 from pallas_kernels.tree_attention import BACKENDS, tree_attention
 
-__all__ = ["BACKENDS", "masks", "tree_attention"]
+__all__ = ["BACKENDS", "COMMIT_BACKENDS", "commit", "masks", "tree_attention", "write_rows"]

@@ -33,6 +33,10 @@ SMALLEST_BLOCK = 64
 # Queries of a KV head (T * G) from which a loop over batch rows beats one batched product on CPU.
 MIN_QUERIES_BY_ROW = 16
 
+# Keys and values [rows, K, size, D] of batch rows from `row` and slots from `start`, by
+# (row, rows, start, size).
+Read = Callable[[int | jax.Array, int, int | jax.Array, int], tuple[jax.Array, jax.Array]]
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["out", "top", "total"], meta_fields=[]
@@ -75,11 +79,15 @@ def attend(
     soft_cap: float | None,
     window: int | None,
     visible: jax.Array | None,  # int32[B, T]
-) -> tuple[jax.Array, jax.Array]:
+    k_scale: jax.Array | None,  # float32[K]
+    v_scale: jax.Array | None,
+    return_lse: bool,
+) -> tuple[jax.Array, jax.Array | None]:
     """See `pallas_kernels.tree_attention`; returns the output and the log-sum-exp."""
     b, t, n, d = q.shape
     k = k_cache.shape[-3]
     spec = _Spec(scale, soft_cap, window)
+    slots = k_cache.shape[-2]
     q_bktgd = q.reshape(b, t, k, n // k, d).transpose(0, 2, 1, 3, 4)
 
     # Query t of row b sees the slots in [low, high).
@@ -92,8 +100,12 @@ def attend(
         depth = _depth(ancestors, t)
         low = length[:, None] + depth - (window - 1)
 
+    read = functools.partial(_read, k_cache, v_cache, layer)
+    if k_scale is not None and v_scale is not None:
+        read = functools.partial(_dequantised, read, k_scale, v_scale, q.dtype)
+
     def apart(q):
-        part = _prefix(spec, q, k_cache, v_cache, length, low, high, layer)
+        part = _prefix(spec, q, read, slots, length, low, high)
         if k_new is not None:
             assert v_new is not None
             part = _merge(part, _new_tokens(spec, q, k_new, v_new, ancestors))
@@ -101,9 +113,8 @@ def attend(
 
     def joined(q):
         assert k_new is not None and v_new is not None
-        return _joined(spec, q, k_new, v_new, k_cache, v_cache, length, ancestors, low, layer)
+        return _joined(spec, q, k_new, v_new, read, slots, length, ancestors, low)
 
-    slots = k_cache.shape[-2]
     by_row = b == 1 or t * (n // k) >= MIN_QUERIES_BY_ROW
     if k_new is None or t == 1 or not by_row or _block_size(q_bktgd[:1], slots + t) < slots + t:
         part = apart(q_bktgd)
@@ -113,6 +124,8 @@ def attend(
 
     out = part.out / jnp.where(part.total > 0, part.total, 1)
     out = out.transpose(0, 2, 1, 3, 4).reshape(b, t, n, d).astype(q.dtype)
+    if not return_lse:
+        return out, None
     lse = (part.top + jnp.log(part.total)).astype(jnp.float32)
     return out, lse.transpose(0, 2, 1, 3, 4).reshape(b, t, n)
 
@@ -232,16 +245,14 @@ def _joined(
     q: jax.Array,  # [B, K, T, G, D]
     k_new: jax.Array,  # [B, T, K, D]
     v_new: jax.Array,
-    k_cache: jax.Array,  # [B, K, S, D] or [L, B, K, S, D]
-    v_cache: jax.Array,
+    read: Read,
+    slots: int,
     length: jax.Array,  # int32[B]
     ancestors: jax.Array | None,
     low: jax.Array | None,  # int32[B, T]: the first slot that each query sees, or None for 0
-    layer: int | jax.Array | None,
 ) -> Partial:
     """One softmax a batch row, over a copy of its prefix with the new tokens behind it."""
-    b, t, slots = q.shape[0], q.shape[2], k_cache.shape[-2]
-    read = functools.partial(_read, k_cache, v_cache, layer)
+    b, t = q.shape[0], q.shape[2]
     seen = _seen_new(spec, ancestors, t)  # [B or 1, T, T]
 
     def row_of(row, q, k_row, v_row, end, low, seen):
@@ -294,15 +305,12 @@ def _joined(
 def _prefix(
     spec: _Spec,
     q: jax.Array,  # [B, K, T, G, D]
-    k_cache: jax.Array,  # [B, K, S, D] or [L, B, K, S, D]
-    v_cache: jax.Array,
+    read: Read,
+    slots: int,
     length: jax.Array,  # int32[B]
     low: jax.Array | None,  # int32[B, T]: the first slot that each query sees, or None for 0
     high: jax.Array | None,  # int32[B, T]: the end of the slots that it sees, or None for `length`
-    layer: int | jax.Array | None,
 ) -> Partial:
-    read = functools.partial(_read, k_cache, v_cache, layer)
-    slots = k_cache.shape[-2]
     b, _, t, g, _ = q.shape
 
     def whole_batch(q, length, low, high):
@@ -328,9 +336,6 @@ def _prefix(
     return lax.platform_dependent(q, length, low, high, cpu=by_row, default=whole_batch)
 
 
-Read = Callable[[int | jax.Array, int, int | jax.Array, int], tuple[jax.Array, jax.Array]]
-
-
 def _read(
     k_cache: jax.Array,
     v_cache: jax.Array,
@@ -354,6 +359,22 @@ def _read(
         at = [jnp.asarray(i, jnp.int32) for i in at]
         keys, values = (lax.dynamic_slice(x, at, shape) for x in (k_cache, v_cache))
     return keys.reshape(shape[-4:]), values.reshape(shape[-4:])
+
+
+def _dequantised(
+    read: Read,
+    k_scale: jax.Array,  # float32[K]
+    v_scale: jax.Array,
+    dtype: np.dtype,
+    *where,
+) -> tuple[jax.Array, jax.Array]:
+    """What `read` reads of int8 caches, as `dtype`."""
+    wide = np.promote_types(dtype, np.float32)
+    keys, values = (
+        (x.astype(wide) * scale.astype(wide)[None, :, None, None]).astype(dtype)
+        for x, scale in zip(read(*where), (k_scale, v_scale), strict=True)
+    )
+    return keys, values
 
 
 def _slots(

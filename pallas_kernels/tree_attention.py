@@ -2,13 +2,14 @@
 
 import functools
 import logging
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from pallas_kernels import _reference, _xla, masks
+from pallas_kernels import _mosaic_tpu, _reference, _triton, _xla, masks, tuning
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +32,20 @@ class Backend(Protocol):
         soft_cap: float | None,
         window: int | None,
         visible: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array]: ...
+        k_scale: jax.Array | None,
+        v_scale: jax.Array | None,
+        return_lse: bool,
+    ) -> tuple[jax.Array, jax.Array | None]: ...
 
 
-BACKENDS: dict[str, Backend] = {"reference": _reference.attend, "xla": _xla.attend}
+BACKENDS: dict[str, Backend] = {
+    "reference": _reference.attend,
+    "xla": _xla.attend,
+    "mosaic_tpu": _mosaic_tpu.attend,
+    "triton": _triton.attend,
+}
+_PALLAS = {"mosaic_tpu": _mosaic_tpu, "triton": _triton}
+_PLATFORM = {"mosaic_tpu": "tpu", "triton": "gpu"}
 
 
 def tree_attention(
@@ -51,8 +62,11 @@ def tree_attention(
     soft_cap: float | None = None,
     window: int | None = None,
     visible: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    interpret: Any = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attends from T new tokens to the live prefix of a KV cache and to the new tokens themselves.
 
@@ -67,7 +81,7 @@ def tree_attention(
 
     Args:
         q: floating [B, T, N, D]. Query head n reads KV head n // G. All of q, keys, values and
-            caches have one dtype.
+            caches have one dtype, unless the caches are int8.
         k_new: [B, T, K, D], keys of the new tokens, or None (with `v_new`) to attend to the cache
             only.
         v_new: [B, T, K, D], or None with `k_new`.
@@ -85,9 +99,16 @@ def tree_attention(
         visible: int32[B, T], only without new keys: query t sees cache slots < visible[b, t] (and
             < length[b]). A window then counts back from there: query t sees slots >= visible[b, t] -
             window.
+        k_scale: float32[K], or float32[L, K] with `layer`, for int8 caches only: a slot's key is
+            k_cache * k_scale of its head. All greater than 0. The new tokens' keys are not scaled.
+        v_scale: the same of the values.
         return_lse: also return the log-sum-exp of the scores.
-        backend: "reference" (dense, slow, readable) or "xla"; None picks by platform and shape, and
-            says which once, at logging level DEBUG.
+        backend: "reference" (dense, slow, readable), "xla" (every platform), "mosaic_tpu" or
+            "triton" (NVIDIA GPUs of compute capability 8.0 and up); None picks by platform and
+            shape, and says which once, at logging level DEBUG. The platform is that of the abstract
+            mesh that is set, if it names a device, and of the default device otherwise.
+        interpret: run a Pallas back-end in an interpreter, on any device: True, or
+            `pallas.tpu.InterpretParams(...)` for mosaic_tpu. For tests; needs an explicit `backend`.
 
     Returns:
         [B, T, N, D] in q's dtype; zeros for a query that sees nothing. With `return_lse`, also
@@ -99,16 +120,26 @@ def tree_attention(
             back-end that does not exist.
     """
     _validate(
-        q, k_new, v_new, k_cache, v_cache, length, ancestors, layer, soft_cap, window, visible
+        q,
+        k_new,
+        v_new,
+        k_cache,
+        v_cache,
+        length,
+        ancestors,
+        layer,
+        soft_cap,
+        window,
+        visible,
+        k_scale,
+        v_scale,
     )
-    if backend is None:
-        backend = _pick(jax.default_backend(), q.shape, k_cache.shape)
-    if backend not in BACKENDS:
-        exist = ", ".join(repr(name) for name in BACKENDS)
-        raise ValueError(
-            f"backend {backend!r} does not exist; there are {exist} and None (automatic)"
+    if layer is not None and k_scale is not None and v_scale is not None:
+        k_scale, v_scale = (
+            lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k_scale, v_scale)
         )
-    out, lse = BACKENDS[backend](
+    attend = _choose(backend, q, k_cache, ancestors, new_tokens=k_new is not None, interpret=interpret)
+    out, lse = attend(
         q,
         k_new,
         v_new,
@@ -121,19 +152,70 @@ def tree_attention(
         soft_cap=soft_cap,
         window=window,
         visible=visible,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        return_lse=return_lse,
     )
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+def _choose(
+    backend: str | None, q, k_cache, ancestors, *, new_tokens: bool, interpret: Any
+) -> Backend:
+    if backend is None:
+        if interpret:
+            raise ValueError("interpret needs a backend: 'mosaic_tpu' or 'triton'")
+        here = tuning.device()
+        why = None
+        for name, platform in _PLATFORM.items():
+            if platform == here.platform:
+                why = _PALLAS[name].reason_against(q, ancestors, new_tokens=new_tokens)
+                why = f"{name} {why}" if why else None
+                backend = name if why is None else "xla"
+        backend = backend or "xla"
+        _say(backend, here, why, q.shape, k_cache.shape)
+        return BACKENDS[backend]
+    if backend not in BACKENDS:
+        exist = ", ".join(repr(name) for name in BACKENDS)
+        raise ValueError(
+            f"backend {backend!r} does not exist; there are {exist} and None (automatic)"
+        )
+    if backend not in _PALLAS:
+        if interpret:
+            raise ValueError(f"backend {backend!r} has no interpreter: it is not a Pallas kernel")
+        return BACKENDS[backend]
+    why = _PALLAS[backend].reason_against(
+        q, ancestors, new_tokens=new_tokens, anywhere=bool(interpret)
+    )
+    if why is not None:
+        raise ValueError(f"backend {backend!r} {why}")
+    return functools.partial(BACKENDS[backend], interpret=interpret)
 
 
 @functools.cache
-def _pick(platform: str, q_shape: tuple[int, ...], cache_shape: tuple[int, ...]) -> str:
-    # Cached, so that each platform and shape is logged once.
-    logger.debug("xla back-end for q %s, cache %s on %s", q_shape, cache_shape, platform)
-    return "xla"
+def _say(backend: str, device: tuning.Device, why: str | None, q_shape, cache_shape) -> None:
+    # Cached, so that each device and shape is logged once.
+    because = f" ({why})" if why else ""
+    logger.debug("%s for q %s, cache %s on %s%s", backend, q_shape, cache_shape, device.kind, because)
 
 
 def _validate(
-    q, k_new, v_new, k_cache, v_cache, length, ancestors, layer, soft_cap, window, visible
+    q,
+    k_new,
+    v_new,
+    k_cache,
+    v_cache,
+    length,
+    ancestors,
+    layer,
+    soft_cap,
+    window,
+    visible,
+    k_scale,
+    v_scale,
 ):
     if q.ndim != 4:
         raise ValueError(f"q must be [B, T, N, D], got {q.shape}")
@@ -180,11 +262,28 @@ def _validate(
             raise ValueError(
                 "a window without k_new counts back from `visible`, which is not given"
             )
-    arrays = {"q": q, "k_new": k_new, "v_new": v_new, "k_cache": k_cache, "v_cache": v_cache}
+    if (k_scale is None) != (v_scale is None):
+        raise ValueError("k_scale and v_scale go together: give both or neither")
+    arrays = {"q": q, "k_new": k_new, "v_new": v_new}
+    if k_scale is None:
+        arrays |= {"k_cache": k_cache, "v_cache": v_cache}
+    else:
+        if {k_cache.dtype, v_cache.dtype} != {jnp.dtype("int8")}:
+            raise ValueError(
+                f"k_scale and v_scale are of int8 caches, not of {k_cache.dtype} and {v_cache.dtype}"
+            )
+        shape = (k,) if layer is None else (k_cache.shape[0], k)
+        for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+            if x.shape != shape or x.dtype != jnp.float32:
+                raise ValueError(
+                    f"{name} must be float32{shape} for cache {k_cache.shape}, got {x.dtype}{x.shape}"
+                )
     dtypes = {name: x.dtype for name, x in arrays.items() if x is not None}
     if len(set(dtypes.values())) > 1 or not jnp.issubdtype(q.dtype, jnp.floating):
         listed = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        raise ValueError(f"q, keys, values and caches must have one floating dtype, got {listed}")
+        raise ValueError(
+            f"q, keys, values and caches must have one floating dtype (int8 caches go with k_scale and v_scale), got {listed}"
+        )
     integers = {
         "length": (length, (b,)),
         "ancestors": (ancestors, (b, t, masks.num_words(t))),

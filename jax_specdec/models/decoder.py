@@ -257,14 +257,19 @@ class Decoder:
       dtype: of parameters, activations and cache.
       layer_loop: `unroll` (parameters are a tuple of per-layer trees) or `scan` (stacked trees,
         stacked cache). `stack_layers` and `unstack_layers` convert.
+      stacked_cache: whether the cache is one array over all layers under `unroll`, too: kernels then
+        commit every layer in one call.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     layer_loop: Literal["unroll", "scan"] = "unroll"
+    stacked_cache: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        if self.layer_loop == "scan":
+            object.__setattr__(self, "stacked_cache", True)
         if self.layer_loop == "scan" and len(set(self.config.windows)) > 1:
             raise ValueError("layers with different sliding windows cannot be scanned: use unroll")
 
@@ -296,7 +301,7 @@ class Decoder:
             slots,
             c.head_dim,
             self.dtype,
-            stacked=self.layer_loop == "scan",
+            stacked=self.stacked_cache,
             hidden_size=c.hidden_size if hidden else None,
         )
 
@@ -305,7 +310,7 @@ class Decoder:
         c = self.config
         shape = (batch, nodes, c.num_kv_heads, c.head_dim)
         zeros: Any = (jnp.zeros(shape, self.dtype),) * c.num_layers
-        if self.layer_loop == "scan":
+        if self.stacked_cache:
             zeros = jnp.stack(zeros)
         return zeros, zeros
 
@@ -420,6 +425,8 @@ class Decoder:
                 x, kv = layer(weights, x, index, c.windows[index])
                 collected.append(kv)
             new_kv = (tuple(k for k, _ in collected), tuple(v for _, v in collected))
+            if self.stacked_cache:
+                new_kv = (jnp.stack(new_kv[0]), jnp.stack(new_kv[1]))
         return x, new_kv
 
     def head(self, params: Params, hidden: Array) -> Array:

@@ -3,6 +3,7 @@
 import functools
 import logging
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import BACKENDS, _xla, masks, tree_attention
+from pallas_kernels import BACKENDS, _triton, _xla, masks, tree_attention, tuning
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
 
@@ -41,6 +43,11 @@ def pack(seen):
 
 def expected(case, *, scale=None, soft_cap=None, window=None):
     """Attention in float64, one query at a time over the keys that it sees and no others."""
+    if "k_scale" in case:
+        whole = {x: case[x].astype(np.float64) for x in ("k_cache", "v_cache")}
+        for x, by in (("k_cache", "k_scale"), ("v_cache", "v_scale")):
+            whole[x] *= case[by].astype(np.float64)[:, None, None]
+        case = case | whole
     q, length = case["q"].astype(np.float64), case["length"]
     b, t, n, d = q.shape
     k = case["k_cache"].shape[1]
@@ -111,31 +118,54 @@ def cache_only(case, visible=None):
     return case | {"k_new": None, "v_new": None, "visible": visible}
 
 
+def quantised(case, seed=0):
+    """The case with int8 caches; what lies past the end is any number."""
+    rng = np.random.default_rng(seed)
+    caches = {
+        x: rng.integers(-127, 128, case[x].shape).astype(np.int8) for x in ("k_cache", "v_cache")
+    }
+    k = case["k_cache"].shape[1]
+    scales = {x: rng.uniform(0.005, 0.03, k).astype(np.float32) for x in ("k_scale", "v_scale")}
+    return case | caches | scales
+
+
 ARRAYS = ("q", "k_new", "v_new", "k_cache", "v_cache", "length")
 
 
-@functools.partial(jax.jit, static_argnames=("backend", "options", "salt"))
-def run(arrays, layer, backend, options, salt):
+STATIC = ("backend", "interpret", "options", "salt")
+
+
+@functools.partial(jax.jit, static_argnames=STATIC)
+def run(arrays, layer, backend, interpret, options, salt):
     """One jitted function for the module, so that equal shapes compile once.
 
     `salt` keeps apart what was traced under changed module constants.
     """
-    return tree_attention(**arrays, **dict(options), layer=layer, return_lse=True, backend=backend)
+    options = dict(options) | {"layer": layer, "backend": backend, "interpret": interpret}
+    return tree_attention(**arrays, **options, return_lse=True)
+
+
+# Compiling an interpreted kernel is most of what its test takes.
+run_interpreted = functools.partial(
+    jax.jit, static_argnames=STATIC, compiler_options={"xla_backend_optimization_level": 0}
+)(run.__wrapped__)
 
 
 class TreeAttentionSuite:
     """What every back-end must satisfy. A subclass names its back-end."""
 
     backend: str | None
+    interpret: Any = False
 
     def call(self, case, *, explicit=True, layer=None, salt=None, **options):
         """The op, jitted, on a case's arrays; `explicit` passes the ancestors as a bitmask."""
         arrays = {x: case[x] for x in ARRAYS}
-        arrays["visible"] = case.get("visible")
+        arrays |= {x: case.get(x) for x in ("visible", "k_scale", "v_scale")}
         if explicit and case["k_new"] is not None:
             arrays["ancestors"] = pack(case["seen"])
         arrays = jax.tree.map(jnp.asarray, arrays)
-        return run(arrays, layer, self.backend, tuple(options.items()), salt)
+        call = run_interpreted if self.interpret else run
+        return call(arrays, layer, self.backend, self.interpret, tuple(options.items()), salt)
 
     def check(self, case, *, explicit=True, salt=None, **options):
         out, lse = self.call(case, explicit=explicit, salt=salt, **options)
@@ -150,12 +180,13 @@ class TreeAttentionSuite:
         worst = np.abs(np.asarray(lse, np.float64)[seen] - want_lse[seen]).max(initial=0)
         assert worst < tolerance * max(np.abs(want_lse[seen]).max(initial=0), 1)
 
-    @pytest.mark.parametrize("d", [64, 80, 128])
-    @pytest.mark.parametrize("g", [1, 4, 7])
+    @pytest.mark.parametrize(
+        ("g", "d"), [(1, 64), (4, 64), (7, 80), (8, 96), (4, 128), (7, 128), (1, 256), (8, 256)]
+    )
     def test_heads(self, g, d):
         self.check(make_case(t=5, g=g, d=d))
 
-    @pytest.mark.parametrize("t", [1, 2, 32, 33, 64])
+    @pytest.mark.parametrize("t", [1, 2, 32, 33, 64, 128])
     def test_tree_sizes(self, t):
         self.check(make_case(t=t, seed=t))
 
@@ -179,7 +210,7 @@ class TreeAttentionSuite:
         for x, y in zip(self.call(case, explicit=False), self.call(case), strict=True):
             np.testing.assert_array_equal(x, y)
 
-    @pytest.mark.parametrize("window", [1, 2, 4, 130, 1000])
+    @pytest.mark.parametrize("window", [1, 4, 130, 1000])
     @pytest.mark.parametrize("chain", [False, True])
     def test_window(self, window, chain):
         self.check(make_case(t=12, chain=chain), explicit=not chain, window=window)
@@ -210,6 +241,22 @@ class TreeAttentionSuite:
     def test_bfloat16(self, t):
         self.check(make_case(t=t, g=4, dtype="bfloat16"))
 
+    @pytest.mark.parametrize("t", [1, 9])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_int8(self, t, dtype):
+        self.check(quantised(make_case(t=t, g=4, dtype=dtype)))
+
+    def test_int8_cache_only(self):
+        self.check(cache_only(quantised(make_case(t=5))))
+
+    def test_without_the_log_sum_exp(self):
+        case = make_case(t=5)
+        arrays = {x: jnp.asarray(case[x]) for x in ARRAYS}
+        arrays["ancestors"] = jnp.asarray(pack(case["seen"]))
+        options = {"backend": self.backend, "interpret": self.interpret}
+        out = jax.jit(functools.partial(tree_attention, **options))(**arrays)
+        np.testing.assert_allclose(out, self.call(case)[0], rtol=1e-5, atol=1e-6)
+
     @pytest.mark.parametrize("traced", [False, True])
     def test_layer(self, traced):
         case = make_case(t=9)
@@ -222,7 +269,8 @@ class TreeAttentionSuite:
         else:
             arrays = {x: jnp.asarray(stacked[x]) for x in ARRAYS}
             arrays["ancestors"] = jnp.asarray(pack(case["seen"]))
-            op = functools.partial(tree_attention, layer=1, return_lse=True, backend=self.backend)
+            options = {"backend": self.backend, "interpret": self.interpret}
+            op = functools.partial(tree_attention, layer=1, return_lse=True, **options)
             layered = jax.jit(lambda arrays: op(**arrays))(arrays)
         for x, y in zip(layered, plain, strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
@@ -322,6 +370,87 @@ class TestXla(TreeAttentionSuite):
         assert not whole_copies(hlo, np.prod(cache_shape), cache_shape)
 
 
+class _Interpreted(TreeAttentionSuite):
+    """A Pallas back-end in its interpreter, with blocks small enough that these cases have many."""
+
+    @pytest.fixture(autouse=True)
+    def _small_blocks(self, monkeypatch):
+        small = tuning.TpuConfig(heads=2, keys=64, rows=32, chunk=32)
+        monkeypatch.setattr(tuning, "tpu", lambda *_: small)
+        monkeypatch.setattr(tuning, "gpu", lambda *_: tuning.GpuConfig(keys=32, rows=32))
+        monkeypatch.setattr(tuning, "multiprocessors", lambda: 24)
+
+
+class TestMosaicTpu(_Interpreted):
+    backend = "mosaic_tpu"
+    interpret = True
+
+
+class TestMosaicTpuMachine:
+    """The interpreter that models the TPU: copies, semaphores, memory that nobody has written."""
+
+    suite = type("_Machine", (TestMosaicTpu,), {"__test__": False})()
+    suite.interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    _small_blocks = _Interpreted._small_blocks
+
+    def check(self, case, **options):
+        self.suite.check(case, **options)
+        assert not races()
+
+    @pytest.mark.parametrize("lengths", [(0, 1, 300), (64, 127, 129)])
+    def test_lengths(self, lengths):
+        self.check(make_case(t=9, lengths=lengths))
+
+    @pytest.mark.parametrize("explicit", [False, True])
+    def test_window(self, explicit):
+        self.check(make_case(t=12, chain=not explicit), explicit=explicit, window=70)
+
+    def test_large_tree(self):
+        self.check(make_case(t=40, g=1, d=128, k=1), soft_cap=3.0)
+
+    def test_visible(self):
+        visible = np.random.default_rng(1).integers(0, 200, (3, 5)).astype(np.int32)
+        self.check(cache_only(make_case(t=5), visible))
+
+    def test_bfloat16(self):
+        self.check(make_case(t=5, g=4, dtype="bfloat16"))
+
+    def test_int8(self):
+        self.check(quantised(make_case(t=5, dtype="bfloat16")))
+
+
+def races():
+    """Whether the interpreter has seen a race in its last run."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    found = interpret_pallas_call.races
+    return found is not None and found.races_found
+
+
+class TestTriton(_Interpreted):
+    backend = "triton"
+    interpret = True
+
+    @pytest.mark.parametrize("splits", [1, 3, 64])
+    def test_splits(self, monkeypatch, splits):
+        monkeypatch.setattr(tuning, "multiprocessors", lambda: 6 * splits)
+        self.check(make_case(t=5), salt=(3, splits))
+
+    def test_combine(self):
+        rng = np.random.default_rng(0)
+        scores, values = rng.normal(size=(5, 40)) * 4, rng.normal(size=(40, 8))
+        parts = [(scores[:, :7], values[:7]), (scores[:, 7:], values[7:])]
+        top = np.stack([s.max(-1) for s, _ in parts])
+        weights = [np.exp(s - m[:, None]) for (s, _), m in zip(parts, top, strict=True)]
+        out = np.stack([w @ v for w, (_, v) in zip(weights, parts, strict=True)])
+        total = np.stack([w.sum(-1) for w in weights])
+        got, lse = _triton.combine(*(jnp.asarray(x, jnp.float32) for x in (out, top, total)))
+        weights = np.exp(scores)
+        want = weights @ values / weights.sum(-1, keepdims=True)
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
+        np.testing.assert_allclose(lse, np.log(weights.sum(-1)), rtol=1e-6)
+
+
 def whole_copies(hlo, size, shape):
     """HLO instructions that copy `size` elements, or that write a `shape` other than in place."""
     found = []
@@ -378,6 +507,12 @@ GOOD = {
     "v_cache": ((2, 2, 16, 8), "float32"),
     "length": ((2,), "int32"),
 }
+INT8 = {
+    "k_cache": ((2, 2, 16, 8), "int8"),
+    "v_cache": ((2, 2, 16, 8), "int8"),
+    "k_scale": ((2,), "float32"),
+    "v_scale": ((2,), "float32"),
+}
 
 
 @pytest.mark.parametrize(
@@ -399,7 +534,23 @@ GOOD = {
         ({"k_new": None, "v_new": None, "ancestors": ((2, 5, 1), "int32")}, {}, "ancestors"),
         ({}, {"window": 0}, "window must be at least 1"),
         ({}, {"soft_cap": 0.0}, "soft_cap must be positive"),
-        ({}, {"backend": "triton"}, "'triton' does not exist; there are 'reference', 'xla'"),
+        ({}, {"backend": "cuda"}, "'cuda' does not exist; there are 'reference', 'xla'"),
+        ({}, {"backend": "triton"}, "'triton' needs a GPU, and this is cpu"),
+        ({}, {"backend": "mosaic_tpu"}, "'mosaic_tpu' needs a TPU, and this is cpu"),
+        ({}, {"backend": "xla", "interpret": True}, "'xla' has no interpreter"),
+        ({}, {"interpret": True}, "interpret needs a backend"),
+        ({"k_scale": ((2,), "float32")}, {}, "both or neither"),
+        (
+            {"k_scale": ((2,), "float32"), "v_scale": ((2,), "float32")},
+            {},
+            "int8 caches, not of float32",
+        ),
+        (
+            INT8 | {"k_scale": ((3,), "float32")},
+            {},
+            r"k_scale must be float32\(2,\).*\(3,\)",
+        ),
+        ({"k_cache": ((2, 2, 16, 8), "int8"), "v_cache": ((2, 2, 16, 8), "int8")}, {}, "int8 caches go"),
     ],
 )
 def test_errors(change, options, message):
@@ -412,5 +563,6 @@ def test_errors(change, options, message):
 
 
 def test_every_backend_has_a_suite():
-    tested = {x.backend for x in TreeAttentionSuite.__subclasses__()}
+    suites = [*TreeAttentionSuite.__subclasses__(), *_Interpreted.__subclasses__()]
+    tested = {getattr(x, "backend", None) for x in suites}
     assert set(BACKENDS) <= tested

@@ -1,0 +1,177 @@
+"""Compiles the GPU kernels for H100 and A100 on a machine without a GPU, and counts register spills.
+
+    pip install 'jax[cuda13]==0.11.2'            # 4 GB of wheels, so apart from the tests
+    python tests/aot/gpu_kernels.py [--out benchmarks/results/gpu_kernels.json]
+
+XLA compiles for a target that is described by text; NVIDIA's assembler then says how many registers,
+how much shared memory and how many spills each kernel has. Exits with status 1 where a kernel spills.
+"""
+
+import argparse
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TARGETS = {
+    "h100": """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 name: "NVIDIA H100 80GB HBM3"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+""",
+    "a100": """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 167936 threads_per_core_limit: 2048 core_count: 108 fpus_per_core: 64
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 2039000000000 l2_cache_size: 41943040 clock_rate_ghz: 1.41
+  device_memory_size: 84974239744 shared_memory_per_block_optin: 166912
+  cuda_compute_capability { major: 8 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 name: "NVIDIA A100-SXM4-80GB"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA A100-SXM4-80GB"
+""",
+}
+ARCHITECTURES = {"h100": "sm_90a", "a100": "sm_80"}
+LAYERS, KV_HEADS = 4, 8
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    rows = []
+    for target in TARGETS:
+        with tempfile.TemporaryDirectory() as folder:
+            # Flags are read when the back-end starts: a process for each target.
+            flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text=false"
+            subprocess.run(
+                [sys.executable, __file__, "--compile", target, folder],
+                check=True,
+                env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            )
+            rows += assembled(target, Path(folder))
+    for row in rows:
+        print(json.dumps(row))
+    if args.out:
+        Path(args.out).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {args.out}")
+    spilling = [row for row in rows if row["spilled_bytes"]]
+    return 1 if spilling or not rows else 0
+
+
+def compile_all(target: str, folder: Path) -> None:
+    """Every shape of every kernel, one program each; XLA leaves its PTX in `folder`."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from pallas_kernels import commit, tree_attention
+
+    described = topologies.get_topology_desc(
+        platform="cuda", topology="1x1x1", target_config=TARGETS[target]
+    )
+    mesh = Mesh(np.array(described.devices), ("x",))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def shape(dtype, *dims):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=everywhere)
+
+    def compiled(name, function, *arrays):
+        before = set(folder.glob("*.ptx"))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            jax.jit(function).lower(*arrays).compile()
+        for file in set(folder.glob("*.ptx")) - before:
+            file.rename(folder / f"{name}.ptx")
+        print(f"compiled {name} for {target}", file=sys.stderr, flush=True)
+
+    def attention(b, t, s, g, d, dtype, cache=None, chain=False, **options):
+        q = shape(dtype, b, t, KV_HEADS * g, d)
+        new = shape(dtype, b, t, KV_HEADS, d)
+        old = shape(cache or dtype, LAYERS, b, KV_HEADS, s, d)
+        arrays = [q, new, new, old, old, shape("int32", b)]
+        if not chain:
+            arrays.append(shape("int32", b, t, -(-t // 32)))
+        call = functools.partial(tree_attention, layer=1, backend="triton", **options)
+        if cache == "int8":
+            arrays += [shape("float32", LAYERS, KV_HEADS)] * 2
+
+            def call(*arrays):
+                *arrays, k_scale, v_scale = arrays
+                scales = {"k_scale": k_scale, "v_scale": v_scale}
+                return tree_attention(*arrays, layer=1, backend="triton", **scales)
+
+        name = f"attention b{b} t{t} s{s} g{g} d{d} {dtype} {cache or ''}"
+        compiled(f"{name} {' '.join(options)}".strip(), call, *arrays)
+
+    for b, t, s in ((1, 1, 8192), (8, 1, 32768), (1, 16, 8192), (8, 32, 32768), (1, 64, 32768)):
+        attention(b, t, s, 4, 128, "bfloat16")
+    attention(3, 7, 1000, 7, 80, "bfloat16")
+    attention(3, 7, 1000, 1, 64, "float32", window=300)
+    attention(2, 33, 2048, 4, 256, "bfloat16", soft_cap=30.0)
+    attention(2, 33, 2048, 4, 256, "float32")
+    attention(2, 128, 4096, 8, 128, "bfloat16", return_lse=True)
+    attention(1, 256, 8192, 4, 128, "bfloat16", chain=True)
+    attention(8, 8, 8192, 4, 128, "bfloat16", cache="int8")
+    for dtype in ("bfloat16", "float32"):
+        cache = shape(dtype, LAYERS, 8, KV_HEADS, 8192, 128)
+        new = shape(dtype, LAYERS, 8, 16, KV_HEADS, 128)
+        row = shape("int32", 8)
+        arrays = (cache, cache, new, new, row, row, shape("int32", 8, 8))
+        compiled(f"commit {dtype}", functools.partial(commit, backend="triton"), *arrays)
+
+
+def assembled(target: str, folder: Path) -> list[dict]:
+    """What the assembler says of our kernels among the PTX of `folder`."""
+    import nvidia
+
+    found = [p for root in nvidia.__path__ for p in Path(root).rglob("bin/ptxas")]
+    rows = []
+    for file in sorted(folder.glob("*.ptx")):
+        said = subprocess.run(
+            [str(found[0]), "-v", f"--gpu-name={ARCHITECTURES[target]}", str(file), "-o", "/dev/null"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+        for part in said.split("Compiling entry function ")[1:]:
+            name = part.split("'")[1]
+            if not re.search("tree_attention|commit", name):
+                continue
+            stores, loads = (
+                int(re.search(rf"(\d+) bytes spill {kind}", part)[1]) for kind in ("stores", "loads")
+            )
+            shared = re.search(r"(\d+) bytes smem", part)
+            rows.append(
+                {
+                    "target": target,
+                    "kernel": file.stem,
+                    "registers": int(re.search(r"Used (\d+) registers", part)[1]),
+                    "shared_bytes": int(shared[1]) if shared else 0,
+                    "spilled_bytes": stores + loads,
+                }
+            )
+    return rows
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--compile"]:
+        compile_all(sys.argv[2], Path(sys.argv[3]))
+    else:
+        raise SystemExit(main())
