@@ -10,11 +10,12 @@ from jax_specdec import cache as kv
 from jax_specdec._types import Array, Int
 from jax_specdec.models.decoder import Output, Params
 from jax_specdec.tree import Text
+from pallas_kernels import tuning
 
 
 def default_chunk() -> int:
     """Tokens of a prompt read at a time: enough to be bound by arithmetic, little to waste on padding."""
-    return 64 if jax.default_backend() == "cpu" else 256
+    return 64 if tuning.device().platform == "cpu" else 256
 
 
 class Reader(Protocol):

@@ -1,7 +1,7 @@
 """Kernels for verifying trees of drafted tokens against a KV cache: attention, and the commit."""
 
-from pallas_kernels import masks
+from pallas_kernels import masks, tuning
 from pallas_kernels.commit import COMMIT_BACKENDS, commit, write_rows
 from pallas_kernels.tree_attention import BACKENDS, tree_attention
 
-__all__ = ["BACKENDS", "COMMIT_BACKENDS", "commit", "masks", "tree_attention", "write_rows"]
+__all__ = ["BACKENDS", "COMMIT_BACKENDS", "commit", "masks", "tree_attention", "tuning", "write_rows"]

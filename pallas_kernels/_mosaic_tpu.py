@@ -7,9 +7,11 @@ long as the longest row. Blocks that every query sees in full take a path withou
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -18,6 +20,9 @@ from pallas_kernels import _rows, tuning
 from pallas_kernels._rows import LOWEST, Array, pad, round_up
 
 DTYPES = ("bfloat16", "float32")
+# Scores are kept in units of log 2: the exponential is one of base 2, and the change of units falls into the
+# product with the scale.
+LOG2_E = float(np.log2(np.e))
 
 
 def reason_against(
@@ -168,18 +173,19 @@ def _kernel(*refs, scale, soft_cap, new_tokens, bits, quantised, return_lse, chu
         assert scale_ref is not None
         return scale_ref[what, first_head + h]
 
-    def add(h: int, scores: Array, values: Array, keep: Array | None) -> None:
-        """Takes scores [R, X] of keys, and their values [X, D], into head h's running softmax."""
+    def add(h: int, scores: Array, factor: Any, values: Array, keep: Array | None) -> None:
+        """Takes products q k [R, X], times `factor`, and values [X, D], into head h's running softmax."""
+        scores = scores * (factor if soft_cap is not None else factor * LOG2_E)
         if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
+            scores = (soft_cap * LOG2_E) * jnp.tanh(scores / soft_cap)
         if keep is not None:
             scores = jnp.where(keep, scores, LOWEST)
         old = top_ref[h]
         top = jnp.maximum(old, jnp.max(scores, axis=-1, keepdims=True))
-        weights = jnp.exp(scores - top)
+        weights = jnp.exp2(scores - top)
         if keep is not None:  # where nothing has been seen yet, LOWEST - LOWEST is 0
             weights = jnp.where(keep, weights, 0.0)
-        shrink = jnp.exp(old - top)
+        shrink = jnp.exp2(old - top)
         top_ref[h] = top
         total_ref[h] = total_ref[h] * shrink + jnp.sum(weights, axis=-1, keepdims=True)
         acc_ref[h] = acc_ref[h] * shrink + _dot(weights.astype(values.dtype), values, (1, 0))
@@ -195,8 +201,8 @@ def _kernel(*refs, scale, soft_cap, new_tokens, bits, quantised, return_lse, chu
         shape = (q_ref.shape[1], k_new_ref.shape[1])
         keep = _new_seen(sees_ref, shape, bits)
         for h in range(heads):
-            scores = _dot(q_ref[h], k_new_ref[h], (1, 1)) * scale
-            add(h, scores, v_new_ref[h], keep)
+            scores = _dot(q_ref[h], k_new_ref[h], (1, 1))
+            add(h, scores, scale, v_new_ref[h], keep)
             if quantised:  # the sum is kept in units of the cache's values
                 acc_ref[h] = acc_ref[h] / of_head(1, h)
 
@@ -216,8 +222,8 @@ def _kernel(*refs, scale, soft_cap, new_tokens, bits, quantised, return_lse, chu
                     k, v = (x.astype(jnp.float32).astype(q_ref.dtype) for x in (k, v))
                 if live is not None:  # 0 * NaN is NaN: dead values must be zeroed, not only masked
                     v = jnp.where(live, v, jnp.zeros_like(v))
-                scores = _dot(q_ref[h], k, (1, 1)) * (scale * of_head(0, h) if quantised else scale)
-                add(h, scores, v, keep)
+                factor = scale * of_head(0, h) if quantised else scale
+                add(h, _dot(q_ref[h], k, (1, 1)), factor, v, keep)
 
     whole = (block >= inner) & (block < outer)
     pl.when(whole)(lambda: prefix(masked=False))
@@ -232,7 +238,7 @@ def _kernel(*refs, scale, soft_cap, new_tokens, bits, quantised, return_lse, chu
                 out = out * of_head(1, h)
             out_ref[h] = out.astype(out_ref.dtype)
             if lse_ref is not None:
-                lse_ref[h] = jnp.where(total > 0, top_ref[h] + jnp.log(total), -jnp.inf)
+                lse_ref[h] = jnp.where(total > 0, top_ref[h] * (1 / LOG2_E) + jnp.log(total), -jnp.inf)
 
 
 def _new_seen(sees_ref, shape: tuple[int, int], bits: bool) -> Array:

@@ -24,7 +24,7 @@ from jax import lax
 
 from jax_specdec.cache import KVCache, init_cache
 from jax_specdec.models.config import ModelConfig, RopeConfig
-from pallas_kernels import masks, tree_attention
+from pallas_kernels import masks, tree_attention, tuning
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -61,7 +61,7 @@ def matmul(x: Array, w: Array) -> Array:
     """`x [..., E] @ w [E, F]`, in the dtype of both."""
     rows = x.size // x.shape[-1]
     # XLA's CPU backend multiplies a single bfloat16 row element by element; two rows take the fast path.
-    if rows == 1 and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    if rows == 1 and x.dtype == jnp.bfloat16 and tuning.device().platform == "cpu":
         row = x.reshape(1, x.shape[-1])
         return jnp.dot(jnp.concatenate([row, row]), w)[:1].reshape(*x.shape[:-1], w.shape[-1])
     return jnp.dot(x, w, precision=precision_of(x.dtype))
@@ -230,6 +230,9 @@ class Block(nn.Module):
         qkv = matmul(y, param("qkv", normal, embed, (heads + 2 * kv_heads) * dim))
         if c.qkv_bias:
             qkv = qkv + param("qkv_bias", zeros, qkv.shape[-1])[None, None]
+        if tuning.device().platform == "tpu":
+            # Without it XLA lays the weights out by heads, in a copy of all layers at the start of a run.
+            qkv = lax.optimization_barrier(qkv)
         qkv = qkv.reshape(batch, length, heads + 2 * kv_heads, dim)
         q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
         if c.qk_norm:
