@@ -6,7 +6,7 @@ DATA ?= data
 RUNS ?= runs
 WORKERS ?= 2
 
-.PHONY: demo test smoke check identity bench notebooks clean
+.PHONY: demo test aot smoke check identity bench notebooks clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -17,8 +17,18 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/jax-specdec demo
 
-test: $(VENV)/.installed
+# The TPU compiler, for tests/aot; not among the packages, where every command would look for a TPU.
+$(VENV)/aot/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --target $(VENV)/aot \
+	  "$$($(BIN)/python tests/aot/requirement.py)"
+	touch $@
+
+test: $(VENV)/.installed $(VENV)/aot/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# Every generation, batch and context; `test` has a part of them.
+aot: $(VENV)/aot/.installed
+	$(BIN)/python -m pytest -n $(WORKERS) tests/aot -m "slow or not slow"
 
 smoke: $(VENV)/.installed
 	$(BIN)/python -m pytest -m smoke

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 import pallas_kernels
-from pallas_kernels import write_rows
+from pallas_kernels import tuning, write_rows
 
 Array = jax.Array
+
+TILE = 32  # slots; a multiple of the sublanes of every dtype
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -56,8 +58,12 @@ def init_cache(
     """An empty cache, with hidden states where their size is given.
 
     Args:
-      slots: the capacity plus the widest draft, see `commit`.
+      slots: the capacity plus the widest draft, see `commit`. On accelerators they are filled up to whole
+        tiles: otherwise XLA keeps the cache between programs with the heads innermost, and every program
+        begins and ends with copies of it.
     """
+    if tuning.device().platform != "cpu":
+        slots += -slots % TILE
     shape = (batch, num_kv_heads, slots, head_dim)
     if stacked:
         k, v = (jnp.zeros((num_layers, *shape), dtype) for _ in range(2))

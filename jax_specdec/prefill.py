@@ -2,7 +2,6 @@
 
 from typing import Protocol
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 

@@ -4,4 +4,12 @@ from pallas_kernels import masks, tuning
 from pallas_kernels.commit import COMMIT_BACKENDS, commit, write_rows
 from pallas_kernels.tree_attention import BACKENDS, tree_attention
 
-__all__ = ["BACKENDS", "COMMIT_BACKENDS", "commit", "masks", "tree_attention", "tuning", "write_rows"]
+__all__ = [
+    "BACKENDS",
+    "COMMIT_BACKENDS",
+    "commit",
+    "masks",
+    "tree_attention",
+    "tuning",
+    "write_rows",
+]

@@ -63,8 +63,7 @@ def attend(
     groups = n // k
     if config is None:
         config = tuning.tpu(q.dtype, d, t * groups)
-    # Whole sublanes: 8 rows of 4 bytes.
-    sublanes = 32 // q.dtype.itemsize
+    sublanes = 8
     heads = max(x for x in range(1, k + 1) if k % x == 0 and x <= config.heads)
     keys = min(config.keys, round_up(slots, 32 // k_cache.dtype.itemsize))
     row_block = min(config.rows, round_up(t * groups, sublanes))
@@ -238,7 +237,9 @@ def _kernel(*refs, scale, soft_cap, new_tokens, bits, quantised, return_lse, chu
                 out = out * of_head(1, h)
             out_ref[h] = out.astype(out_ref.dtype)
             if lse_ref is not None:
-                lse_ref[h] = jnp.where(total > 0, top_ref[h] * (1 / LOG2_E) + jnp.log(total), -jnp.inf)
+                lse_ref[h] = jnp.where(
+                    total > 0, top_ref[h] * (1 / LOG2_E) + jnp.log(total), -jnp.inf
+                )
 
 
 def _new_seen(sees_ref, shape: tuple[int, int], bits: bool) -> Array:
@@ -257,5 +258,3 @@ def _dot(x: Array, y: Array, contract: tuple[int, int]) -> Array:
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
-
-

@@ -289,4 +289,3 @@ def _dot(x: Array, y: Array) -> Array:
     # Narrow operands are exact in one pass; float32 would fall to TF32 passes.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
-

@@ -26,7 +26,13 @@ from pallas_kernels import _mosaic_tpu, _triton, masks, tuning
 
 # Entries of a table: rows are T * G of a KV head, the widest first to fit a call decides.
 ROWS = (8, 16, 32, 64, 128, 256, 1024)
-SHAPES = (("bfloat16", 64), ("bfloat16", 128), ("bfloat16", 256), ("float32", 128), ("float32", 256))
+SHAPES = (
+    ("bfloat16", 64),
+    ("bfloat16", 128),
+    ("bfloat16", 256),
+    ("float32", 128),
+    ("float32", 256),
+)
 # What a choice is judged by: the sum of times relative to the best, over these (rows of a batch, slots).
 LOADS = ((1, 8192), (8, 8192), (1, 32768))
 KV_HEADS, GROUPS, LAYERS = 8, 4, 4
@@ -116,7 +122,7 @@ def best(platform: str, rows: int, head_dim: int, dtype: str, say) -> Any:
             try:
                 times[config] = seconds(platform, config, arrays)
             except Exception as error:  # too much shared memory, too many registers
-                say(f"{config} cannot run: {str(error).splitlines()[0][:100]}")
+                say(f"{config} cannot run: {str(error)[:100]}")
         least = min(times.values())
         for config, taken in times.items():
             totals[config] = totals.get(config, 0.0) + taken / least

@@ -94,9 +94,7 @@ def _validate(k_cache, v_cache, k_new, v_new, start, count, path):
     if k_cache.shape != v_cache.shape:
         raise ValueError(f"k_cache {k_cache.shape} and v_cache {v_cache.shape} differ in shape")
     if k_cache.ndim not in (4, 5):
-        raise ValueError(
-            f"the caches must be [L, B, K, S, D] or [B, K, S, D], got {k_cache.shape}"
-        )
+        raise ValueError(f"the caches must be [L, B, K, S, D] or [B, K, S, D], got {k_cache.shape}")
     *layers, b, k, s, d = k_cache.shape
     for name, x in (("k_new", k_new), ("v_new", v_new)):
         nodes = x.shape[-3] if x.ndim >= 3 else 0
@@ -167,7 +165,11 @@ def _mosaic_tpu(caches, new, start, count, path, *, interpret):
     width = round_up(nodes, 32 // caches[0].dtype.itemsize)
     new = [pad(jnp.swapaxes(x, 2, 3), 3, width) for x in new]  # [L, B, K, T, D]
     size = k * _WINDOW * d * caches[0].dtype.itemsize
-    together = max(x for x in range(1, layers + 1) if layers % x == 0 and x * size <= max(size, _MAX_BLOCK_BYTES))
+    together = max(
+        x
+        for x in range(1, layers + 1)
+        if layers % x == 0 and x * size <= max(size, _MAX_BLOCK_BYTES)
+    )
     windows = -(-(longest + _WINDOW - 1) // _WINDOW)
     last = -(-slots // _WINDOW) - 1
 
@@ -207,7 +209,11 @@ def _mosaic_tpu(caches, new, start, count, path, *, interpret):
 def _tpu_kernel(start_ref, count_ref, *refs, longest, window, has_path):
     refs = list(refs)
     path_ref = refs.pop(0) if has_path else None  # int32[B, P], in SMEM as start and count
-    new_refs, old_refs, out_refs = refs[:2], refs[2:4], refs[4:]  # [X, K, T, D], [X, K, Sb, D] twice
+    new_refs, old_refs, out_refs = (
+        refs[:2],
+        refs[2:4],
+        refs[4:],
+    )  # [X, K, T, D], [X, K, Sb, D] twice
     row, step = pl.program_id(0), pl.program_id(2)
     start, count = start_ref[row], count_ref[row]
     layers, heads, width, dim = new_refs[0].shape
@@ -238,16 +244,16 @@ def _tpu_kernel(start_ref, count_ref, *refs, longest, window, has_path):
                     preferred_element_type=jnp.float32,
                 )
                 old = old_ref[layer, head]
-                out_ref[layer, head] = jnp.where(
-                    written, rows, old.astype(jnp.float32)
-                ).astype(out_ref.dtype)
+                out_ref[layer, head] = jnp.where(written, rows, old.astype(jnp.float32)).astype(
+                    out_ref.dtype
+                )
 
 
 # --- GPU ------------------------------------------------------------------------------------------
 
 
 def _triton(caches, new, start, count, path, *, interpret):
-    layers, b, k, _, d = caches[0].shape
+    layers, b, k = caches[0].shape[:3]
     nodes = new[0].shape[2]
     longest = nodes if path is None else path.shape[1]
     operands = [start, count] + ([] if path is None else [path]) + [*new, *caches]

@@ -138,7 +138,9 @@ def tree_attention(
         k_scale, v_scale = (
             lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k_scale, v_scale)
         )
-    attend = _choose(backend, q, k_cache, ancestors, new_tokens=k_new is not None, interpret=interpret)
+    attend = _choose(
+        backend, q, k_cache, ancestors, new_tokens=k_new is not None, interpret=interpret
+    )
     out, lse = attend(
         q,
         k_new,
@@ -192,14 +194,17 @@ def _choose(
     )
     if why is not None:
         raise ValueError(f"backend {backend!r} {why}")
-    return functools.partial(BACKENDS[backend], interpret=interpret)
+    # Only the Pallas back-ends have an interpreter.
+    return functools.partial(_PALLAS[backend].attend, interpret=interpret)
 
 
 @functools.cache
 def _say(backend: str, device: tuning.Device, why: str | None, q_shape, cache_shape) -> None:
     # Cached, so that each device and shape is logged once.
     because = f" ({why})" if why else ""
-    logger.debug("%s for q %s, cache %s on %s%s", backend, q_shape, cache_shape, device.kind, because)
+    logger.debug(
+        "%s for q %s, cache %s on %s%s", backend, q_shape, cache_shape, device.kind, because
+    )
 
 
 def _validate(

@@ -32,6 +32,7 @@ from jax_specdec.models.glide_config import GliDeConfig
 CAPACITY = 300  # a layer's K is then larger than every weight and every activation
 LM = LmDrafter(h.TARGET, 4)
 
+
 def lowered_run(loop, params, batch, capacity=CAPACITY):
     tokens, lengths = jnp.zeros((batch, 16), jnp.int32), jnp.full((batch,), 9, jnp.int32)
     sampling, ids = h.sampling_of(batch, temperature=1.0), jnp.arange(batch, dtype=jnp.int32)

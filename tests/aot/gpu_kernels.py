@@ -145,7 +145,14 @@ def assembled(target: str, folder: Path) -> list[dict]:
     rows = []
     for file in sorted(folder.glob("*.ptx")):
         said = subprocess.run(
-            [str(found[0]), "-v", f"--gpu-name={ARCHITECTURES[target]}", str(file), "-o", "/dev/null"],
+            [
+                str(found[0]),
+                "-v",
+                f"--gpu-name={ARCHITECTURES[target]}",
+                str(file),
+                "-o",
+                "/dev/null",
+            ],
             capture_output=True,
             text=True,
             check=True,
@@ -155,7 +162,8 @@ def assembled(target: str, folder: Path) -> list[dict]:
             if not re.search("tree_attention|commit", name):
                 continue
             stores, loads = (
-                int(re.search(rf"(\d+) bytes spill {kind}", part)[1]) for kind in ("stores", "loads")
+                int(re.search(rf"(\d+) bytes spill {kind}", part)[1])
+                for kind in ("stores", "loads")
             )
             shared = re.search(r"(\d+) bytes smem", part)
             rows.append(

@@ -21,9 +21,9 @@ def lowered(platform, function, *args):
     mesh = AbstractMesh((1,), ("chip",), abstract_device=DEVICES[platform])
     allowed = [export.DisabledSafetyCheck.custom_call(name) for name in CALLS.values()]
     with jax.sharding.use_abstract_mesh(mesh):
-        exported = export.export(
-            jax.jit(function), platforms=[platform], disabled_checks=allowed
-        )(*args)
+        exported = export.export(jax.jit(function), platforms=[platform], disabled_checks=allowed)(
+            *args
+        )
     return exported.mlir_module()
 
 

@@ -550,7 +550,11 @@ INT8 = {
             {},
             r"k_scale must be float32\(2,\).*\(3,\)",
         ),
-        ({"k_cache": ((2, 2, 16, 8), "int8"), "v_cache": ((2, 2, 16, 8), "int8")}, {}, "int8 caches go"),
+        (
+            {"k_cache": ((2, 2, 16, 8), "int8"), "v_cache": ((2, 2, 16, 8), "int8")},
+            {},
+            "int8 caches go",
+        ),
     ],
 )
 def test_errors(change, options, message):
