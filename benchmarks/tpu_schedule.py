@@ -51,9 +51,9 @@ def schedule(generation: str, nodes: int, config: dict | None = None) -> dict:
     """Bundles and vector spills of the unmasked block, and the times that follow."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        wanted = json.dumps(config) if config else ""
         said = subprocess.run(
-            [sys.executable, __file__, "--compile", generation, str(nodes)]
-            + [json.dumps(config) if config else ""],
+            [sys.executable, __file__, "--compile", generation, str(nodes), wanted],
             env={**os.environ, "LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"},
             capture_output=True,
             text=True,

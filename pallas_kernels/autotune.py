@@ -131,7 +131,7 @@ def best(platform: str, rows: int, head_dim: int, dtype: str, say) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Measures block sizes on this device.")
     parser.add_argument("--out", help="a JSON file; the package's own, if left out")
     parser.add_argument("--rows", help="comma-separated, instead of all")
     args = parser.parse_args(argv)
