@@ -61,13 +61,15 @@ def commit(
             does not exist or cannot serve here.
     """
     _validate(k_cache, v_cache, k_new, v_new, start, count, path)
+    name = _choose(backend, interpret)
+    if name == "xla":  # as it lies: XLA would copy a cache whose rank is changed
+        return _xla((k_cache, v_cache), (k_new, v_new), start, path)
     single = k_cache.ndim == 4
     if single:
         k_cache, v_cache, k_new, v_new = (x[None] for x in (k_cache, v_cache, k_new, v_new))
-    write = {"xla": _xla, "mosaic_tpu": _mosaic_tpu, "triton": _triton}[_choose(backend, interpret)]
-    k_cache, v_cache = write(
-        (k_cache, v_cache), (k_new, v_new), start, count, path, interpret=interpret
-    )
+    write = _mosaic_tpu if name == "mosaic_tpu" else _triton
+    caches, new = (k_cache, v_cache), (k_new, v_new)
+    k_cache, v_cache = write(caches, new, start, count, path, interpret=interpret)
     return (k_cache[0], v_cache[0]) if single else (k_cache, v_cache)
 
 
@@ -121,15 +123,15 @@ def _validate(k_cache, v_cache, k_new, v_new, start, count, path):
 # --- XLA ------------------------------------------------------------------------------------------
 
 
-def _xla(caches, new, start, count, path, *, interpret):
-    del count, interpret
-
+def _xla(caches, new, start, path):
     def write(cache: Array, rows: Array) -> Array:
         if path is not None:
-            rows = jnp.take_along_axis(rows, path[None, :, :, None, None], axis=2)
-        return write_rows(cache, jnp.swapaxes(rows, 2, 3), start)
+            index = path[..., None, None]
+            rows = jnp.take_along_axis(rows, index[None] if rows.ndim == 5 else index, axis=-3)
+        return write_rows(cache, jnp.swapaxes(rows, -3, -2), start)
 
-    return tuple(write(cache, rows) for cache, rows in zip(caches, new, strict=True))
+    k_cache, v_cache = (write(cache, rows) for cache, rows in zip(caches, new, strict=True))
+    return k_cache, v_cache
 
 
 def write_rows(cache: Array, new: Array, start: Array) -> Array:

@@ -61,6 +61,9 @@ def case(name):
         model = GliDe(shape, h.CONFIG)
         params = model.join(model.init(jax.random.key(0)), h.target_params())
         return DecodeLoop(h.TARGET, GliDeDrafter(model, 4)), h.all_params(glide=params)
+    if name == "stacked":
+        target = Decoder(h.CONFIG, stacked_cache=True)
+        return DecodeLoop(target, LmDrafter(target, 4)), h.all_params(lm=h.close_params())
     if name == "scan":
         target = Decoder(h.CONFIG, layer_loop="scan")
         params = stack_layers(h.target_params())
@@ -72,7 +75,18 @@ def case(name):
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize(
     "name",
-    ["none", "lm", "tree", "cape", "grown", "scan", "glide 1", "glide 2", "glide 1 hidden"],
+    [
+        "none",
+        "lm",
+        "tree",
+        "cape",
+        "grown",
+        "scan",
+        "stacked",
+        "glide 1",
+        "glide 2",
+        "glide 1 hidden",
+    ],
 )
 def test_no_copy_of_a_cache_in_the_loop(name, batch, monkeypatch):
     # A catching-up chunk of 256 has activations larger than these small caches.

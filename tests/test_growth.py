@@ -167,10 +167,12 @@ def test_ragged_batch_is_plain_decoding(name, length):
     assert (got.stats.accepted[:, 1:].sum(axis=0) > 0).all(), "no branch was ever accepted"
 
 
-def test_scanned_layers():
-    target = Decoder(h.CONFIG, layer_loop="scan")
+@pytest.mark.parametrize("scan", [False, True])
+def test_stacked_caches(scan):
+    target = Decoder(h.CONFIG, layer_loop="scan" if scan else "unroll", stacked_cache=True)
     loop = DecodeLoop(target, Expand(LmDrafter(target, 4), DynamicTree(14)))
-    params = h.all_params(target=stack_layers(h.target_params()), lm=stack_layers(h.close_params()))
+    form = stack_layers if scan else lambda params: params
+    params = h.all_params(target=form(h.target_params()), lm=form(h.close_params()))
     got = h.decode(loop, params, h.prompts_of(RAGGED), h.sampling_of(4, **MIXED))
     h.assert_identical(got, plain())
     assert got.stats.accepted[:, 2].sum() > 0
