@@ -224,7 +224,7 @@ def _kernel(
             return add(carry, k, v, keep, scale)
 
         # Only the first split reads them.
-        count = jnp.where(split == 0, -(-nodes // size), 0)
+        count = jnp.where(split == 0, jnp.int32(-(-nodes // size)), jnp.int32(0))
         carry = lax.fori_loop(0, count, among_new, carry)
         if scale_ref is not None:  # sums are kept in units of the cache's values
             top, total, acc = carry

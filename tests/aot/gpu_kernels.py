@@ -1,10 +1,10 @@
-"""Compiles the GPU kernels for H100 and A100 on a machine without a GPU, and counts register spills.
+"""Compiles the GPU kernels for H100 and A100 on a machine without a GPU, and looks for register spills.
 
-    pip install 'jax[cuda13]==0.11.2'            # 4 GB of wheels, so apart from the tests
+    pip install 'jax[cuda13]==0.11.2'                   # 4 GB of wheels, so apart from the tests
     python tests/aot/gpu_kernels.py [--out benchmarks/results/gpu_kernels.json]
 
-XLA compiles for a target that is described by text; NVIDIA's assembler then says how many registers,
-how much shared memory and how many spills each kernel has. Exits with status 1 where a kernel spills.
+XLA compiles for a target that is described by text; NVIDIA's assembler then says how many registers, how
+much shared memory and how many spills each kernel has. Exits with status 1 where one spills.
 """
 
 import argparse
@@ -15,7 +15,16 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import jax
+import numpy as np
+import nvidia
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels import commit, tree_attention
 
 TARGETS = {
     "h100": """
@@ -58,32 +67,59 @@ def main() -> int:
     rows = []
     for target in TARGETS:
         with tempfile.TemporaryDirectory() as folder:
-            # Flags are read when the back-end starts: a process for each target.
-            flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text=false"
-            subprocess.run(
-                [sys.executable, __file__, "--compile", target, folder],
-                check=True,
-                env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-            )
-            rows += assembled(target, Path(folder))
+            # XLA reads its flags once: a process for each target.
+            flags = f"--xla_dump_to={folder} --xla_gpu_dump_llvmir=true --xla_dump_emitter_re=.*"
+            environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+            command = [sys.executable, __file__, "--compile", target, folder]
+            subprocess.run(command, check=True, env=environment)
+            rows += resources(target, Path(folder))
     for row in rows:
         print(json.dumps(row))
     if args.out:
         Path(args.out).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         print(f"wrote {args.out}")
-    spilling = [row for row in rows if row["spilled_bytes"]]
-    return 1 if spilling or not rows else 0
+    return 1 if not rows or any(row["spilled_bytes"] for row in rows) else 0
 
 
 def compile_all(target: str, folder: Path) -> None:
-    """Every shape of every kernel, one program each; XLA leaves its PTX in `folder`."""
-    import jax
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    """Compiles every program; the PTX that XLA leaves in `folder` moves to one of the program's name."""
+    for name, _ in programs(target):
+        for file in folder.iterdir():
+            if file.suffix == ".ptx":
+                (folder / name).mkdir(exist_ok=True)
+                file.rename(folder / name / file.name)
+            elif file.is_file():
+                file.unlink()
+        print(f"compiled {name} for {target}", file=sys.stderr, flush=True)
 
-    from pallas_kernels import commit, tree_attention
 
+def resources(target: str, folder: Path) -> Iterator[dict]:
+    """What the assembler says of our kernels, among all of XLA's."""
+    (assembler,) = (p for root in nvidia.__path__ for p in Path(root).rglob("bin/ptxas"))
+    for file in sorted(folder.glob("*/*.ptx")):
+        entry = re.search(r"\.entry (tree_attention|commit)", file.read_text())
+        if not entry:
+            continue
+        architecture = f"--gpu-name={ARCHITECTURES[target]}"
+        command = [str(assembler), "-v", architecture, str(file), "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+        def number(pattern: str, said: str = said) -> int:
+            found = re.search(pattern, said)
+            return int(found[1]) if found else 0
+
+        yield {
+            "target": target,
+            "program": file.parent.name,
+            "registers": number(r"Used (\d+) registers"),
+            "shared_bytes": number(r"(\d+) bytes smem"),
+            "spilled_bytes": number(r"(\d+) bytes spill stores")
+            + number(r"(\d+) bytes spill loads"),
+        }
+
+
+def programs(target: str) -> Iterator[tuple[str, jax.stages.Compiled]]:
+    """Every shape of every kernel, compiled."""
     described = topologies.get_topology_desc(
         platform="cuda", topology="1x1x1", target_config=TARGETS[target]
     )
@@ -94,12 +130,8 @@ def compile_all(target: str, folder: Path) -> None:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=everywhere)
 
     def compiled(name, function, *arrays):
-        before = set(folder.glob("*.ptx"))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            jax.jit(function).lower(*arrays).compile()
-        for file in set(folder.glob("*.ptx")) - before:
-            file.rename(folder / f"{name}.ptx")
-        print(f"compiled {name} for {target}", file=sys.stderr, flush=True)
+            return name, jax.jit(function).lower(*arrays).compile()
 
     def attention(b, t, s, g, d, dtype, cache=None, chain=False, **options):
         q = shape(dtype, b, t, KV_HEADS * g, d)
@@ -117,69 +149,28 @@ def compile_all(target: str, folder: Path) -> None:
                 scales = {"k_scale": k_scale, "v_scale": v_scale}
                 return tree_attention(*arrays, layer=1, backend="triton", **scales)
 
-        name = f"attention b{b} t{t} s{s} g{g} d{d} {dtype} {cache or ''}"
-        compiled(f"{name} {' '.join(options)}".strip(), call, *arrays)
+        name = " ".join([f"attention b{b} t{t} s{s} g{g} d{d}", cache or dtype])
+        return compiled(" ".join([name, *options]), call, *arrays)
 
     for b, t, s in ((1, 1, 8192), (8, 1, 32768), (1, 16, 8192), (8, 32, 32768), (1, 64, 32768)):
-        attention(b, t, s, 4, 128, "bfloat16")
-    attention(3, 7, 1000, 7, 80, "bfloat16")
-    attention(3, 7, 1000, 1, 64, "float32", window=300)
-    attention(2, 33, 2048, 4, 256, "bfloat16", soft_cap=30.0)
-    attention(2, 33, 2048, 4, 256, "float32")
-    attention(2, 128, 4096, 8, 128, "bfloat16", return_lse=True)
-    attention(1, 256, 8192, 4, 128, "bfloat16", chain=True)
-    attention(8, 8, 8192, 4, 128, "bfloat16", cache="int8")
+        yield attention(b, t, s, 4, 128, "bfloat16")
+    yield attention(3, 7, 1000, 7, 80, "bfloat16")
+    yield attention(3, 7, 1000, 1, 64, "float32", window=300)
+    yield attention(2, 33, 2048, 4, 256, "bfloat16", soft_cap=30.0)
+    yield attention(2, 33, 2048, 4, 256, "float32")
+    yield attention(2, 128, 4096, 8, 128, "bfloat16", return_lse=True)
+    yield attention(1, 256, 8192, 4, 128, "bfloat16", chain=True)
+    yield attention(8, 8, 8192, 4, 128, "bfloat16", cache="int8")
     for dtype in ("bfloat16", "float32"):
         cache = shape(dtype, LAYERS, 8, KV_HEADS, 8192, 128)
         new = shape(dtype, LAYERS, 8, 16, KV_HEADS, 128)
         row = shape("int32", 8)
         arrays = (cache, cache, new, new, row, row, shape("int32", 8, 8))
-        compiled(f"commit {dtype}", functools.partial(commit, backend="triton"), *arrays)
-
-
-def assembled(target: str, folder: Path) -> list[dict]:
-    """What the assembler says of our kernels among the PTX of `folder`."""
-    import nvidia
-
-    found = [p for root in nvidia.__path__ for p in Path(root).rglob("bin/ptxas")]
-    rows = []
-    for file in sorted(folder.glob("*.ptx")):
-        said = subprocess.run(
-            [
-                str(found[0]),
-                "-v",
-                f"--gpu-name={ARCHITECTURES[target]}",
-                str(file),
-                "-o",
-                "/dev/null",
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
-        for part in said.split("Compiling entry function ")[1:]:
-            name = part.split("'")[1]
-            if not re.search("tree_attention|commit", name):
-                continue
-            stores, loads = (
-                int(re.search(rf"(\d+) bytes spill {kind}", part)[1])
-                for kind in ("stores", "loads")
-            )
-            shared = re.search(r"(\d+) bytes smem", part)
-            rows.append(
-                {
-                    "target": target,
-                    "kernel": file.stem,
-                    "registers": int(re.search(r"Used (\d+) registers", part)[1]),
-                    "shared_bytes": int(shared[1]) if shared else 0,
-                    "spilled_bytes": stores + loads,
-                }
-            )
-    return rows
+        yield compiled(f"commit {dtype}", functools.partial(commit, backend="triton"), *arrays)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--compile"]:
         compile_all(sys.argv[2], Path(sys.argv[3]))
     else:
-        raise SystemExit(main())
+        sys.exit(main())
