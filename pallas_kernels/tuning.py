@@ -80,8 +80,15 @@ def device() -> Device:
     if described is not None:
         platform = "gpu" if described.platform in ("cuda", "rocm") else described.platform
         return Device(platform, described.device_kind, described.num_cores)
-    first = jax.devices()[0]
+    first = _default_device()
     return Device(first.platform, first.device_kind, getattr(first, "core_count", None))
+
+
+def _default_device() -> jax.Device:
+    chosen = jax.config.jax_default_device
+    if chosen is None or isinstance(chosen, str):
+        return jax.devices(chosen)[0]
+    return chosen
 
 
 def file_of(kind: str) -> Traversable:
@@ -131,7 +138,8 @@ def multiprocessors() -> int:
 
 def has_tensor_cores(gpu: Device) -> bool:
     """Whether a GPU has the compute capability that Triton's products need, 8.0."""
-    first = jax.devices()[0]
+    first = _default_device()
     if first.device_kind != gpu.kind:  # described only; who compiles for it knows
         return True
-    return float(getattr(first, "compute_capability", 0)) >= 8
+    major = str(getattr(first, "compute_capability", "")).partition(".")[0]
+    return major.isdigit() and int(major) >= 8
