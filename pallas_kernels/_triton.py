@@ -167,22 +167,21 @@ def _kernel(
 
     split, splits = pl.program_id(1), pl.num_programs(1)
     row, head = pl.program_id(2) // kv_heads, pl.program_id(2) % kv_heads
-    rows = pl.ds(pl.program_id(0) * row_block, row_block)
+    rows = pl.program_id(0) * row_block + jnp.arange(row_block)
     dim = q_ref.shape[-1]
     width = power_of_two(dim)
-    columns = pl.ds(0, width)
-    inside = jnp.arange(width)[None, :] < dim
+    columns = jnp.arange(width)[None, :]
 
-    def tile(ref, mask=None):
-        """A tile [X, D], filled up with zeros to a power of two of columns."""
+    def tile(ref, index, at, mask=None):
+        """The tile [X, D] of slots `at`, filled up with zeros to a power of two of columns."""
+        ref = ref.at[(*index, at[:, None], columns)]
         if width != dim:
-            mask = inside if mask is None else mask & inside
+            mask = columns < dim if mask is None else mask & (columns < dim)
         if mask is None:
             return plgpu.load(ref)
-        shape = (ref.shape[0], width)
-        return plgpu.load(ref, mask=jnp.broadcast_to(mask, shape), other=0)
+        return plgpu.load(ref, mask=jnp.broadcast_to(mask, (at.shape[0], width)), other=0)
 
-    q = tile(q_ref.at[row, head, rows, columns])
+    q = tile(q_ref, (row, head), rows)
     k_scale = scale
     if scale_ref is not None:
         k_scale = scale * plgpu.load(scale_ref.at[jnp.int32(0), head])
@@ -217,9 +216,7 @@ def _kernel(
         def among_new(i, carry):
             node = i * size + jnp.arange(size)
             there = node < nodes
-            at = pl.ds(i * size, size)
-            k = tile(k_new_ref.at[row, head, at, columns], there[:, None])
-            v = tile(v_new_ref.at[row, head, at, columns], there[:, None])
+            k, v = (tile(x, (row, head), node, there[:, None]) for x in (k_new_ref, v_new_ref))
             keep = _new_seen(new_ref, row, rows, node, bits) & there[None, :]
             return add(carry, k, v, keep, scale)
 
@@ -243,14 +240,12 @@ def _kernel(
     def prefix(masked):
         def body(block, carry):
             slot = block * keys + jnp.arange(keys)
-            at = pl.ds(block * keys, keys)
             # Dead values must not be read: 0 * NaN is NaN.
             live = (slot < length)[:, None] if masked else None
             keep = None
             if masked:
                 keep = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
-            k = tile(k_ref.at[layer, row, head, at, columns], live)
-            v = tile(v_ref.at[layer, row, head, at, columns], live)
+            k, v = (tile(x, (layer, row, head), slot, live) for x in (k_ref, v_ref))
             if quantised:
                 k, v = (x.astype(jnp.float32).astype(q.dtype) for x in (k, v))
             return add(carry, k, v, keep, k_scale)
@@ -262,10 +257,9 @@ def _kernel(
     carry = lax.fori_loop(outer, end, prefix(masked=True), carry)
 
     top, total, acc = carry
-    store = inside if width != dim else None
-    if store is not None:
-        store = jnp.broadcast_to(store, (row_block, width))
-    plgpu.store(out_ref.at[split, row, head, rows, columns], acc, mask=store)
+    target = out_ref.at[split, row, head, rows[:, None], columns]
+    mask = None if width == dim else jnp.broadcast_to(columns < dim, acc.shape)
+    plgpu.store(target, acc, mask=mask)
     plgpu.store(top_ref.at[split, row, head, rows], top)
     plgpu.store(total_ref.at[split, row, head, rows], total)
 
