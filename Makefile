@@ -24,7 +24,7 @@ $(VENV)/aot/.installed: $(VENV)/.installed
 	touch $@
 
 test: $(VENV)/.installed $(VENV)/aot/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20
 
 # Every generation, batch and context; `test` has a part of them.
 aot: $(VENV)/aot/.installed
