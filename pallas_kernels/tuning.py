@@ -84,8 +84,8 @@ def device() -> Device:
     return Device(first.platform, first.device_kind, getattr(first, "core_count", None))
 
 
-def _default_device() -> jax.Device:
-    chosen = jax.config.jax_default_device
+def _default_device() -> Any:
+    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if chosen is None or isinstance(chosen, str):
         return jax.devices(chosen)[0]
     return chosen
