@@ -66,7 +66,7 @@ def main() -> None:
         flat = sd.Decoder(config, dtype)
         params = jax.jit(flat.init)(jax.random.key(0))
         if loop == "scan":
-            params = jax.jit(stack_layers, donate_argnums=0)(params)
+            params = jax.jit(stack_layers)(params)
         target = Target(decoder, params, None, Path())
         measured = {nodes: verify_arm(target, nodes, ids, args.rounds) for nodes in args.nodes}
         seconds = {nodes: [] for nodes in measured}
