@@ -32,6 +32,8 @@ MAX_SCORE_BYTES = 64 << 20
 SMALLEST_BLOCK = 64
 # Queries of a KV head (T * G) from which a loop over batch rows beats one batched product on CPU.
 MIN_QUERIES_BY_ROW = 16
+# The same for few queries: from so many bytes of keys a row, a copy of all rows leaves the core's cache.
+MIN_BYTES_BY_ROW = 1 << 20
 
 # Keys and values [rows, K, size, D] of batch rows from `row` and slots from `start`, by
 # (row, rows, start, size).
@@ -115,7 +117,7 @@ def attend(
         assert k_new is not None and v_new is not None
         return _joined(spec, q, k_new, v_new, read, slots, length, ancestors, low)
 
-    by_row = b == 1 or t * (n // k) >= MIN_QUERIES_BY_ROW
+    by_row = _by_row(q_bktgd, slots)
     if k_new is None or t == 1 or not by_row or _block_size(q_bktgd[:1], slots + t) < slots + t:
         part = apart(q_bktgd)
     else:
@@ -184,6 +186,13 @@ def _nothing(q: jax.Array) -> Partial:
     one = (*q.shape[:-1], 1)
     floor = jnp.full(one, jnp.finfo(wide).min, wide)
     return Partial(jnp.zeros(q.shape, wide), floor, jnp.zeros(one, wide))
+
+
+def _by_row(q: jax.Array, slots: int) -> bool:
+    """Whether a CPU takes the batch a row at a time."""
+    b, k, t, g, d = q.shape
+    large = k * slots * d * q.dtype.itemsize >= MIN_BYTES_BY_ROW
+    return b == 1 or t * g >= MIN_QUERIES_BY_ROW or large
 
 
 def _block_size(q: jax.Array, keys: int) -> int:
@@ -311,7 +320,7 @@ def _prefix(
     low: jax.Array | None,  # int32[B, T]: the first slot that each query sees, or None for 0
     high: jax.Array | None,  # int32[B, T]: the end of the slots that it sees, or None for `length`
 ) -> Partial:
-    b, _, t, g, _ = q.shape
+    b = q.shape[0]
 
     def whole_batch(q, length, low, high):
         # One switch: every row pays for the longest.
@@ -330,7 +339,7 @@ def _prefix(
 
         return lax.fori_loop(0, b, body, _nothing(q))
 
-    if b == 1 or t * g < MIN_QUERIES_BY_ROW:
+    if b == 1 or not _by_row(q, slots):
         return whole_batch(q, length, low, high)
     # Resolved when lowered, so that a program compiled for another platform gets that one's form.
     return lax.platform_dependent(q, length, low, high, cpu=by_row, default=whole_batch)

@@ -90,4 +90,7 @@ def test_round(generation, batch, context):
     caches = 2 * state.cache.k.size * state.cache.k.dtype.itemsize
     assert memory.alias_size_in_bytes >= caches
     logits = 4 * batch * loop.nodes * SHAPE["vocab_size"]
-    assert memory.temp_size_in_bytes < 16 * logits + (256 << 20)
+    bound = 16 * logits + (256 << 20)
+    if generation == "tpu7x":  # its compiler retiles all weights at the start of a run
+        bound += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    assert memory.temp_size_in_bytes < bound
