@@ -24,7 +24,7 @@ import numpy as np
 
 from pallas_kernels import _mosaic_tpu, _triton, masks, tuning
 
-# Entries of a table: rows are T * G of a KV head, the widest first to fit a call decides.
+# Entries of a table, by T * G of a KV head: the first that fits a call decides.
 ROWS = (8, 16, 32, 64, 128, 256, 1024)
 SHAPES = (
     ("bfloat16", 64),

@@ -75,7 +75,7 @@ def commit(
 
 def _choose(backend: str | None, interpret: Any) -> str:
     here = tuning.device()
-    natural = {"tpu": "mosaic_tpu", "gpu": "triton"}.get(here.platform, "xla")
+    natural = tuning.NATIVE.get(here.platform, "xla")
     if backend is None:
         if natural == "triton" and not tuning.has_tensor_cores(here):
             return "xla"

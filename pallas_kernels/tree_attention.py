@@ -45,7 +45,6 @@ BACKENDS: dict[str, Backend] = {
     "triton": _triton.attend,
 }
 _PALLAS = {"mosaic_tpu": _mosaic_tpu, "triton": _triton}
-_PLATFORM = {"mosaic_tpu": "tpu", "triton": "gpu"}
 
 
 def tree_attention(
@@ -171,14 +170,11 @@ def _choose(
         if interpret:
             raise ValueError("interpret needs a backend: 'mosaic_tpu' or 'triton'")
         here = tuning.device()
-        why = None
-        for name, platform in _PLATFORM.items():
-            if platform == here.platform:
-                why = _PALLAS[name].reason_against(q, ancestors, new_tokens=new_tokens)
-                why = f"{name} {why}" if why else None
-                backend = name if why is None else "xla"
-        backend = backend or "xla"
-        _say(backend, here, why, q.shape, k_cache.shape)
+        native, why = tuning.NATIVE.get(here.platform), None
+        if native is not None:
+            why = _PALLAS[native].reason_against(q, ancestors, new_tokens=new_tokens)
+        backend = native if native is not None and why is None else "xla"
+        _say(backend, here, why and f"{native} {why}", q.shape, k_cache.shape)
         return BACKENDS[backend]
     if backend not in BACKENDS:
         exist = ", ".join(repr(name) for name in BACKENDS)

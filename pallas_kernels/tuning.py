@@ -18,6 +18,8 @@ import jax
 logger = logging.getLogger(__name__)
 
 FOLDER = importlib.resources.files("pallas_kernels") / "tuned"
+# The Pallas back-end of a platform.
+NATIVE = {"tpu": "mosaic_tpu", "gpu": "triton"}
 DEFAULT_TABLE = {"tpu": "tpu.json", "gpu": "gpu.json"}
 
 

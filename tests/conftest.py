@@ -3,14 +3,14 @@
 import os
 from pathlib import Path
 
-# Most of the suite's time is compilation, and next to none goes into running what was compiled. Commands
-# that tests start inherit this.
+import jax
+import pytest
+
+# Most of the suite's time is compilation, and next to none goes into running what was compiled. JAX reads
+# the flag when its first back-end starts, which no import does; commands that tests start inherit it.
 FLAGS = os.environ.get("XLA_FLAGS", "")
 if "xla_backend_optimization_level" not in FLAGS:
     os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_backend_optimization_level=0".strip()
-
-import jax  # noqa: E402
-import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
