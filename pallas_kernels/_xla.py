@@ -1,13 +1,13 @@
 """The XLA back-end: the live prefix in a few static sizes, and beside it the new tokens.
 
 The prefix is read in one of a few static sizes by `lax.switch`; or, where scores over the whole
-cache would be too large, block by block with a running softmax. The new tokens are attended to
-apart, each part giving a `Partial` softmax, and merged.
+cache would be too large, block by block with a running softmax and the rest in one of these sizes. The
+new tokens are attended to apart, each part giving a `Partial` softmax, and merged.
 
-On CPU small operations count: there, two or more new tokens are copied behind the copy of the prefix,
-and one softmax goes over both. Wide queries take the batch a row at a
-time: each row then pays for its own length, and its keys and values stay in the core's cache between
-their copy and their use.
+On CPU, wide queries and large caches take the batch a row at a time, and a row block by block: each row
+then pays for its own length, and scores, keys and values stay in the core's cache between two uses. In
+small caches it is small operations that count: there, two or more new tokens are copied behind the copy
+of the prefix, and one softmax goes over both.
 
 The switch is also what keeps XLA from fusing the read of a cache into later operations, behind the
 write of the commit, where it would need a copy of the whole cache.
@@ -30,10 +30,13 @@ SMALLEST_BUCKET = 128
 # Above this many bytes of scores the keys are taken block by block.
 MAX_SCORE_BYTES = 64 << 20
 SMALLEST_BLOCK = 64
-# Queries of a KV head (T * G) from which a loop over batch rows beats one batched product on CPU.
+# On CPU they are taken in blocks of so many at most.
+CPU_BLOCK = 1024
+# From so many bytes of keys a row, keys and values leave the core's cache on CPU.
+LARGE_ROW = 1 << 20
+# In smaller caches, queries of a KV head (T * G) from which a loop over batch rows beats one batched
+# product on CPU.
 MIN_QUERIES_BY_ROW = 16
-# The same for few queries: from so many bytes of keys a row, a copy of all rows leaves the core's cache.
-MIN_BYTES_BY_ROW = 1 << 20
 
 # Keys and values [rows, K, size, D] of batch rows from `row` and slots from `start`, by
 # (row, rows, start, size).
@@ -117,8 +120,9 @@ def attend(
         assert k_new is not None and v_new is not None
         return _joined(spec, q, k_new, v_new, read, slots, length, ancestors, low)
 
-    by_row = _by_row(q_bktgd, slots)
-    if k_new is None or t == 1 or not by_row or _block_size(q_bktgd[:1], slots + t) < slots + t:
+    keys = slots + t
+    at_once = not _large(q_bktgd, slots) and _block_size(q_bktgd[:1], keys) == keys
+    if k_new is None or t == 1 or not at_once or not _by_row(q_bktgd, slots):
         part = apart(q_bktgd)
     else:
         # Resolved when lowered, so that a program compiled for another platform gets that one's form.
@@ -188,11 +192,16 @@ def _nothing(q: jax.Array) -> Partial:
     return Partial(jnp.zeros(q.shape, wide), floor, jnp.zeros(one, wide))
 
 
+def _large(q: jax.Array, slots: int) -> bool:
+    """Whether the keys of a row leave the core's cache on CPU."""
+    _, k, _, _, d = q.shape
+    return k * slots * d * q.dtype.itemsize >= LARGE_ROW
+
+
 def _by_row(q: jax.Array, slots: int) -> bool:
     """Whether a CPU takes the batch a row at a time."""
-    b, k, t, g, d = q.shape
-    large = k * slots * d * q.dtype.itemsize >= MIN_BYTES_BY_ROW
-    return b == 1 or t * g >= MIN_QUERIES_BY_ROW or large
+    b, _, t, g, _ = q.shape
+    return b == 1 or t * g >= MIN_QUERIES_BY_ROW or _large(q, slots)
 
 
 def _block_size(q: jax.Array, keys: int) -> int:
@@ -324,9 +333,15 @@ def _prefix(
 
     def whole_batch(q, length, low, high):
         # One switch: every row pays for the longest.
-        return _slots(spec, q, read, slots, 0, length, low, high)
+        return _slots(spec, q, read, slots, 0, length, low, high, block=slots)
 
     def by_row(q, length, low, high):
+        def of(row, q, *bounds):
+            return _slots(spec, q, read, slots, row, *bounds, block=min(CPU_BLOCK, slots))
+
+        if b == 1:
+            return of(0, q, length, low, high)
+
         def body(row, part):
             def take(x):  # keeps the batch axis
                 return lax.dynamic_slice_in_dim(x, row, 1)
@@ -334,12 +349,12 @@ def _prefix(
             def put(x, y):
                 return lax.dynamic_update_slice_in_dim(x, y, row, 0)
 
-            q_1, *bounds = jax.tree.map(take, (q, length, low, high))
-            return jax.tree.map(put, part, _slots(spec, q_1, read, slots, row, *bounds))
+            here = of(row, *jax.tree.map(take, (q, length, low, high)))
+            return jax.tree.map(put, part, here)
 
         return lax.fori_loop(0, b, body, _nothing(q))
 
-    if b == 1 or not _by_row(q, slots):
+    if not _by_row(q, slots):
         return whole_batch(q, length, low, high)
     # Resolved when lowered, so that a program compiled for another platform gets that one's form.
     return lax.platform_dependent(q, length, low, high, cpu=by_row, default=whole_batch)
@@ -395,9 +410,16 @@ def _slots(
     length: jax.Array,  # int32[B]
     low: jax.Array | None,
     high: jax.Array | None,
+    *,
+    block: int,
 ) -> Partial:
-    def some(start, size, first):
-        """The softmax over slots [start, start + size), less those before `first`."""
+    """The softmax over the live slots, in blocks of at most `block`."""
+    block = min(block, _block_size(q, slots))
+    sizes = buckets(block)
+    longest = jnp.max(length)
+
+    def some(start, size, first=None, *, all_live=False):
+        """Over slots [start, start + size), less those before `first`."""
         keys, values = read(row, q.shape[0], start, size)
         slot = start + lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, size), 4)
         end = length.reshape(-1, 1, 1, 1, 1)
@@ -409,23 +431,31 @@ def _slots(
             mask &= slot < high[:, None, :, None, None]
         if first is not None:
             mask &= slot >= first
-        # 0 * NaN is NaN: dead slots must be zeroed, not only masked.
-        values = jnp.where(live.reshape(-1, 1, size, 1), values, 0)
+        if not all_live:  # 0 * NaN is NaN: dead slots must be zeroed, not only masked
+            values = jnp.where(live.reshape(-1, 1, size, 1), values, 0)
         return _softmax(spec, q, keys, values, mask)
 
-    longest = jnp.max(length)
-    block = _block_size(q, slots)
-    if block == slots:
-        sizes = buckets(slots)
+    def in_one(read: Callable[[int], Partial], live: jax.Array) -> Partial:
+        """Over the smallest of `sizes` that holds `live` slots."""
         if len(sizes) == 1:
-            return some(0, slots, None)
-        index = sum((longest > size).astype(jnp.int32) for size in sizes[:-1])
-        return lax.switch(index, [functools.partial(some, 0, size, None) for size in sizes])
+            return read(sizes[0])
+        index = sum((live > size).astype(jnp.int32) for size in sizes[:-1])
+        return lax.switch(index, [functools.partial(read, size) for size in sizes])
+
+    if block == slots:
+        return in_one(functools.partial(some, 0), longest)
 
     def body(i, part):
-        first = i * block
-        # The last block is moved back to end with the cache; what it repeats is masked.
-        return _merge(part, some(jnp.minimum(first, slots - block), block, first))
+        return _merge(part, some(i * block, block, all_live=q.shape[0] == 1))
 
+    def rest(part):
+        # What would reach past the cache is moved back to end with it; what it repeats is masked.
+        def last(size):
+            return some(jnp.minimum(whole * block, slots - size), size, whole * block)
+
+        return _merge(part, in_one(last, longest - whole * block))
+
+    whole = longest // block
     first = 0 if low is None else jnp.maximum(jnp.min(low), 0) // block
-    return lax.fori_loop(first, (longest + block - 1) // block, body, _nothing(q))
+    part = lax.fori_loop(first, whole, body, _nothing(q))
+    return lax.cond(longest > whole * block, rest, lambda part: part, part)

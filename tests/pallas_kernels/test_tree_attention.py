@@ -291,6 +291,15 @@ class TestXla(TreeAttentionSuite):
         self.check(make_case(t=100, chain=True, lengths=lengths), explicit=False, salt=1, **options)
         self.check(make_case(t=100, lengths=lengths), salt=1, **options)
 
+    @pytest.mark.parametrize("options", [{}, {"window": 70}, {"soft_cap": 2.0}])
+    @pytest.mark.parametrize("t", [1, 7])
+    def test_large_caches(self, monkeypatch, t, options):
+        """On CPU, rows of whole blocks and a rest; the last block would reach past the cache."""
+        monkeypatch.setattr(_xla, "LARGE_ROW", 0)
+        monkeypatch.setattr(_xla, "CPU_BLOCK", 128)
+        for lengths in ((0, 130, 300), (256, 257, 1), (300,), (128,)):
+            self.check(make_case(t=t, lengths=lengths), salt=3, **options)
+
     def test_whole_batch(self, monkeypatch):
         """What accelerators run where a CPU goes row by row."""
         monkeypatch.setattr(_xla, "MIN_QUERIES_BY_ROW", 1 << 20)
@@ -305,9 +314,12 @@ class TestXla(TreeAttentionSuite):
         assert compiled.memory_analysis().temp_size_in_bytes < 4 * _xla.MAX_SCORE_BYTES
 
     @pytest.mark.parametrize("stacked", [False, True])
-    @pytest.mark.parametrize(("b", "t"), [(1, 1), (1, 8), (3, 1), (3, 16)])
-    def test_no_copy_of_a_cache_in_a_decoding_loop(self, b, t, stacked):
-        layers, k, d, slots = 3, 2, 64, 1024
+    @pytest.mark.parametrize(
+        ("b", "t", "slots"),
+        [(1, 1, 1024), (1, 8, 1024), (3, 1, 1024), (3, 16, 1024), (1, 8, 4096), (3, 16, 4096)],
+    )
+    def test_no_copy_of_a_cache_in_a_decoding_loop(self, b, t, slots, stacked):
+        layers, k, d = 3, 2, 64
         cache_shape = (b, k, slots, d)
         if stacked:
             cache_shape = (layers, *cache_shape)
