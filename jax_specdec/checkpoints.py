@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_specdec import layouts
 from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import Decoder, Params
@@ -202,7 +203,8 @@ def load_params(
     Args:
       dtype: None is the checkpoint's.
       place: puts one array of the tree on its devices, given its path (`("layers", 3, "qkv")`, or
-        `("layers", "qkv")` where layers are scanned) and its value; default `jax.device_put`.
+        `("layers", "qkv")` where layers are scanned) and its value; default
+        `layouts.put`, on the default device.
 
     Raises:
       UserError: keys or shapes differ from what `config` needs; all of them are listed.
@@ -373,7 +375,7 @@ def _read_params(
 ) -> Params:
     config = decoder.config
     _check_tensors(folder, tensors, config)
-    place = place or (lambda path, value: jax.device_put(value))
+    place = place or layouts.put
     scan = decoder.layer_loop == "scan"
 
     leaves: dict[tuple, dict[str, Weight]] = {}  # our arrays, and the tensors that each is made of

@@ -44,14 +44,12 @@ def check_drafter(
     prompts: Sequence[Sequence[int]] | None = None,
     max_new_tokens: int = 16,
     seed: int = 0,
-    compiler_options: dict[str, Any] | None = None,
 ) -> None:
     """Drafts, commits and decodes with a drafter, and checks every part of the contract.
 
     Args:
       params: the drafter's parameters by name, as in `LoadedDrafter.params`.
       prompts: three or more rows of different lengths; default: random ones of 1, 2, 5, 9 and 3 tokens.
-      compiler_options: of the programs that are compiled here, see `jax.jit`.
 
     Raises:
       AssertionError: what the drafter does, and what it should do.
@@ -60,7 +58,7 @@ def check_drafter(
     if prompts is None:
         rng = np.random.default_rng(seed)
         prompts = [rng.integers(0, target.config.vocab_size, n).tolist() for n in (1, 2, 5, 9, 3)]
-    run = _Run(drafter, dict(params), target, target_params, compiler_options)
+    run = _Run(drafter, dict(params), target, target_params)
     run.prepare(prompts, max_new_tokens, seed)
     run.check_rounds()
     run.check_lags()
@@ -237,11 +235,8 @@ def _shapes(tree: Any) -> Any:
 
 
 @functools.cache
-def _programs(target: Decoder, options: tuple[tuple[str, Any], ...]) -> tuple[Any, Any, Any]:
+def _programs(target: Decoder) -> tuple[Any, Any, Any]:
     """`(read, noise, decode)`: what does not depend on the drafter is compiled once for all."""
-
-    def jit(function, *static: int):
-        return jax.jit(function, static_argnums=static, compiler_options=dict(options))
 
     def read(params, text, slots):
         cache = target.init_cache(text.length.shape[0], slots, hidden=True)
@@ -254,22 +249,23 @@ def _programs(target: Decoder, options: tuple[tuple[str, Any], ...]) -> tuple[An
         state = loop.start(params, *args, capacity=capacity)
         return loop.run(params, state, 2 * capacity)
 
-    return jit(read, 2), jit(noise, 3), jit(decode, 0, 1)
+    return (
+        jax.jit(read, static_argnums=2),
+        jax.jit(noise, static_argnums=3),
+        jax.jit(decode, static_argnums=(0, 1)),
+    )
 
 
 class _Run:
     """One drafter, its text, and compiled pieces."""
 
-    def __init__(self, drafter, params, target, target_params, compiler_options):
+    def __init__(self, drafter, params, target, target_params):
         self.drafter, self.params, self.target = drafter, params, target
         self.all_params = {"target": target_params, "drafters": params}
-
-        options = tuple(sorted((compiler_options or {}).items()))
-        self.read, self.noise, self.decode = _programs(target, options)
+        self.read, self.noise, self.decode = _programs(target)
         self.init = jax.jit(drafter.init, static_argnums=(0, 1))
         self.extend, self.commit, self.draft = (
-            jax.jit(function, compiler_options=compiler_options)
-            for function in (drafter.extend, drafter.commit, drafter.draft)
+            jax.jit(function) for function in (drafter.extend, drafter.commit, drafter.draft)
         )
 
     def prepare(self, prompts, max_new_tokens: int, seed: int) -> None:

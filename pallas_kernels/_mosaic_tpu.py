@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _rows, tuning
-from pallas_kernels._rows import LOWEST, Array, pad, round_up
+from pallas_kernels._rows import LOWEST, Array, exact, pad, round_up
 
 DTYPES = ("bfloat16", "float32")
 # Scores are kept in units of log 2: the exponential is one of base 2, and the change of units falls into the
@@ -254,7 +254,5 @@ def _new_seen(sees_ref, shape: tuple[int, int], bits: bool) -> Array:
 
 
 def _dot(x: Array, y: Array, contract: tuple[int, int]) -> Array:
-    # Narrow operands are exact in one pass; float32 would fall to bfloat16 passes.
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     dims = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(x, y, dims, precision=exact(x.dtype), preferred_element_type=jnp.float32)

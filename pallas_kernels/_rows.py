@@ -1,4 +1,4 @@
-"""What the Pallas back-ends share: queries folded into rows, and what each row sees.
+"""What back-ends share: precision; and those of Pallas, queries folded into rows, and what each row sees.
 
 The T * G queries of a KV head are one block of rows, t-major, so that every key is read once for all
 of them. What a row sees is a range of cache slots and, of the new tokens, a range (chains) or a set of
@@ -6,10 +6,12 @@ bits (trees).
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels import masks
 
@@ -130,6 +132,13 @@ def unfold(rows: Array, nodes: int) -> Array:
     b, k, r = rows.shape[:3]
     out = jnp.moveaxis(rows.reshape(b, k, nodes, r // nodes, *rows.shape[3:]), 1, 2)
     return out.reshape(b, nodes, k * (r // nodes), *rows.shape[3:])
+
+
+def exact(dtype: Any) -> lax.Precision:
+    """The precision at which products of this dtype lose nothing before they are summed."""
+    # Narrow operands are exact in one pass; float32 would fall to passes in bfloat16 or TF32.
+    wide = jnp.dtype(dtype).itemsize >= 4
+    return lax.Precision.HIGHEST if wide else lax.Precision.DEFAULT
 
 
 def pad(x: Array, axis: int, size: int, value: int = 0) -> Array:

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import _rows, tuning
-from pallas_kernels._rows import LOWEST, Array, pad, power_of_two, round_up
+from pallas_kernels._rows import LOWEST, Array, exact, pad, power_of_two, round_up
 
 DTYPES = ("bfloat16", "float16", "float32")
 SMALLEST_TILE = 16  # of a tensor core's operands
@@ -280,6 +280,4 @@ def _new_seen(new_ref, row, rows, node: Array, bits: bool) -> Array:
 
 
 def _dot(x: Array, y: Array) -> Array:
-    # Narrow operands are exact in one pass; float32 would fall to TF32 passes.
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return jnp.dot(x, y, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.dot(x, y, precision=exact(x.dtype), preferred_element_type=jnp.float32)

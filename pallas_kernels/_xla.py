@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import masks
+from pallas_kernels._rows import exact
 
 # Prefix sizes that are compiled: powers of two from here up to the cache's own size. Each costs
 # about 30 ms of compilation a layer on CPU.
@@ -152,10 +153,8 @@ def buckets(slots: int) -> tuple[int, ...]:
 def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """Products of [B, K, ., .] arrays, summed in at least float32."""
     wide = np.promote_types(x.dtype, np.float32)
-    # Narrow operands are exact in one pass; float32 would fall to bfloat16 or TF32 passes.
-    precision = lax.Precision.HIGHEST if x.dtype == wide else lax.Precision.DEFAULT
     dims = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
-    return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=wide)
+    return lax.dot_general(x, y, dims, precision=exact(x.dtype), preferred_element_type=wide)
 
 
 def _softmax(

@@ -45,7 +45,7 @@ def candidates(platform: str, rows: int, head_dim: int, itemsize: int) -> Iterat
             # Two buffers each of keys and values must leave room in 16 MiB of scoped memory.
             if 4 * heads * keys * head_dim * itemsize > 8 << 20:
                 continue
-            for chunk in (256, 512, 1024):
+            for chunk in (256, 512, 1024, 2048):
                 if chunk <= keys:
                     yield tuning.TpuConfig(heads, keys, min(max(rows, 16), 256), chunk)
         return

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import tuning
-from pallas_kernels._rows import Array, pad, power_of_two, round_up
+from pallas_kernels._rows import Array, exact, pad, power_of_two, round_up
 
 COMMIT_BACKENDS = ("xla", "mosaic_tpu", "triton")
 
@@ -80,11 +80,7 @@ def _choose(backend: str | None, interpret: Any) -> str:
         if natural == "triton" and not tuning.has_tensor_cores(here):
             return "xla"
         return natural
-    if backend not in COMMIT_BACKENDS:
-        exist = ", ".join(repr(name) for name in COMMIT_BACKENDS)
-        raise ValueError(
-            f"backend {backend!r} does not exist; there are {exist} and None (automatic)"
-        )
+    tuning.check_exists(backend, COMMIT_BACKENDS)
     if backend not in ("xla", natural) and not interpret:
         raise ValueError(
             f"backend {backend!r} does not run on {here.platform}: interpret=True runs it anywhere"
@@ -242,7 +238,7 @@ def _tpu_kernel(start_ref, count_ref, *refs, longest, window, has_path):
                     move,
                     rows,
                     (((1,), (0,)), ((), ())),
-                    precision=lax.Precision.HIGHEST if wide == jnp.float32 else None,
+                    precision=exact(wide),
                     preferred_element_type=jnp.float32,
                 )
                 old = old_ref[layer, head]

@@ -176,11 +176,7 @@ def _choose(
         backend = native if native is not None and why is None else "xla"
         _say(backend, here, why and f"{native} {why}", q.shape, k_cache.shape)
         return BACKENDS[backend]
-    if backend not in BACKENDS:
-        exist = ", ".join(repr(name) for name in BACKENDS)
-        raise ValueError(
-            f"backend {backend!r} does not exist; there are {exist} and None (automatic)"
-        )
+    tuning.check_exists(backend, BACKENDS)
     if backend not in _PALLAS:
         if interpret:
             raise ValueError(f"backend {backend!r} has no interpreter: it is not a Pallas kernel")

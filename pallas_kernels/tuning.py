@@ -1,8 +1,8 @@
 """Block sizes and splits by device kind, from the tables in `tuned/`.
 
 A table is a JSON file named after the device kind. Its entries are tried in order, and the first that
-fits decides, so that what a kernel computes, to the last bit, is a function of the table and of shapes,
-never of a timing at run time. `python -m pallas_kernels.autotune` writes one.
+fits decides, or else the widest of the dtype: what a kernel computes, to the last bit, is a function of
+the table and of shapes, never of a timing at run time. `python -m pallas_kernels.autotune` writes one.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import functools
 import importlib.resources
 import json
 import logging
+from collections.abc import Iterable
 from importlib.resources.abc import Traversable
 from typing import Any
 
@@ -73,6 +74,16 @@ class Device:
     cores: int | None = None
 
 
+def check_exists(backend: str, names: Iterable[str]) -> None:
+    """Raises ValueError, which lists them, if a back-end is none of `names`."""
+    names = list(names)
+    if backend not in names:
+        exist = ", ".join(map(repr, names))
+        raise ValueError(
+            f"backend {backend!r} does not exist; there are {exist} and None (automatic)"
+        )
+
+
 def device() -> Device:
     """The device of the abstract mesh that is set, if it names one, or else the default one.
 
@@ -113,11 +124,14 @@ def _entry(platform: str, dtype: Any, head_dim: int, rows: int) -> dict[str, Any
     # A kernel in its interpreter is traced on a machine of another platform.
     kind = here.kind if here.platform == platform else "none"
     entries = table(platform, kind)["entries"]
-    for entry in entries:
-        fits = head_dim <= entry["head_dim"] and rows <= entry["rows"]
-        if fits and entry["bytes"] >= jax.numpy.dtype(dtype).itemsize:
+    itemsize = jax.numpy.dtype(dtype).itemsize
+    of_kind = [e for e in entries if head_dim <= e["head_dim"] and itemsize <= e["bytes"]]
+    for entry in of_kind:
+        if rows <= entry["rows"]:
             return entry["config"]
-    return entries[-1]["config"]
+    # Wider calls are cut into blocks like the widest that was measured.
+    widest = max(of_kind, key=lambda e: (-e["bytes"], e["rows"], -e["head_dim"]))
+    return widest["config"]
 
 
 def tpu(dtype: Any, head_dim: int, rows: int) -> TpuConfig:

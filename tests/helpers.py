@@ -78,21 +78,17 @@ def small_params() -> Any:
 # Decoding
 
 
-# Compiling is most of the time that these tests take, and running next to none.
-QUICK = {"xla_backend_optimization_level": 0}
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames="capacity", compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="capacity")
 def start(loop, params, tokens, lengths, sampling, ids, *, capacity):
     return loop.start(params, tokens, lengths, sampling, ids, capacity=capacity)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def run(loop, params, state, rounds):
     return loop.run(params, state, rounds)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="capacity", compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="capacity")
 def _decode(loop, params, tokens, lengths, sampling, ids, *, capacity):
     state = loop.start(params, tokens, lengths, sampling, ids, capacity=capacity)
     return loop.run(params, state, 2 * capacity)

@@ -71,7 +71,7 @@ def test_contract(name):
     drafter = CASCADES[name]
     assert isinstance(drafter, Drafter)
     given = {k: v for k, v in params().items() if k in str(drafter)}
-    check_drafter(drafter, given, h.TARGET, h.target_params(), compiler_options=h.QUICK)
+    check_drafter(drafter, given, h.TARGET, h.target_params())
 
 
 # What each level drafts
@@ -90,7 +90,7 @@ def rounds(loop, params, prompts, sampling, capacity=64):
         state = h.run(loop, params, jax.tree.map(jnp.copy, state), 1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=h.QUICK)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def drafted(drafter, alone, params, state, running):
     """A round's draft, and that of a reviewer alone which has just read the text."""
     text, view, steps = state.text, TargetView(state.cache), drafter.depth + 1
@@ -148,7 +148,7 @@ def test_glide_as_a_reviewer(layers):
     args = (target, target_params, given, PROMPTS)
     assert assert_drafts_as_alone(level, alone, whole, *args) > 50
     if layers == 2:
-        check_drafter(whole, given, target, target_params, compiler_options=h.QUICK)
+        check_drafter(whole, given, target, target_params)
 
 
 @pytest.mark.parametrize("stop", [Stop("confidence", 0.2), Stop("entropy", 0.3)], ids=str)
@@ -372,7 +372,7 @@ def test_expansion(rule):
     assert cascade.depth == 5
     drafter = Expand(cascade, rule)
     given = {"lm": params()["lm"]}
-    check_drafter(drafter, given, h.TARGET, h.target_params(), compiler_options=h.QUICK)
+    check_drafter(drafter, given, h.TARGET, h.target_params())
     sampling = h.sampling_of(5, **MIXED)
     got = h.decode(DecodeLoop(h.TARGET, drafter), h.all_params(**given), PROMPTS, sampling)
     h.assert_identical(got, h.decode(h.plain_loop(), h.all_params(), PROMPTS, sampling))

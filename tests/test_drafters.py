@@ -187,7 +187,7 @@ CONFORMING = {
 def test_contract(name):
     drafter, params = CONFORMING[name]
     assert isinstance(drafter, Drafter)
-    check_drafter(drafter, params(), h.TARGET, h.target_params(), compiler_options=h.QUICK)
+    check_drafter(drafter, params(), h.TARGET, h.target_params())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,9 +258,7 @@ class Broken(Bigram):
 def test_contract_broken(how, sentence):
     table = {"bigram": jnp.asarray(np.random.default_rng(0).permutation(h.VOCAB), jnp.int32)}
     with pytest.raises(AssertionError, match=sentence):
-        check_drafter(
-            Broken(2, how=how), table, h.SMALL, h.small_params(), compiler_options=h.QUICK
-        )
+        check_drafter(Broken(2, how=how), table, h.SMALL, h.small_params())
 
 
 def test_unhashable_drafters_are_refused():

@@ -189,7 +189,7 @@ def test_ragged_batch_is_plain_decoding(name, length, nodes):
 def test_contract(name, length, nodes):
     drafter = Expand(LmDrafter(h.SMALL, length), RULES[name](nodes))
     params = {"lm": h.perturbed(h.small_params(), 0.25)}
-    check_drafter(drafter, params, h.SMALL, h.small_params(), compiler_options=h.QUICK)
+    check_drafter(drafter, params, h.SMALL, h.small_params())
 
 
 def rule_siblings(rule, vocab):

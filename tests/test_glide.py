@@ -226,13 +226,13 @@ def test_drafting_is_the_training_forward_with_the_right_visibility(kind):
     hot = h.sampling_of(4, temperature=1.0)
     rows = jnp.ones((4,), bool), jnp.full((4,), 99, jnp.int32)
 
-    @functools.partial(jax.jit, static_argnums=0, compiler_options=h.QUICK)
+    @functools.partial(jax.jit, static_argnums=0)
     def draft(drafter, params, state):
         gumbel = shared_noise(state.keys, hot, state.text.length, length + 1, h.VOCAB)
         noise, view = Noise(gumbel, return_q=True), TargetView(state.cache)
         return drafter.draft(params, state.drafts, state.text, view, hot, noise, *rows)[0]
 
-    @functools.partial(jax.jit, compiler_options=h.QUICK)
+    @functools @ jax.jit
     def teach(params, joined, tokens, root):
         """Training's forward; delay 1 up to the root, from where the delay grows with the draft."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -318,7 +318,6 @@ def test_contract(kind, rule):
         target,
         params,
         max_new_tokens=8,
-        compiler_options=h.QUICK,
     )
 
 

@@ -108,7 +108,7 @@ def test_trees_against_plain_python(rule, depth):
     keys = laws.row_keys(sampling, jnp.arange(rows, dtype=jnp.int32))
     gumbel = laws.shared_noise(keys, sampling, lengths, depth + 1, h.VOCAB)
 
-    @functools.partial(jax.jit, compiler_options=h.QUICK)
+    @functools @ jax.jit
     def draw(params):
         states, view = drafter.init(rows, WIDTH + depth + 1), TargetView(None)
         states = drafter.extend(params, states, text, view)
@@ -183,7 +183,7 @@ def test_contract(name, length):
     """The rejection rule included, under which the tokens are certain."""
     drafter = Expand(LmDrafter(h.SMALL, length), TREES[name](length))
     params = {"lm": h.perturbed(h.small_params(), 0.25)}
-    check_drafter(drafter, params, h.SMALL, h.small_params(), compiler_options=h.QUICK)
+    check_drafter(drafter, params, h.SMALL, h.small_params())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,7 +64,7 @@ def trained():
         objective = medusa.make_objective(MODEL, h.SMALL, target, recipe, config)
         optimizer, own = optax.adam(1e-2), objective.init(jax.random.key(0))
 
-        @functools.partial(jax.jit, compiler_options=h.QUICK)
+        @functools @ jax.jit
         def fit(own):
             def step(carry, _):
                 own, state = carry
@@ -83,7 +83,7 @@ def trained():
 def reading_program():
     heads = medusa.Heads(MODEL, h.SMALL)
 
-    @functools.partial(jax.jit, compiler_options=h.QUICK)
+    @functools @ jax.jit
     def read(own, target, tokens):
         reading = heads.read(target, tokens)
         laws = [heads.laws(own, target, reading, index) for index in range(4)]
@@ -154,7 +154,7 @@ def test_decoding_reads_what_training_reads():
     laws = all_laws(tokens)
     committed, ahead = np.array([4, 7, 11]), np.array([0, 2, 1])
     cache = h.SMALL.init_cache(3, 24, hidden=True)
-    read = functools.partial(jax.jit, compiler_options=h.QUICK)
+    read = functools @ jax.jit
     cache = read(lambda *x: read_text(h.SMALL, *x))(
         target, cache, tokens, jnp.asarray(committed - 1, jnp.int32)
     )
@@ -182,7 +182,6 @@ def test_contract(rule):
         h.SMALL,
         h.small_params(),
         max_new_tokens=8,
-        compiler_options=h.QUICK,
     )
 
 
@@ -386,7 +385,7 @@ def test_lossy_typical_in_float64(parents):
             **({} if len(parents) == 4 else shape),
         )
         got = jax.device_get(
-            jax.jit(acceptance.lossy_typical, static_argnums=3, compiler_options=h.QUICK)(
+            jax.jit(acceptance.lossy_typical, static_argnums=3)(
                 draft, jnp.asarray(p), jnp.asarray(own), lossy
             )
         )

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_specdec import layouts
 from jax_specdec.checkpoints import Target, load_config
 from jax_specdec.errors import UserError
 from jax_specdec.models.decoder import Params
@@ -177,15 +178,11 @@ def read_weights(
             host = host[key]
         part = host[..., weight.start : weight.start + weight.part[-1]]
         read_into(part, tensors[name].get_slice(name), weight.transposed)
-    return jax.tree.map(jax.device_put, hosts)
+    return layouts.put_tree(hosts)
 
 
 def own_weights(shapes: Params) -> dict[str, Weight]:
     """Our own layout: every array as it is, by its path, such as `layers.0.cross.q`."""
-
-    def keys(path: tuple[Any, ...]) -> tuple[str | int, ...]:
-        return tuple(getattr(key, "key", getattr(key, "idx", key)) for key in path)
-
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
-    weights = [Weight(keys(path), leaf.shape) for path, leaf in leaves]
+    weights = [Weight(layouts.keys(path), leaf.shape) for path, leaf in leaves]
     return {".".join(map(str, weight.path)): weight for weight in weights}

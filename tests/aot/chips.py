@@ -16,7 +16,10 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies
+from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_specdec import layouts
 
 BESIDE = Path(sys.prefix) / "aot" / "libtpu" / "libtpu.so"
 FOUND = BESIDE.is_file() or importlib.util.find_spec("libtpu") is not None
@@ -47,7 +50,23 @@ def compile_for(generation: str, function: Callable, *args: Any, **jit: Any) -> 
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
+        if getattr(x, "sharding", None) is not None:
+            return x
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(function, **jit).lower(*jax.tree.map(placed, args)).compile()
+
+
+def loaded(generation: str, params: Any) -> Any:
+    """Shapes of a parameter tree, for `compile_for`, as `layouts.put_tree` lays it down on one chip."""
+    mesh = chip(generation)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    kind = mesh.devices.flat[0].device_kind
+
+    def shape(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+        layout = layouts.weight_layout(layouts.keys(path), x.shape, x.dtype, kind)
+        where = everywhere if layout is None else Format(layout, everywhere)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree_util.tree_map_with_path(shape, params)
