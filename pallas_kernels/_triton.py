@@ -3,6 +3,10 @@
 A program takes a block of query rows of one KV head and one split of its live blocks, and keeps its
 running softmax in registers; the first split takes the new tokens too. Programs of neighbouring row
 blocks read the same keys at the same time, so that these come from the second-level cache.
+
+Beside the weights of a layer, small kernels are what a round waits for: queries, new keys and values are
+read where the layer's product leaves them, and what is some is what the next one reads. So there
+are two kernels a layer, and one where the prefix is not split.
 """
 
 import functools
@@ -14,10 +18,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import _rows, tuning
-from pallas_kernels._rows import LOWEST, Array, exact, pad, power_of_two, round_up
+from pallas_kernels._rows import LOWEST, Array, exact, power_of_two
 
 DTYPES = ("bfloat16", "float16", "float32")
 SMALLEST_TILE = 16  # of a tensor core's operands
+# Splits that are combined at a time.
+TOGETHER = 32
 
 
 def reason_against(
@@ -63,37 +69,40 @@ def attend(
     if config is None:
         config = tuning.gpu(q.dtype, d, t * groups)
     row_block = min(config.rows, max(SMALLEST_TILE, power_of_two(t * groups)))
-    num_rows = round_up(t * groups, row_block)
-    row_blocks = num_rows // row_block
+    row_blocks = -(-t * groups // row_block)
     if splits is None:
         wanted = -(-tuning.multiprocessors() * config.waves // (b * k * row_blocks))
         splits = min(wanted, -(-slots // config.keys))
 
+    # By token: the heads of a group see the same.
     seen = _rows.what_rows_see(
-        groups, t, length, ancestors, visible, window, new_tokens=k_new is not None
+        1, t, length, ancestors, visible, window, new_tokens=k_new is not None
     )
-    rows = pad(_rows.fold(q, k), 2, num_rows)
-    low, high = (pad(x, 1, num_rows) for x in (seen.low, seen.high))
     operands = [
         jnp.asarray(layer, jnp.int32).reshape(1),
         seen.blocks(config.keys),
         length,
-        low,
-        high,
-        rows,
+        seen.low,
+        seen.high,
+        q,
     ]
     if seen.new is not None:
         assert k_new is not None and v_new is not None
-        operands += [pad(seen.new, 1, num_rows), k_new.swapaxes(1, 2), v_new.swapaxes(1, 2)]
+        operands += [seen.new, k_new, v_new]
     operands += [k_cache, v_cache]
+    scales = []
     if k_scale is not None and v_scale is not None:
-        operands.append(jnp.stack([k_scale, v_scale]))
+        scales.append(jnp.stack([k_scale, v_scale]))
 
     whole = pl.BlockSpec()  # a pointer to the array; the kernel reads what it needs
+    answer = [
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct((b, t, n), jnp.float32),
+    ]
     parts = [
-        jax.ShapeDtypeStruct((splits, b, k, num_rows, d), jnp.float32),
-        jax.ShapeDtypeStruct((splits, b, k, num_rows), jnp.float32),
-        jax.ShapeDtypeStruct((splits, b, k, num_rows), jnp.float32),
+        jax.ShapeDtypeStruct((splits, *q.shape), jnp.float32),
+        jax.ShapeDtypeStruct((splits, b, t, n), jnp.float32),
+        jax.ShapeDtypeStruct((splits, b, t, n), jnp.float32),
     ]
     kernel = functools.partial(
         _kernel,
@@ -104,49 +113,41 @@ def attend(
         kv_heads=k,
         new_tokens=k_new is not None,
         bits=seen.bits,
-        quantised=k_scale is not None,
+        quantised=bool(scales),
+        is_split=splits > 1,
     )
-    out, top, total = pl.pallas_call(
+    found = pl.pallas_call(
         kernel,
         grid=(row_blocks, splits, b * k),
-        in_specs=[whole] * len(operands),
-        out_specs=[whole] * 3,
-        out_shape=parts,
+        in_specs=[whole] * (len(operands) + len(scales)),
+        out_specs=[whole] * len(parts if splits > 1 else answer),
+        out_shape=parts if splits > 1 else answer,
         compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         name="tree_attention",
         interpret=interpret,
-    )(*operands)
-
-    out, lse = combine(out, top, total)
-    if v_scale is not None:
-        out = out * v_scale[None, :, None, None]
-    out = _rows.unfold(out[:, :, : t * groups], t).astype(q.dtype)
-    return out, _rows.unfold(lse[:, :, : t * groups], t) if return_lse else None
-
-
-def combine(out: Array, top: Array, total: Array) -> tuple[Array, Array]:
-    """Softmaxes over P parts of the keys -> the softmax over all, and its log-sum-exp.
-
-    Args:
-        out: float32[P, ..., D], sums of values weighted by exp(score - top). top, total:
-            float32[P, ...], each part's largest score and the sum of its weights.
-    """
-    best = jnp.max(top, axis=0)
-    factor = jnp.exp(top - best[None])
-    weight = jnp.sum(total * factor, axis=0)
-    summed = jnp.sum(out * factor[..., None], axis=0)
-    some = weight > 0
-    summed = summed / jnp.where(some, weight, 1.0)[..., None]
-    return summed, jnp.where(some, best + jnp.log(weight), -jnp.inf)
+    )(*operands, *scales)
+    if splits > 1:
+        found = pl.pallas_call(
+            functools.partial(_combine, groups=groups, quantised=bool(scales)),
+            grid=(t * n, b),
+            in_specs=[whole] * (3 + len(scales)),
+            out_specs=[whole] * 2,
+            out_shape=answer,
+            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+            name="tree_attention_combine",
+            interpret=interpret,
+        )(*found, *scales)
+    out, lse = found
+    return out, lse if return_lse else None
 
 
 def _kernel(
     layer_ref,  # int32[1]
     blocks_ref,  # int32[4, B]
     length_ref,  # int32[B]
-    low_ref,  # int32[B, R]
-    high_ref,  # int32[B, R]
-    q_ref,  # [B, K, R, D]
+    low_ref,  # int32[B, T]
+    high_ref,  # int32[B, T]
+    q_ref,  # [B, T, N, D]
     *refs,
     scale,
     soft_cap,
@@ -156,32 +157,37 @@ def _kernel(
     new_tokens,
     bits,
     quantised,
+    is_split,
 ):
     refs = list(refs)
-    new_ref = refs.pop(0) if new_tokens else None  # int32[B, R, W], or [B, R, 2]
-    k_new_ref = refs.pop(0) if new_tokens else None  # [B, K, T, D]
+    new_ref = refs.pop(0) if new_tokens else None  # int32[B, T, W], or [B, T, 2]
+    k_new_ref = refs.pop(0) if new_tokens else None  # [B, T, K, D]
     v_new_ref = refs.pop(0) if new_tokens else None
     k_ref, v_ref = refs.pop(0), refs.pop(0)  # [L, B, K, S, D]
     scale_ref = refs.pop(0) if quantised else None  # float32[2, K]
-    out_ref, top_ref, total_ref = refs  # [P, B, K, R, D], [P, B, K, R], [P, B, K, R]
 
     split, splits = pl.program_id(1), pl.num_programs(1)
     row, head = pl.program_id(2) // kv_heads, pl.program_id(2) % kv_heads
-    rows = pl.program_id(0) * row_block + jnp.arange(row_block)
-    dim = q_ref.shape[-1]
+    tokens, heads, dim = q_ref.shape[1:]
+    groups = heads // kv_heads
+    place = pl.program_id(0) * row_block + jnp.arange(row_block)
+    some = place < tokens * groups  # the last block may be longer than what is left
+    token, q_head = place // groups, head * groups + place % groups
     width = power_of_two(dim)
     columns = jnp.arange(width)[None, :]
 
-    def tile(ref, index, at, mask=None):
-        """The tile [X, D] of slots `at`, filled up with zeros to a power of two of columns."""
-        ref = ref.at[(*index, at[:, None], columns)]
+    def tile(ref, at, mask=None):
+        """The tile [X, D] of ref[at], filled up with zeros to a power of two of columns."""
+        (size,) = next(x.shape for x in at if getattr(x, "ndim", 0))
+        at = tuple(x[:, None] if getattr(x, "ndim", 0) else x for x in at)
         if width != dim:
             mask = columns < dim if mask is None else mask & (columns < dim)
         if mask is None:
-            return plgpu.load(ref)
-        return plgpu.load(ref, mask=jnp.broadcast_to(mask, (at.shape[0], width)), other=0)
+            return plgpu.load(ref.at[(*at, columns)])
+        mask = jnp.broadcast_to(mask, (size, width))
+        return plgpu.load(ref.at[(*at, columns)], mask=mask, other=0)
 
-    q = tile(q_ref, (row, head), rows)
+    q = tile(q_ref, (row, token, q_head), some[:, None])
     k_scale = scale
     if scale_ref is not None:
         k_scale = scale * plgpu.load(scale_ref.at[jnp.int32(0), head])
@@ -210,18 +216,17 @@ def _kernel(
     )
     if new_tokens:
         assert new_ref is not None and k_new_ref is not None and v_new_ref is not None
-        nodes = k_new_ref.shape[2]
-        size = min(keys, max(SMALLEST_TILE, power_of_two(nodes)))
+        size = min(keys, max(SMALLEST_TILE, power_of_two(tokens)))
 
         def among_new(i, carry):
             node = i * size + jnp.arange(size)
-            there = node < nodes
-            k, v = (tile(x, (row, head), node, there[:, None]) for x in (k_new_ref, v_new_ref))
-            keep = _new_seen(new_ref, row, rows, node, bits) & there[None, :]
+            there = node < tokens
+            k, v = (tile(x, (row, node, head), there[:, None]) for x in (k_new_ref, v_new_ref))
+            keep = _new_seen(new_ref, (row, token, some), node, bits) & there[None, :]
             return add(carry, k, v, keep, scale)
 
         # Only the first split reads them.
-        count = jnp.where(split == 0, jnp.int32(-(-nodes // size)), jnp.int32(0))
+        count = jnp.where(split == 0, jnp.int32(-(-tokens // size)), jnp.int32(0))
         carry = lax.fori_loop(0, count, among_new, carry)
         if scale_ref is not None:  # sums are kept in units of the cache's values
             top, total, acc = carry
@@ -235,7 +240,7 @@ def _kernel(
     inner = jnp.clip(inner, first, jnp.maximum(first, end))
     outer = jnp.clip(outer, inner, jnp.maximum(inner, end))
     length = plgpu.load(length_ref.at[row])
-    low, high = (plgpu.load(x.at[row, rows]) for x in (low_ref, high_ref))
+    low, high = (plgpu.load(x.at[row, token], mask=some, other=0) for x in (low_ref, high_ref))
 
     def prefix(masked):
         def body(block, carry):
@@ -245,7 +250,7 @@ def _kernel(
             keep = None
             if masked:
                 keep = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
-            k, v = (tile(x, (layer, row, head), slot, live) for x in (k_ref, v_ref))
+            k, v = (tile(x, (layer, row, head, slot), live) for x in (k_ref, v_ref))
             if quantised:
                 k, v = (x.astype(jnp.float32).astype(q.dtype) for x in (k, v))
             return add(carry, k, v, keep, k_scale)
@@ -257,22 +262,86 @@ def _kernel(
     carry = lax.fori_loop(outer, end, prefix(masked=True), carry)
 
     top, total, acc = carry
-    target = out_ref.at[split, row, head, rows[:, None], columns]
-    mask = None if width == dim else jnp.broadcast_to(columns < dim, acc.shape)
-    plgpu.store(target, acc, mask=mask)
-    plgpu.store(top_ref.at[split, row, head, rows], top)
-    plgpu.store(total_ref.at[split, row, head, rows], total)
+    mask = jnp.broadcast_to(some[:, None] & (columns < dim), acc.shape)
+    if is_split:
+        out_ref, top_ref, total_ref = refs  # float32 [P, B, T, N, D], [P, B, T, N], [P, B, T, N]
+        at = (split, row, token, q_head)
+        plgpu.store(
+            out_ref.at[split, row, token[:, None], q_head[:, None], columns], acc, mask=mask
+        )
+        plgpu.store(top_ref.at[at], top, mask=some)
+        plgpu.store(total_ref.at[at], total, mask=some)
+        return
+    out_ref, lse_ref = refs  # [B, T, N, D], float32[B, T, N]
+    v_scale = 1.0 if scale_ref is None else plgpu.load(scale_ref.at[jnp.int32(1), head])
+    out, lse = _answer(top, total, acc, v_scale)
+    target = out_ref.at[row, token[:, None], q_head[:, None], columns]
+    plgpu.store(target, out.astype(out_ref.dtype), mask=mask)
+    plgpu.store(lse_ref.at[row, token, q_head], lse, mask=some)
 
 
-def _new_seen(new_ref, row, rows, node: Array, bits: bool) -> Array:
+def _answer(top: Array, total: Array, acc: Array, v_scale: Array | float) -> tuple[Array, Array]:
+    """The output and the log-sum-exp of a softmax that has seen all: [...], [...], [..., D]."""
+    some = total > 0
+    out = acc * (v_scale / jnp.where(some, total, 1.0))[..., None]
+    return out, jnp.where(some, top + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
+
+
+def _combine(
+    part_ref,  # float32[P, B, T, N, D], values weighted by exp(score - top)
+    top_ref,  # float32[P, B, T, N], each split's largest score
+    total_ref,  # float32[P, B, T, N], the sum of its weights
+    *refs,
+    groups,
+    quantised,
+):
+    """One query's softmaxes over P splits of the keys -> the softmax over all."""
+    refs = list(refs)
+    scale_ref = refs.pop(0) if quantised else None  # float32[2, K]
+    out_ref, lse_ref = refs  # [B, T, N, D], float32[B, T, N]
+    splits, _, _, heads, dim = part_ref.shape
+    row, token, head = pl.program_id(1), pl.program_id(0) // heads, pl.program_id(0) % heads
+    columns = jnp.arange(power_of_two(dim))
+
+    best, weight = jnp.float32(LOWEST), jnp.float32(0)
+    acc = jnp.zeros(columns.shape, jnp.float32)
+    size = min(power_of_two(splits), TOGETHER)
+    for first in range(0, splits, size):
+        split = first + jnp.arange(size)
+        there = split < splits
+        tops = plgpu.load(top_ref.at[split, row, token, head], mask=there, other=LOWEST)
+        totals = plgpu.load(total_ref.at[split, row, token, head], mask=there, other=0)
+        mask = there[:, None] & (columns < dim)[None, :]
+        at = (split[:, None], row, token, head, columns[None, :])
+        parts = plgpu.load(part_ref.at[at], mask=mask, other=0)
+        top = jnp.maximum(best, jnp.max(tops))
+        factors, shrink = jnp.exp(tops - top), jnp.exp(best - top)
+        weight = weight * shrink + jnp.sum(totals * factors)
+        acc = acc * shrink + jnp.sum(parts * factors[:, None], axis=0)
+        best = top
+
+    v_scale = 1.0
+    if scale_ref is not None:
+        v_scale = plgpu.load(scale_ref.at[jnp.int32(1), head // groups])
+    out, lse = _answer(best, weight, acc, v_scale)
+    plgpu.store(
+        out_ref.at[row, token, head, columns], out.astype(out_ref.dtype), mask=columns < dim
+    )
+    plgpu.store(lse_ref.at[row, token, head], lse)
+
+
+def _new_seen(new_ref, rows: tuple[Array, Array, Array], node: Array, bits: bool) -> Array:
     """bool[R, X]: which of the new tokens `node [X]` each row sees."""
+    row, token, some = rows  # token int32[R], some bool[R]
+
+    def of_rows(i: int) -> Array:
+        return plgpu.load(new_ref.at[row, token, jnp.int32(i)], mask=some, other=0)[:, None]
+
     if not bits:
-        first, last = (plgpu.load(new_ref.at[row, rows, jnp.int32(i)]) for i in range(2))
-        return (node[None, :] >= first[:, None]) & (node[None, :] <= last[:, None])
+        return (node[None, :] >= of_rows(0)) & (node[None, :] <= of_rows(1))
     word = None
     for w in range(new_ref.shape[-1]):
-        here = plgpu.load(new_ref.at[row, rows, jnp.int32(w)])[:, None]
-        here = jnp.broadcast_to(here, (here.shape[0], node.shape[0]))
+        here = jnp.broadcast_to(of_rows(w), (token.shape[0], node.shape[0]))
         word = here if word is None else jnp.where((node // 32 == w)[None, :], here, word)
     assert word is not None
     shift = jnp.broadcast_to((node % 32)[None, :], word.shape)

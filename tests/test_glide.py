@@ -232,7 +232,7 @@ def test_drafting_is_the_training_forward_with_the_right_visibility(kind):
         noise, view = Noise(gumbel, return_q=True), TargetView(state.cache)
         return drafter.draft(params, state.drafts, state.text, view, hot, noise, *rows)[0]
 
-    @functools @ jax.jit
+    @jax.jit
     def teach(params, joined, tokens, root):
         """Training's forward; delay 1 up to the root, from where the delay grows with the draft."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)

@@ -108,7 +108,7 @@ def test_trees_against_plain_python(rule, depth):
     keys = laws.row_keys(sampling, jnp.arange(rows, dtype=jnp.int32))
     gumbel = laws.shared_noise(keys, sampling, lengths, depth + 1, h.VOCAB)
 
-    @functools @ jax.jit
+    @jax.jit
     def draw(params):
         states, view = drafter.init(rows, WIDTH + depth + 1), TargetView(None)
         states = drafter.extend(params, states, text, view)

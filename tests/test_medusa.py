@@ -64,7 +64,7 @@ def trained():
         objective = medusa.make_objective(MODEL, h.SMALL, target, recipe, config)
         optimizer, own = optax.adam(1e-2), objective.init(jax.random.key(0))
 
-        @functools @ jax.jit
+        @jax.jit
         def fit(own):
             def step(carry, _):
                 own, state = carry
@@ -83,7 +83,7 @@ def trained():
 def reading_program():
     heads = medusa.Heads(MODEL, h.SMALL)
 
-    @functools @ jax.jit
+    @jax.jit
     def read(own, target, tokens):
         reading = heads.read(target, tokens)
         laws = [heads.laws(own, target, reading, index) for index in range(4)]
@@ -154,11 +154,10 @@ def test_decoding_reads_what_training_reads():
     laws = all_laws(tokens)
     committed, ahead = np.array([4, 7, 11]), np.array([0, 2, 1])
     cache = h.SMALL.init_cache(3, 24, hidden=True)
-    read = functools @ jax.jit
-    cache = read(lambda *x: read_text(h.SMALL, *x))(
+    cache = jax.jit(lambda *x: read_text(h.SMALL, *x))(
         target, cache, tokens, jnp.asarray(committed - 1, jnp.int32)
     )
-    scores = read(drafter(2).scores)
+    scores = jax.jit(drafter(2).scores)
     for extra in (0 * ahead, ahead):
         text = Text(tokens, jnp.asarray(committed + extra, jnp.int32))
         got = jax.nn.log_softmax(scores(trained()[1], text, TargetView(cache)))

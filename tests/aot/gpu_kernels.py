@@ -1,10 +1,11 @@
-"""Compiles the GPU kernels for H100 and A100 on a machine without a GPU, and looks for register spills.
+"""Compiles for H100 and A100 on a machine without a GPU: the kernels, and one whole round.
 
-    pip install 'jax[cuda13]==0.11.2'                   # 4 GB of wheels, so apart from the tests
+    pip install -e . 'jax[cuda13]==0.11.2'              # 4 GB of wheels, so apart from the tests
     python tests/aot/gpu_kernels.py [--out benchmarks/results/gpu_kernels.json]
 
 XLA compiles for a target that is described by text; NVIDIA's assembler then says how many registers, how
-much shared memory and how many spills each kernel has. Exits with status 1 where one spills.
+much shared memory and how many spills each kernel has. Exits with status 1 where one spills, or where a
+round copies its cache.
 """
 
 import argparse
@@ -25,6 +26,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import commit, tree_attention
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from hlo import computations
+from rounds import cache_copies, round_of
 
 TARGETS = {
     "h100": """
@@ -58,6 +63,7 @@ device_description_str: "NVIDIA A100-SXM4-80GB"
 }
 ARCHITECTURES = {"h100": "sm_90a", "a100": "sm_80"}
 LAYERS, KV_HEADS = 4, 8
+OURS = "tree_attention_combine|tree_attention|commit"
 
 
 def main() -> int:
@@ -73,12 +79,13 @@ def main() -> int:
             command = [sys.executable, __file__, "--compile", target, folder]
             subprocess.run(command, check=True, env=environment)
             rows += resources(target, Path(folder))
+            rows.append(json.loads((Path(folder) / "round.json").read_text()))
     for row in rows:
         print(json.dumps(row))
     if args.out:
         Path(args.out).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         print(f"wrote {args.out}")
-    return 1 if not rows or any(row["spilled_bytes"] for row in rows) else 0
+    return 1 if any(row.get("spilled_bytes") or row.get("cache_copies") for row in rows) else 0
 
 
 def compile_all(target: str, folder: Path) -> None:
@@ -91,39 +98,87 @@ def compile_all(target: str, folder: Path) -> None:
             elif file.is_file():
                 file.unlink()
         print(f"compiled {name} for {target}", file=sys.stderr, flush=True)
+    (folder / "round.json").write_text(json.dumps(round_on(target)))
 
 
 def resources(target: str, folder: Path) -> Iterator[dict]:
     """What the assembler says of our kernels, among all of XLA's."""
     (assembler,) = (p for root in nvidia.__path__ for p in Path(root).rglob("bin/ptxas"))
     for file in sorted(folder.glob("*/*.ptx")):
-        entry = re.search(r"\.entry (tree_attention|commit)", file.read_text())
-        if not entry:
-            continue
         architecture = f"--gpu-name={ARCHITECTURES[target]}"
+        if not re.search(rf"\.entry ({OURS})", file.read_text()):
+            continue
         command = [str(assembler), "-v", architecture, str(file), "-o", os.devnull]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        for about in said.split("Compiling entry function '")[1:]:
+            kernel = re.match(OURS, about)
+            if kernel:
+                yield {
+                    "target": target,
+                    "program": file.parent.name,
+                    "kernel": kernel[0],
+                    "registers": _number(r"Used (\d+) registers", about),
+                    "shared_bytes": _number(r"(\d+) bytes smem", about),
+                    "spilled_bytes": _number(r"(\d+) bytes spill stores", about)
+                    + _number(r"(\d+) bytes spill loads", about),
+                }
 
-        def number(pattern: str, said: str = said) -> int:
-            found = re.search(pattern, said)
-            return int(found[1]) if found else 0
 
-        yield {
-            "target": target,
-            "program": file.parent.name,
-            "registers": number(r"Used (\d+) registers"),
-            "shared_bytes": number(r"(\d+) bytes smem"),
-            "spilled_bytes": number(r"(\d+) bytes spill stores")
-            + number(r"(\d+) bytes spill loads"),
-        }
+def _number(pattern: str, said: str) -> int:
+    found = re.search(pattern, said)
+    return int(found[1]) if found else 0
+
+
+def mesh_of(target: str) -> Mesh:
+    """One described GPU."""
+    described = topologies.get_topology_desc(
+        platform="cuda", topology="1x1x1", target_config=TARGETS[target]
+    )
+    return Mesh(np.array(described.devices), ("x",))
+
+
+def round_on(target: str) -> dict:
+    """What one round of four layers takes beside its arguments, and how many kernels it starts.
+
+    Counted are the kernels of the loop over rounds itself: each once, and loops and branches, such as
+    the one over a draft's steps, as one.
+    """
+    mesh = mesh_of(target)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    layers, batch, context = 4, 1, 8192
+    sizes = {"layers": layers, "batch": batch, "context": context}
+    loop, (params, state) = round_of(mesh, **sizes, layer_loop="unroll")
+
+    def shape(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+
+    args = jax.tree.map(shape, (params, state, jax.ShapeDtypeStruct((), "int32")))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = jax.jit(loop.run, donate_argnums=1).lower(*args).compile()
+    print(f"compiled a round for {target}", file=sys.stderr, flush=True)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    (body,) = (name for line in _entry(text) for name in re.findall(r"body=%?([\w.\-]+)", line))
+    kinds = ("fusion", "custom-call", "copy", "while", "conditional")
+    started = [x for x in computations(text)[body] if re.search(rf" ({'|'.join(kinds)})\(", x)]
+    caches = 2 * state.cache.k.size * state.cache.k.dtype.itemsize
+    assert memory.alias_size_in_bytes >= caches, "the caches are not aliased"
+    return {
+        "target": target,
+        "program": f"round of {layers} layers, b{batch} s{context}",
+        "kernels": len(started),
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "cache_copies": len(cache_copies(text, state.cache.slots)),
+    }
+
+
+def _entry(text: str) -> list[str]:
+    (name,) = re.findall(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
+    return computations(text)[name]
 
 
 def programs(target: str) -> Iterator[tuple[str, jax.stages.Compiled]]:
     """Every shape of every kernel, compiled."""
-    described = topologies.get_topology_desc(
-        platform="cuda", topology="1x1x1", target_config=TARGETS[target]
-    )
-    mesh = Mesh(np.array(described.devices), ("x",))
+    mesh = mesh_of(target)
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def shape(dtype, *dims):

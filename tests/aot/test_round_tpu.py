@@ -11,24 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from chips import HBM_GIB, TOPOLOGIES, chip, compile_for, loaded, needs_libtpu
-
-from jax_specdec import DecodeLoop, Decoder, ModelConfig, make_sampling
-from jax_specdec.drafters.expand import Cape, Expand
-from jax_specdec.drafters.glide import GliDeDrafter
-from jax_specdec.models.glide import GliDe
-from jax_specdec.models.glide_config import GliDeConfig
+from rounds import DEPTH, SHAPE, cache_copies, round_of
 
 pytestmark = needs_libtpu
-
-SHAPE = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "mlp_size": 14336,
-    "num_heads": 32,
-    "num_kv_heads": 8,
-    "head_dim": 128,
-}
-DEPTH = 32
 
 
 def layers_that_fit(generation: str, batch: int, context: int) -> int:
@@ -40,27 +25,6 @@ def layers_that_fit(generation: str, batch: int, context: int) -> int:
     margin = 2 << 30
     free = int(HBM_GIB[generation] * 2**30) - 2 * 2 * v * e - 2 * layer - cache - margin
     return min(DEPTH, free // (layer + cache))
-
-
-def round_of(generation: str, layers: int, batch: int, context: int):
-    """The loop, and shapes of its parameters and state, as they are on this chip."""
-    config = ModelConfig(**SHAPE, num_layers=layers, context=context)
-    target = Decoder(config, "bfloat16", "scan")
-    shape = {x: SHAPE[x] for x in SHAPE if x != "vocab_size"}
-    model = GliDe(GliDeConfig(**shape), config, "bfloat16")
-    loop = DecodeLoop(target, Expand(GliDeDrafter(model, 7), Cape(16)))
-
-    def arguments():
-        weights = target.init(jax.random.key(0))
-        glide = model.join(model.init(jax.random.key(1)), weights)
-        sampling = make_sampling(batch, max_new_tokens=128, temperature=1.0)
-        tokens = jnp.zeros((batch, 256), jnp.int32)
-        ones = jnp.ones((batch,), jnp.int32)
-        params = {"target": weights, "drafters": {"glide": glide}}
-        return params, loop.start(params, tokens, ones, sampling, ones, capacity=context)
-
-    with jax.sharding.use_abstract_mesh(chip(generation).abstract_mesh):
-        return loop, jax.eval_shape(arguments)
 
 
 # These run with every test, all of them by `make aot`.
@@ -75,7 +39,8 @@ CASES = [
 def test_round(generation, batch, context):
     layers = layers_that_fit(generation, batch, context)
     assert layers >= 4
-    loop, (params, state) = round_of(generation, layers, batch, context)
+    sizes = {"layers": layers, "batch": batch, "context": context}
+    loop, (params, state) = round_of(chip(generation), **sizes, layer_loop="scan")
     # The schedule is not what is looked at, and a good one takes twice as long to find.
     options = {"exec_time_optimization_effort": -1.0}
     run = functools.partial(compile_for, generation, donate_argnums=1, compiler_options=options)
@@ -84,8 +49,7 @@ def test_round(generation, batch, context):
     names = ("tree_attention", "commit")
     assert all(name in text for name in names)
     # Weights are copied into VMEM ahead of their use; caches stay where they are.
-    slots = f"{state.cache.slots},{SHAPE['head_dim']}]"
-    assert [line for line in text.splitlines() if slots in line and " copy" in line] == []
+    assert cache_copies(text, state.cache.slots) == []
     memory = compiled.memory_analysis()
     caches = 2 * state.cache.k.size * state.cache.k.dtype.itemsize
     assert memory.alias_size_in_bytes >= caches

@@ -437,22 +437,12 @@ class TestTriton(_Interpreted):
 
     @pytest.mark.parametrize("splits", [1, 3, 64])
     def test_splits(self, monkeypatch, splits):
+        """One kernel where there is one split; else a second, which takes more than it holds at a time."""
         monkeypatch.setattr(tuning, "multiprocessors", lambda: 6 * splits)
+        monkeypatch.setattr(_triton, "TOGETHER", 4)
         self.check(make_case(t=5), salt=(3, splits))
-
-    def test_combine(self):
-        rng = np.random.default_rng(0)
-        scores, values = rng.normal(size=(5, 40)) * 4, rng.normal(size=(40, 8))
-        parts = [(scores[:, :7], values[:7]), (scores[:, 7:], values[7:])]
-        top = np.stack([s.max(-1) for s, _ in parts])
-        weights = [np.exp(s - m[:, None]) for (s, _), m in zip(parts, top, strict=True)]
-        out = np.stack([w @ v for w, (_, v) in zip(weights, parts, strict=True)])
-        total = np.stack([w.sum(-1) for w in weights])
-        got, lse = _triton.combine(*(jnp.asarray(x, jnp.float32) for x in (out, top, total)))
-        weights = np.exp(scores)
-        want = weights @ values / weights.sum(-1, keepdims=True)
-        np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
-        np.testing.assert_allclose(lse, np.log(weights.sum(-1)), rtol=1e-6)
+        self.check(make_case(t=33, g=3, d=80), salt=(3, splits), window=90)
+        self.check(quantised(make_case(t=5)), salt=(3, splits))
 
 
 def whole_copies(hlo, size, shape):
