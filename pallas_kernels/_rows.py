@@ -1,6 +1,6 @@
-"""What back-ends share: precision; and those of Pallas, queries folded into rows, and what each row sees.
+"""What back-ends share: the precision of products, queries folded into rows, and what each row sees.
 
-The T * G queries of a KV head are one block of rows, t-major, so that every key is read once for all
+In Pallas the T * G queries of a KV head are one block of rows, t-major, so that every key is read once for all
 of them. What a row sees is a range of cache slots and, of the new tokens, a range (chains) or a set of
 bits (trees).
 """

@@ -5,8 +5,8 @@ running softmax in registers; the first split takes the new tokens too. Programs
 blocks read the same keys at the same time, so that these come from the second-level cache.
 
 Beside the weights of a layer, small kernels are what a round waits for: queries, new keys and values are
-read where the layer's product leaves them, and what is some is what the next one reads. So there
-are two kernels a layer, and one where the prefix is not split.
+read where the layer's product leaves them, and the output is written as the next one reads it. So
+there are two kernels a layer, and one where the prefix is not split.
 """
 
 import functools

@@ -31,7 +31,7 @@ SMALLEST_BUCKET = 128
 # Above this many bytes of scores the keys are taken block by block.
 MAX_SCORE_BYTES = 64 << 20
 SMALLEST_BLOCK = 64
-# On CPU they are taken in blocks of so many at most.
+# On CPU, keys of a block at most: the scores of more leave the core's cache.
 CPU_BLOCK = 1024
 # From so many bytes of keys a row, keys and values leave the core's cache on CPU.
 LARGE_ROW = 1 << 20
