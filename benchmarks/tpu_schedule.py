@@ -8,6 +8,7 @@ counted at the published bandwidth. The dumps are undocumented: a libtpu without
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -68,11 +69,17 @@ def schedule(generation: str, nodes: int, config: dict | None = None) -> dict:
             for line in file.read_text().splitlines()
         ]
     used = json.loads(said.stdout.strip().splitlines()[-1])
-    # The bodies of the kernel's `when`s, in order: start, whole block, masked block, end.
+    # Among the regions are the bodies of the kernel's `when`s, in order: start, whole block, masked block,
+    # end. The masked block does what the whole one does and more, and is the longest of all.
     starts = [i for i, line in enumerate(lines) if re.match(r"\s*0x[0-9a-f]+ PF:", line)]
-    if len(starts) < 3:
+    regions = [
+        [line for line in lines[i:j] if re.match(r"\s*0x[0-9a-f]+ ", line)]
+        for i, j in itertools.pairwise(starts)
+    ]
+    longest = max(range(len(regions)), key=lambda i: len(regions[i]), default=0)
+    if longest == 0 or 3 * len(regions[longest - 1]) < len(regions[longest]):
         raise SystemExit("This libtpu dumps no schedule that can be read here.")
-    body = [line for line in lines[starts[1] : starts[2]] if re.match(r"\s*0x[0-9a-f]+ ", line)]
+    body = regions[longest - 1]
     spills = sum(len(re.findall(r"vst[^;]*_spill", line)) for line in body)
     clock, bandwidth = CHIPS[generation]
     moved = 2 * used["heads"] * used["keys"] * DIM * 2
