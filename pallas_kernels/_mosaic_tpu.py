@@ -20,6 +20,7 @@ from pallas_kernels import _rows, tuning
 from pallas_kernels._rows import LOWEST, Array, exact, pad, round_up
 
 DTYPES = ("bfloat16", "float32")
+SUBLANES = 8
 # Scores are kept in units of log 2: the exponential is one of base 2, and the change of units falls into the
 # product with the scale.
 LOG2_E = float(np.log2(np.e))
@@ -63,10 +64,9 @@ def attend(
     groups = n // k
     if config is None:
         config = tuning.tpu(q.dtype, d, t * groups)
-    sublanes = 8
     heads = max(x for x in range(1, k + 1) if k % x == 0 and x <= config.heads)
     keys = min(config.keys, round_up(slots, 32 // k_cache.dtype.itemsize))
-    row_block = min(config.rows, round_up(t * groups, sublanes))
+    row_block = min(config.rows, _filled(t * groups))
     num_rows = round_up(t * groups, row_block)
 
     seen = _rows.what_rows_see(
@@ -96,7 +96,8 @@ def attend(
     ]
     if k_new is not None:
         assert v_new is not None
-        new_block = round_up(t, sublanes)
+        # Mosaic has no product with a single packed key.
+        new_block = max(_filled(t), 2)
         operands += [pad(x.swapaxes(1, 2), 2, new_block) for x in (k_new, v_new)]
         specs += [pl.BlockSpec((None, heads, new_block, d), new_map)] * 2
     operands += [k_cache, v_cache]
@@ -146,6 +147,11 @@ def attend(
     if return_lse:
         lse = _rows.unfold(results[1][:, :, : t * groups, 0], t)
     return out, lse
+
+
+def _filled(rows: int) -> int:
+    """Rows of a block: whole tiles, but no more than there are where these are less than one."""
+    return rows if rows < SUBLANES else round_up(rows, SUBLANES)
 
 
 def _kernel(*refs, scale, soft_cap, new_tokens, bits, quantised, return_lse, chunk):

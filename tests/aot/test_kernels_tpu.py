@@ -50,10 +50,11 @@ def test_verification(generation, b, t, s):
         (attention_shapes(3, 7, 1000, g=7, llama=(3, 2, 80)), {}),
         (attention_shapes(3, 7, 1000, g=1, llama=(3, 3, 64), dtype="float32"), {"window": 300}),
         (attention_shapes(2, 33, 2048, llama=(3, 2, 256)), {"soft_cap": 30.0}),
+        (attention_shapes(1, 1, 1000, g=1), {"window": 300, "soft_cap": 30.0, "return_lse": True}),
         (attention_shapes(2, 128, 4096, g=8), {"return_lse": True}),
         (attention_shapes(1, 256, 8192), {"chain": True}),
     ],
-    ids=["odd", "float32 window", "soft cap", "large", "prefill"],
+    ids=["odd", "float32 window", "soft cap", "one row", "large", "prefill"],
 )
 def test_options(generation, shapes, options):
     options = dict(options)
@@ -75,8 +76,9 @@ def test_cache_only(generation):
 
 
 @pytest.mark.parametrize("generation", TOPOLOGIES)
-def test_int8(generation):
-    args = [*attention_shapes(8, 8, 8192, cache="int8"), bitmask(8, 8)]
+@pytest.mark.parametrize("nodes", [1, 8])
+def test_int8(generation, nodes):
+    args = [*attention_shapes(8, nodes, 8192, cache="int8"), bitmask(8, nodes)]
     scales = [jax.ShapeDtypeStruct((4, 8), "float32")] * 2
 
     def quantised(k_scale, v_scale, *arrays):
