@@ -191,6 +191,24 @@ def _nothing(q: jax.Array) -> Partial:
     return Partial(jnp.zeros(q.shape, wide), floor, jnp.zeros(one, wide))
 
 
+def _each_row(of: Callable[..., Partial], q: jax.Array, *rest: jax.Array | None) -> Partial:
+    """`of(row, q, *rest)` for one batch row after the other, of arrays that keep a batch axis of 1."""
+    b = q.shape[0]
+    if b == 1:
+        return of(0, q, *rest)
+
+    def body(row, part):
+        def take(x):
+            return lax.dynamic_slice_in_dim(x, row, 1)
+
+        def put(x, y):
+            return lax.dynamic_update_slice_in_dim(x, y, row, 0)
+
+        return jax.tree.map(put, part, of(row, *jax.tree.map(take, (q, *rest))))
+
+    return lax.fori_loop(0, b, body, _nothing(q))
+
+
 def _large(q: jax.Array, slots: int) -> bool:
     """Whether the keys of a row leave the core's cache on CPU."""
     _, k, _, _, d = q.shape
@@ -299,21 +317,8 @@ def _joined(
         return lax.switch(index, [functools.partial(some, size) for size in sizes])
 
     k_rows, v_rows = k_new.swapaxes(1, 2), v_new.swapaxes(1, 2)
-    if b == 1:
-        return row_of(0, q, k_rows, v_rows, length, low, seen)
     seen = jnp.broadcast_to(seen, (b, t, t))
-
-    def body(row, part):
-        def take(x):  # keeps the batch axis
-            return lax.dynamic_slice_in_dim(x, row, 1)
-
-        def put(x, y):
-            return lax.dynamic_update_slice_in_dim(x, y, row, 0)
-
-        here = row_of(row, *jax.tree.map(take, (q, k_rows, v_rows, length, low, seen)))
-        return jax.tree.map(put, part, here)
-
-    return lax.fori_loop(0, b, body, _nothing(q))
+    return _each_row(row_of, q, k_rows, v_rows, length, low, seen)
 
 
 # --- The prefix ---------------------------------------------------------------------------------
@@ -328,7 +333,6 @@ def _prefix(
     low: jax.Array | None,  # int32[B, T]: the first slot that each query sees, or None for 0
     high: jax.Array | None,  # int32[B, T]: the end of the slots that it sees, or None for `length`
 ) -> Partial:
-    b = q.shape[0]
 
     def whole_batch(q, length, low, high):
         # One switch: every row pays for the longest.
@@ -338,20 +342,7 @@ def _prefix(
         def of(row, q, *bounds):
             return _slots(spec, q, read, slots, row, *bounds, block=min(CPU_BLOCK, slots))
 
-        if b == 1:
-            return of(0, q, length, low, high)
-
-        def body(row, part):
-            def take(x):  # keeps the batch axis
-                return lax.dynamic_slice_in_dim(x, row, 1)
-
-            def put(x, y):
-                return lax.dynamic_update_slice_in_dim(x, y, row, 0)
-
-            here = of(row, *jax.tree.map(take, (q, length, low, high)))
-            return jax.tree.map(put, part, here)
-
-        return lax.fori_loop(0, b, body, _nothing(q))
+        return _each_row(of, q, length, low, high)
 
     if not _by_row(q, slots):
         return whole_batch(q, length, low, high)

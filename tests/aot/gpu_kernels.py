@@ -157,9 +157,11 @@ def round_on(target: str) -> dict:
         compiled = jax.jit(loop.run, donate_argnums=1).lower(*args).compile()
     print(f"compiled a round for {target}", file=sys.stderr, flush=True)
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    (body,) = (name for line in _entry(text) for name in re.findall(r"body=%?([\w.\-]+)", line))
+    every = computations(text)
+    (entry,) = re.findall(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
+    (body,) = (name for line in every[entry] for name in re.findall(r"body=%?([\w.\-]+)", line))
     kinds = ("fusion", "custom-call", "copy", "while", "conditional")
-    started = [x for x in computations(text)[body] if re.search(rf" ({'|'.join(kinds)})\(", x)]
+    started = [x for x in every[body] if re.search(rf" ({'|'.join(kinds)})\(", x)]
     caches = 2 * state.cache.k.size * state.cache.k.dtype.itemsize
     assert memory.alias_size_in_bytes >= caches, "the caches are not aliased"
     return {
@@ -169,11 +171,6 @@ def round_on(target: str) -> dict:
         "temporary_bytes": memory.temp_size_in_bytes,
         "cache_copies": len(cache_copies(text, state.cache.slots)),
     }
-
-
-def _entry(text: str) -> list[str]:
-    (name,) = re.findall(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
-    return computations(text)[name]
 
 
 def programs(target: str) -> Iterator[tuple[str, jax.stages.Compiled]]:

@@ -1,6 +1,6 @@
 """One whole round, compiled for TPU: draft, verify, accept, commit, at the shapes of Llama-3-8B.
 
-As many of its 32 layers as a chip holds beside embedding, head, drafter and cache (`LAYERS`); the layers
+As many of its 32 layers as a chip holds beside embedding, head, drafter and cache (`layers_that_fit`); the layers
 are a scan, so that depth changes sizes and not the program.
 """
 
