@@ -28,13 +28,13 @@ from tabulate import tabulate
 from tqdm.auto import tqdm
 
 import jax_specdec as sd
-from jax_specdec import costs
-from jax_specdec.drafters import specs
-from jax_specdec.drafters.glide_checkpoint import make_glide, save_glide, target_fingerprint
-from jax_specdec.drafters.loading import rules_for
+from jax_specdec.checkpoints.glide import make_glide, save_glide, target_fingerprint
 from jax_specdec.models.glide_config import GliDeConfig
+from jax_specdec.specs import language as specs
+from jax_specdec.specs.build import rules_for
 from jax_specdec.training import data, glide, trainer
 from jax_specdec.training.config import GliDeRecipe, TrainConfig
+from jax_specdec.tuning import costs
 
 SETS = ("gsm8k", "mbpp", "stories", "spec_bench")
 LENGTH = 5

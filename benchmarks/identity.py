@@ -23,9 +23,9 @@ from pathlib import Path
 from _common import machine, read_prompts, write_json
 
 import jax_specdec as sd
-from jax_specdec.drafters import specs
-from jax_specdec.drafters.loading import longest_draft, rules_for
 from jax_specdec.pipeline import NEAR_TIE
+from jax_specdec.specs import language as specs
+from jax_specdec.specs.build import longest_draft, rules_for
 
 TEMPERATURES = (0.3, 1.0, 1.7)
 CASCADES = (

@@ -70,7 +70,7 @@ def measure(folder: Path, layer_loop: str, dtype: str) -> dict:
     """Loads in this process, which should be fresh."""
     import jax
 
-    from jax_specdec.checkpoints import load_target
+    from jax_specdec.checkpoints.targets import load_target
 
     jax.devices()
     baseline = peak = anonymous_bytes()

@@ -3,7 +3,7 @@
     python benchmarks/quotas.py --prompts runs/data --out benchmarks/results/quotas.json
 
 Each neural drafter's chains are recorded at every token of greedy answers, and every draft length and
-cascade with Max-Gram is played on them (`jax_specdec.allocation`): tokens a round and calls, which do not
+cascade with Max-Gram is played on them (`jax_specdec.tuning.cascades`): tokens a round and calls, which do not
 depend on the machine. The table combines them with costs: c, a step of the drafter in tokens of plain
 decoding, and v(16), a verification of 16 tokens, where v grows linearly with the tokens. A review of
 several tokens grows likewise. Max-Gram is free.
@@ -16,10 +16,10 @@ from _common import machine, read_prompts, write_json
 from tabulate import tabulate
 
 import jax_specdec as sd
-from jax_specdec.allocation import candidates, play
-from jax_specdec.drafters.loading import depth_of, parse_drafter
-from jax_specdec.drafters.specs import CASCADE, Spec
-from jax_specdec.replay import record
+from jax_specdec.specs.build import depth_of, parse_drafter
+from jax_specdec.specs.language import CASCADE, Spec
+from jax_specdec.tuning.cascades import candidates, play
+from jax_specdec.tuning.replay import record
 
 SETS = ("gsm8k", "mbpp", "stories", "spec_bench")
 STEPS = (0.02, 0.05, 0.1, 0.2, 0.3)

@@ -6,44 +6,50 @@ from typing import TYPE_CHECKING, Any
 from jax_specdec.errors import RunError, UserError
 
 if TYPE_CHECKING:
-    from jax_specdec.checkpoints import Target, convert, load_target, memory_plan, save_pretrained
-    from jax_specdec.drafters.base import Drafter, Outcome, TargetView
+    from jax_specdec.checkpoints.targets import (
+        Target,
+        convert,
+        load_target,
+        memory_plan,
+        save_pretrained,
+    )
+    from jax_specdec.core.draft import Draft, Text
+    from jax_specdec.core.drafter import Drafter, Outcome, TargetView
+    from jax_specdec.core.loop import DecodeLoop, make_generate
+    from jax_specdec.core.sampling import Sampling, make_sampling
     from jax_specdec.drafters.cascade import Cascade, Horizontal
-    from jax_specdec.drafters.expand import Cape, Expand, Fixed, PathProbability
-    from jax_specdec.drafters.growth import BeamSearch, DynamicTree
-    from jax_specdec.drafters.loading import LoadedDrafter, default_spec, load_drafter
-    from jax_specdec.drafters.static_tree import StaticTree
-    from jax_specdec.loop import DecodeLoop, make_generate
+    from jax_specdec.expansions.grown import BeamSearch, DynamicTree
+    from jax_specdec.expansions.siblings import Cape, Expand, Fixed, PathProbability
+    from jax_specdec.expansions.static_tree import StaticTree
     from jax_specdec.models.config import ModelConfig, RopeConfig
     from jax_specdec.models.decoder import Decoder
     from jax_specdec.models.glide import GliDe
     from jax_specdec.models.glide_config import GliDeConfig
     from jax_specdec.models.medusa import Medusa, MedusaConfig
     from jax_specdec.pipeline import Generation, SpeculativeDecoder
-    from jax_specdec.sampling import Sampling, make_sampling
-    from jax_specdec.tree import Draft, Text
+    from jax_specdec.specs.build import LoadedDrafter, default_spec, load_drafter
 
     __version__: str
 
 # Where each public name lives. They are imported on first use, so that `jax-specdec --help` and its
 # errors of wrong use do not wait for jax.
 _HOMES = {
-    "checkpoints": ("Target", "convert", "load_target", "memory_plan", "save_pretrained"),
-    "drafters.base": ("Drafter", "Outcome", "TargetView"),
+    "checkpoints.targets": ("Target", "convert", "load_target", "memory_plan", "save_pretrained"),
+    "core.drafter": ("Drafter", "Outcome", "TargetView"),
     "drafters.cascade": ("Cascade", "Horizontal"),
-    "drafters.expand": ("Cape", "Expand", "Fixed", "PathProbability"),
-    "drafters.growth": ("BeamSearch", "DynamicTree"),
-    "drafters.loading": ("LoadedDrafter", "default_spec", "load_drafter"),
-    "drafters.static_tree": ("StaticTree",),
-    "loop": ("DecodeLoop", "make_generate"),
+    "expansions.siblings": ("Cape", "Expand", "Fixed", "PathProbability"),
+    "expansions.grown": ("BeamSearch", "DynamicTree"),
+    "specs.build": ("LoadedDrafter", "default_spec", "load_drafter"),
+    "expansions.static_tree": ("StaticTree",),
+    "core.loop": ("DecodeLoop", "make_generate"),
     "models.config": ("ModelConfig", "RopeConfig"),
     "models.decoder": ("Decoder",),
     "models.glide": ("GliDe",),
     "models.glide_config": ("GliDeConfig",),
     "models.medusa": ("Medusa", "MedusaConfig"),
     "pipeline": ("Generation", "SpeculativeDecoder"),
-    "sampling": ("Sampling", "make_sampling"),
-    "tree": ("Draft", "Text"),
+    "core.sampling": ("Sampling", "make_sampling"),
+    "core.draft": ("Draft", "Text"),
 }
 
 __all__ = [

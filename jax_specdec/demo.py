@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as RichText
 
-from jax_specdec.checkpoints import Target
-from jax_specdec.detokenize import TextStream
-from jax_specdec.drafters.loading import LoadedDrafter
+from jax_specdec.checkpoints.targets import Target
 from jax_specdec.pipeline import NEAR_TIE, Chunk, Generation, SpeculativeDecoder
+from jax_specdec.specs.build import LoadedDrafter
+from jax_specdec.text.detokenize import TextStream
 
 COLOURS = ("green", "cyan", "magenta", "yellow", "blue")
 ROUNDS_PER_CHUNK = 2

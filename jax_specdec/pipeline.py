@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_specdec import stops as stopping
-from jax_specdec.acceptance import PUBLISHED, LossyTypical, Rule
-from jax_specdec.checkpoints import Target, available_memory, check_fits, memory_plan
-from jax_specdec.drafters.loading import LoadedDrafter
+from jax_specdec.checkpoints.targets import Target, available_memory, check_fits, memory_plan
+from jax_specdec.core.acceptance import PUBLISHED, LossyTypical, Rule
+from jax_specdec.core.loop import FINISH_REASONS, RUNNING, DecodeLoop, LoopState
+from jax_specdec.core.sampling import Processor, Sampling, make_sampling
 from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.errors import UserError
-from jax_specdec.loop import FINISH_REASONS, RUNNING, DecodeLoop, LoopState
-from jax_specdec.sampling import Processor, Sampling, make_sampling
+from jax_specdec.specs.build import LoadedDrafter
+from jax_specdec.text import stop_strings as stopping
 
 # Two best scores closer than this may change places between a one-row and a T-row forward in float32.
 NEAR_TIE = 1e-3

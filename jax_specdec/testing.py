@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_specdec import sampling as laws
-from jax_specdec.drafters.base import Drafter, Outcome, TargetView
+from jax_specdec.core import sampling as laws
+from jax_specdec.core.draft import MAX_NODES, TOP, Draft, Text
+from jax_specdec.core.drafter import Drafter, Outcome, TargetView
+from jax_specdec.core.loop import DecodeLoop
+from jax_specdec.core.prefill import read_text
 from jax_specdec.drafters.cascade import Composed
 from jax_specdec.drafters.none import NoDrafter
-from jax_specdec.loop import DecodeLoop
 from jax_specdec.models.decoder import Decoder, Params
-from jax_specdec.prefill import read_text
-from jax_specdec.tree import MAX_NODES, TOP, Draft, Text
 from pallas_kernels import masks
 
 # Two best scores closer than this may change places between a one-row and a T-row forward.

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_specdec import DecodeLoop, Decoder, ModelConfig, make_sampling
-from jax_specdec.drafters.base import StatelessDrafter
+from jax_specdec.core.draft import Draft, ancestor_bits
+from jax_specdec.core.drafter import StatelessDrafter
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.none import NoDrafter
-from jax_specdec.tree import Draft, ancestor_bits
 from pallas_kernels import masks
 
 VOCAB = 32

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_specdec import acceptance
-from jax_specdec import sampling as laws
-from jax_specdec.tree import Draft, ancestor_bits
+from jax_specdec.core import acceptance
+from jax_specdec.core import sampling as laws
+from jax_specdec.core.draft import Draft, ancestor_bits
 
 NUDGE = 1e-12
 ROWS = 512  # one shape for all enumerations, so that every operation is compiled once

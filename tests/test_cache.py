@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jax_specdec import DecodeLoop
-from jax_specdec import cache as kv
-from jax_specdec.drafters.base import Outcome, rollback
+from jax_specdec.core import cache as kv
+from jax_specdec.core.drafter import Outcome, rollback
 from jax_specdec.drafters.lm import LmDrafter
 
 LAYERS, HEADS, DIM, SLOTS = 2, 2, 4, 20

@@ -13,18 +13,18 @@ from test_drafters import best_match, copied
 from test_glide import pair
 
 from jax_specdec import DecodeLoop, SpeculativeDecoder, UserError, load_drafter, load_target
-from jax_specdec.drafters.base import Drafter, TargetView
+from jax_specdec.core.drafter import Drafter, TargetView
+from jax_specdec.core.sampling import Noise, shared_noise
 from jax_specdec.drafters.bigram import Bigram
 from jax_specdec.drafters.cascade import Cascade, Horizontal, turns
-from jax_specdec.drafters.expand import Cape, Expand, Fixed
 from jax_specdec.drafters.glide import GliDeDrafter
 from jax_specdec.drafters.lm import LmDrafter
-from jax_specdec.drafters.loading import depth_of, parse_drafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.neural import Stop
 from jax_specdec.drafters.prompt_lookup import PromptLookup
-from jax_specdec.drafters.specs import PRESETS, from_matrix, split
-from jax_specdec.sampling import Noise, shared_noise
+from jax_specdec.expansions.siblings import Cape, Expand, Fixed
+from jax_specdec.specs.build import depth_of, parse_drafter
+from jax_specdec.specs.language import PRESETS, from_matrix, split
 from jax_specdec.testing import check_drafter
 
 LM, LM2 = LmDrafter(h.TARGET, 1), LmDrafter(h.TARGET, 1, name="lm2")

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jax_specdec import checkpoints, tensor_files
-from jax_specdec.checkpoints import convert, load_params, load_target, save_pretrained
+from jax_specdec.checkpoints import targets as checkpoints
+from jax_specdec.checkpoints import tensor_files
+from jax_specdec.checkpoints.targets import convert, load_params, load_target, save_pretrained
 from jax_specdec.errors import RunError, UserError
 from jax_specdec.models import Decoder, ModelConfig, config_to_hf
 from jax_specdec.models.hf import weight_names

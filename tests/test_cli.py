@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jax_specdec import checkpoints, pipeline
+from jax_specdec import pipeline
+from jax_specdec.checkpoints import targets as checkpoints
+from jax_specdec.checkpoints.glide import read_glide_config
+from jax_specdec.checkpoints.medusa import read_medusa_config
 from jax_specdec.cli import main
 from jax_specdec.cli.common import DEMO_TARGET
-from jax_specdec.drafters.glide_checkpoint import read_glide_config
-from jax_specdec.drafters.loading import load_bigram
-from jax_specdec.drafters.medusa_checkpoint import read_medusa_config
+from jax_specdec.specs.build import load_bigram
 from jax_specdec.training.data import read_documents
 
 PROMPT = "Once upon a time"

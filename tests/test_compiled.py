@@ -16,18 +16,19 @@ from hlo import large_copies
 from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_specdec import DecodeLoop, SpeculativeDecoder, Target, make_generate, prefill
-from jax_specdec import cache as kv
-from jax_specdec.drafters.expand import Cape, Expand
+from jax_specdec import DecodeLoop, SpeculativeDecoder, Target, make_generate
+from jax_specdec.core import cache as kv
+from jax_specdec.core import prefill
 from jax_specdec.drafters.glide import GliDeDrafter
-from jax_specdec.drafters.growth import DynamicTree
 from jax_specdec.drafters.lm import LmDrafter
-from jax_specdec.drafters.loading import LoadedDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.none import NoDrafter
+from jax_specdec.expansions.grown import DynamicTree
+from jax_specdec.expansions.siblings import Cape, Expand
 from jax_specdec.models import Decoder, stack_layers
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
+from jax_specdec.specs.build import LoadedDrafter
 
 CAPACITY = 300  # a layer's K is then larger than every weight and every activation
 LM = LmDrafter(h.TARGET, 4)

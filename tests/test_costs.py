@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 import jax_specdec as sd
-from jax_specdec import costs, replay
-from jax_specdec.allocation import candidates, play
-from jax_specdec.costs import Costs, acceptance_by_position, tune
-from jax_specdec.drafters.expand import Cape, Fixed, PathProbability, select
-from jax_specdec.drafters.glide_checkpoint import save_glide, target_fingerprint
-from jax_specdec.drafters.loading import depth_of, parse_drafter
+from jax_specdec.checkpoints.glide import save_glide, target_fingerprint
+from jax_specdec.expansions.siblings import Cape, Fixed, PathProbability, select
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
-from jax_specdec.theory import comb_tau
+from jax_specdec.specs.build import depth_of, parse_drafter
+from jax_specdec.tuning import costs, replay
+from jax_specdec.tuning.cascades import candidates, play
+from jax_specdec.tuning.costs import Costs, acceptance_by_position, tune
+from jax_specdec.tuning.theory import comb_tau
 
 PROMPTS = ["Once upon a time, there was", "Question: Tom has 3 apples and buys", "the cat ran"]
 TOKENS = 40

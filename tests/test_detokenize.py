@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from jax_specdec.checkpoints import load_tokenizer
-from jax_specdec.detokenize import TextStream
-from jax_specdec.stops import truncate
+from jax_specdec.checkpoints.targets import load_tokenizer
+from jax_specdec.text.detokenize import TextStream
+from jax_specdec.text.stop_strings import truncate
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_specdec.drafters.base import Drafter
+from jax_specdec.core.draft import Text
+from jax_specdec.core.drafter import Drafter
 from jax_specdec.drafters.bigram import Bigram, count_bigrams, successors
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
@@ -16,7 +17,6 @@ from jax_specdec.drafters.ngram import longest_suffix_match
 from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.drafters.prompt_lookup import PromptLookup
 from jax_specdec.testing import check_drafter
-from jax_specdec.tree import Text
 
 ROWS, CAPACITY = 512, 48
 

@@ -12,15 +12,16 @@ from test_acceptance import enumerate_reject, norm, pair
 from test_loop import MIXED, RAGGED, check_stats
 from test_sampling import LEVEL, chi_square, exact_law, sample
 
-from jax_specdec import DecodeLoop, UserError, acceptance, load_target
-from jax_specdec.drafters.expand import Cape, Expand, Fixed, PathProbability, select
+from jax_specdec import DecodeLoop, UserError, load_target
+from jax_specdec.core import acceptance
+from jax_specdec.core.draft import Text, chain
+from jax_specdec.core.sampling import make_sampling
 from jax_specdec.drafters.lm import LmDrafter
-from jax_specdec.drafters.loading import LENGTHS_FILE, Spec, complete, load_drafter, parse_drafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.neural import best_children
-from jax_specdec.sampling import make_sampling
+from jax_specdec.expansions.siblings import Cape, Expand, Fixed, PathProbability, select
+from jax_specdec.specs.build import LENGTHS_FILE, Spec, complete, load_drafter, parse_drafter
 from jax_specdec.testing import check_drafter
-from jax_specdec.tree import Text, chain
 
 RULES = {"cape": Cape, "fixed": Fixed, "path": PathProbability}
 

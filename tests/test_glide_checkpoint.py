@@ -11,8 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jax_specdec import UserError, load_drafter, load_target
-from jax_specdec.checkpoints import convert, save_pretrained
-from jax_specdec.drafters.glide_checkpoint import (
+from jax_specdec.checkpoints.glide import (
     from_decoder,
     load_glide,
     load_own_params,
@@ -20,10 +19,11 @@ from jax_specdec.drafters.glide_checkpoint import (
     save_glide,
     target_fingerprint,
 )
-from jax_specdec.drafters.glide_import import import_glide
-from jax_specdec.drafters.loading import longest_draft
+from jax_specdec.checkpoints.import_glide import import_glide
+from jax_specdec.checkpoints.targets import convert, save_pretrained
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
+from jax_specdec.specs.build import longest_draft
 
 
 @pytest.fixture(scope="module")

@@ -14,18 +14,18 @@ from test_loop import MIXED, RAGGED, check_stats
 from test_sampling import LEVEL, chi_square, exact_law, reference_law, sample
 
 from jax_specdec import DecodeLoop, Decoder, UserError
-from jax_specdec import sampling as laws
-from jax_specdec.cache import init_cache
-from jax_specdec.drafters.base import TargetView
-from jax_specdec.drafters.expand import Expand
-from jax_specdec.drafters.growth import BeamSearch, DynamicTree
+from jax_specdec.core import sampling as laws
+from jax_specdec.core.cache import init_cache
+from jax_specdec.core.draft import Text, ancestor_bits
+from jax_specdec.core.drafter import TargetView
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.neural import NeuralDrafter
+from jax_specdec.expansions.grown import BeamSearch, DynamicTree
+from jax_specdec.expansions.siblings import Expand
 from jax_specdec.models import stack_layers
 from jax_specdec.models.decoder import Output
 from jax_specdec.testing import check_drafter
-from jax_specdec.tree import Text, ancestor_bits
 from pallas_kernels import masks
 
 WIDTH = 24

@@ -8,10 +8,10 @@ import pytest
 
 import pallas_kernels
 from jax_specdec import DecodeLoop, Decoder
-from jax_specdec.drafters.expand import Cape, Expand
 from jax_specdec.drafters.glide import GliDeDrafter
-from jax_specdec.drafters.growth import DynamicTree
 from jax_specdec.drafters.lm import LmDrafter
+from jax_specdec.expansions.grown import DynamicTree
+from jax_specdec.expansions.siblings import Cape, Expand
 from jax_specdec.models import decoder, glide
 from jax_specdec.models.glide_config import GliDeConfig
 from pallas_kernels import commit, tree_attention

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.layout import Layout
 
-from jax_specdec import layouts
+from jax_specdec.checkpoints import layouts
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from jax_specdec import DecodeLoop, Decoder
+from jax_specdec.core.loop import LENGTH, RUNNING, STOP
+from jax_specdec.core.sampling import History, RepetitionPenalty
 from jax_specdec.drafters.bigram import Bigram
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.drafters.prompt_lookup import PromptLookup
-from jax_specdec.loop import LENGTH, RUNNING, STOP
 from jax_specdec.models import stack_layers
-from jax_specdec.sampling import History, RepetitionPenalty
-from jax_specdec.stops import stop_automaton
+from jax_specdec.text.stop_strings import stop_automaton
 
 # Prompt lengths of a ragged batch; a prompt of one token has nothing in the cache.
 RAGGED = (1, 7, 2, 12)

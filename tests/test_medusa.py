@@ -13,27 +13,28 @@ import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jax_specdec import DecodeLoop, Decoder, UserError, acceptance, load_drafter, load_target
-from jax_specdec.drafters.base import TargetView
-from jax_specdec.drafters.cascade import Cascade, Horizontal
-from jax_specdec.drafters.expand import Cape, Expand
-from jax_specdec.drafters.lm import LmDrafter
-from jax_specdec.drafters.loading import longest_draft, parse_drafter
-from jax_specdec.drafters.medusa import MedusaDrafter
-from jax_specdec.drafters.medusa_checkpoint import (
+from jax_specdec import DecodeLoop, Decoder, UserError, load_drafter, load_target
+from jax_specdec.checkpoints.import_medusa import import_medusa, is_medusa
+from jax_specdec.checkpoints.medusa import (
     load_medusa,
     read_medusa_config,
     save_medusa,
 )
-from jax_specdec.drafters.medusa_import import import_medusa, is_medusa
-from jax_specdec.drafters.own_files import read_own, target_fingerprint
-from jax_specdec.drafters.static_tree import StaticTree, choose_tree
+from jax_specdec.checkpoints.target_bound import read_own, target_fingerprint
+from jax_specdec.core import acceptance
+from jax_specdec.core.draft import Draft, Text, ancestor_bits, chain
+from jax_specdec.core.drafter import TargetView
+from jax_specdec.core.prefill import read_text
+from jax_specdec.drafters.cascade import Cascade, Horizontal
+from jax_specdec.drafters.lm import LmDrafter
+from jax_specdec.drafters.medusa import MedusaDrafter
+from jax_specdec.expansions.siblings import Cape, Expand
+from jax_specdec.expansions.static_tree import StaticTree, choose_tree
 from jax_specdec.models.medusa import Medusa, MedusaConfig
-from jax_specdec.prefill import read_text
+from jax_specdec.specs.build import longest_draft, parse_drafter
 from jax_specdec.testing import check_drafter
 from jax_specdec.training import medusa
 from jax_specdec.training.config import MedusaRecipe, TrainConfig
-from jax_specdec.tree import Draft, Text, ancestor_bits, chain
 
 TEMPERATURES = (0.0, 0.3, 1.0, 1.7)
 MODEL = Medusa(MedusaConfig(num_heads=4, share=False), h.SMALL_CONFIG)

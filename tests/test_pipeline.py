@@ -9,9 +9,9 @@ import pytest
 
 from jax_specdec import SpeculativeDecoder, Target, UserError
 from jax_specdec.drafters.lm import LmDrafter
-from jax_specdec.drafters.loading import LoadedDrafter
 from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.models import Decoder
+from jax_specdec.specs.build import LoadedDrafter
 
 LETTERS = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "ab", "cd", "é", "\n"]
 EOS = 1

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from test_cache import assert_is_prefill
 
-from jax_specdec import cache as kv
+from jax_specdec.core import cache as kv
+from jax_specdec.core.prefill import read_text
 from jax_specdec.models import Decoder, stack_layers
-from jax_specdec.prefill import read_text
 
 SLOTS = 24
 

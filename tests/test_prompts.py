@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jax_specdec.errors import UserError
-from jax_specdec.prompts import PromptRecord, read_prompts
+from jax_specdec.text.prompts import PromptRecord, read_prompts
 
 
 def write(path, *lines):

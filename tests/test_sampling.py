@@ -10,13 +10,13 @@ import pytest
 from scipy import stats
 
 from jax_specdec import make_generate, make_sampling
-from jax_specdec import sampling as laws
-from jax_specdec.drafters.base import TargetView
+from jax_specdec.core import sampling as laws
+from jax_specdec.core.draft import Text
+from jax_specdec.core.drafter import TargetView
+from jax_specdec.core.sampling import RepetitionPenalty
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.errors import UserError
-from jax_specdec.sampling import RepetitionPenalty
-from jax_specdec.tree import Text
 
 VOCAB = 50
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jax_specdec.errors import UserError
-from jax_specdec.stops import COMPLETE, stop_automaton, token_bytes, truncate
+from jax_specdec.text.stop_strings import COMPLETE, stop_automaton, token_bytes, truncate
 
 pytestmark = pytest.mark.smoke
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jax_specdec import theory
+from jax_specdec.tuning import theory
 
 pytestmark = pytest.mark.smoke
 
@@ -127,14 +127,14 @@ COSTS = {"lm": 0.1, "lm2": 0.03}
     ],
 )
 def test_simulator_against_formulas(spec, formula):
-    from jax_specdec.drafters.specs import parse
+    from jax_specdec.specs.language import parse
 
     found = theory.simulate(parse(spec), RATES, COSTS, rounds=40_000)
     assert abs(found.speedup / formula - 1) < 0.015
 
 
 def test_simulator_of_a_nesting():
-    from jax_specdec.drafters.specs import parse
+    from jax_specdec.specs.language import parse
 
     three = parse("cascade(lm[lm2[max-gram:4]:1, max-gram:2]:3, lm2[max-gram:4]:2, max-gram:5)")
     found = theory.simulate(three, RATES, COSTS)

@@ -15,7 +15,7 @@ from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.training import glide, losses
 from jax_specdec.training.config import GliDeRecipe, TrainConfig
-from jax_specdec.training.visibility import visible_keys
+from jax_specdec.training.glide_mask import visible_keys
 
 MODEL = GliDe(
     GliDeConfig(16, mlp_size=16, num_heads=2, num_kv_heads=1, head_dim=8, trained_delay=4),

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_specdec.tree import MAX_NODES, Draft, Text, ancestor_bits, chain, paths, root_only
+from jax_specdec.core.draft import MAX_NODES, Draft, Text, ancestor_bits, chain, paths, root_only
 from pallas_kernels import masks
 
 pytestmark = pytest.mark.smoke

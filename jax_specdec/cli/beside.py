@@ -9,7 +9,7 @@ from jax_specdec.errors import UserError
 from jax_specdec.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from jax_specdec.checkpoints import Target
+    from jax_specdec.checkpoints.targets import Target
     from jax_specdec.training.data import Documents
 
 
@@ -52,8 +52,8 @@ def open_target(args: argparse.Namespace, config: TrainConfig) -> Run:
     Raises:
       UserError: no such target, or windows that do not fit its context.
     """
-    from jax_specdec.checkpoints import find_checkpoint, load_target
-    from jax_specdec.drafters.own_files import target_fingerprint
+    from jax_specdec.checkpoints.target_bound import target_fingerprint
+    from jax_specdec.checkpoints.targets import find_checkpoint, load_target
 
     folder = find_checkpoint(args.target)
     fingerprint = target_fingerprint(folder)

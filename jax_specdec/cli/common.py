@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from jax_specdec.errors import UserError
 
 if TYPE_CHECKING:
-    from jax_specdec.checkpoints import Target
-    from jax_specdec.drafters.loading import LoadedDrafter
+    from jax_specdec.checkpoints.targets import Target
+    from jax_specdec.specs.build import LoadedDrafter
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEMO_TARGET = Path(__file__).parents[2] / "checkpoints/demo/target"
@@ -68,8 +68,8 @@ def model_source(args: argparse.Namespace) -> str | Path:
 
 def draft_folders(items: Sequence[str]) -> dict[str, Path]:
     """`NAME=DIR` arguments as a dictionary."""
-    from jax_specdec.drafters.loading import parse_drafter
-    from jax_specdec.drafters.specs import WITH_CHECKPOINT
+    from jax_specdec.specs.build import parse_drafter
+    from jax_specdec.specs.language import WITH_CHECKPOINT
 
     folders = {}
     for item in items:
@@ -88,7 +88,7 @@ def draft_folders(items: Sequence[str]) -> dict[str, Path]:
 
 def choose_drafter(args: argparse.Namespace, model: Path, folders: dict[str, Path]) -> str:
     """The specification that `--drafter auto` stands for, or the given one, checked."""
-    from jax_specdec.drafters.loading import default_spec, parse_drafter
+    from jax_specdec.specs.build import default_spec, parse_drafter
 
     if args.drafter != "auto":
         parse_drafter(args.drafter)
@@ -98,8 +98,8 @@ def choose_drafter(args: argparse.Namespace, model: Path, folders: dict[str, Pat
 
 def load(args: argparse.Namespace) -> "tuple[Target, LoadedDrafter]":
     """The target and the drafter that the arguments name; cheap mistakes fail first."""
-    from jax_specdec.checkpoints import find_checkpoint, load_target
-    from jax_specdec.drafters.loading import load_drafter
+    from jax_specdec.checkpoints.targets import find_checkpoint, load_target
+    from jax_specdec.specs.build import load_drafter
 
     folders = draft_folders(args.draft)
     if args.drafter != "auto":

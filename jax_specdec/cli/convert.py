@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--max-shard-mb must be above 0, got {args.max_shard_mb}.")
     shard = int(args.max_shard_mb * 10**6)
     if args.target is None:
-        from jax_specdec.checkpoints import convert
+        from jax_specdec.checkpoints.targets import convert
 
         convert(args.source, args.out, dtype=args.dtype, max_shard_bytes=shard)
     else:
@@ -40,12 +40,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def import_drafter(args: argparse.Namespace, max_shard_bytes: int) -> None:
-    from jax_specdec.checkpoints import find_checkpoint, load_target
-    from jax_specdec.drafters.glide_checkpoint import save_glide
-    from jax_specdec.drafters.glide_import import import_glide
-    from jax_specdec.drafters.medusa_checkpoint import save_medusa
-    from jax_specdec.drafters.medusa_import import import_medusa, is_medusa
-    from jax_specdec.drafters.own_files import target_fingerprint
+    from jax_specdec.checkpoints.glide import save_glide
+    from jax_specdec.checkpoints.import_glide import import_glide
+    from jax_specdec.checkpoints.import_medusa import import_medusa, is_medusa
+    from jax_specdec.checkpoints.medusa import save_medusa
+    from jax_specdec.checkpoints.target_bound import target_fingerprint
+    from jax_specdec.checkpoints.targets import find_checkpoint, load_target
 
     source, target = find_checkpoint(args.source), load_target(args.target, tokenizer=False)
     fingerprint = target_fingerprint(target.path)

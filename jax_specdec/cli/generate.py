@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from jax_specdec.cli import common
 from jax_specdec.errors import UserError
-from jax_specdec.prompts import PromptRecord, read_prompts
+from jax_specdec.text.prompts import PromptRecord, read_prompts
 
 if TYPE_CHECKING:
-    from jax_specdec.checkpoints import Target
+    from jax_specdec.checkpoints.targets import Target
     from jax_specdec.pipeline import Chunk, Generation
 
 LOSSY = "lossy-typical"
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     settings: dict[str, Any] = {name: _rows(args, records, name) for name in SAMPLING}
     _check(records, settings)
 
-    from jax_specdec.acceptance import LossyTypical
+    from jax_specdec.core.acceptance import LossyTypical
     from jax_specdec.pipeline import SpeculativeDecoder
 
     lossy = LossyTypical(**chosen)
@@ -188,7 +188,7 @@ def _rows(args: argparse.Namespace, records: Sequence[PromptRecord], name: str) 
 
 def _check(records: Sequence[PromptRecord], settings: dict[str, Any]) -> None:
     """Ranges, before a model is loaded; names the line of a record that is wrong."""
-    from jax_specdec.sampling import make_sampling
+    from jax_specdec.core.sampling import make_sampling
 
     try:
         make_sampling(len(records), **settings)
@@ -233,7 +233,7 @@ class _Streams:
         self._tokenizer, self._stops, self._index = tokenizer, stops, 0
 
     def begin(self, records: Sequence[PromptRecord]) -> None:
-        from jax_specdec.detokenize import TextStream
+        from jax_specdec.text.detokenize import TextStream
 
         if self._index < len(records):
             self._text = TextStream(self._tokenizer, self._stops[self._index])

@@ -49,13 +49,13 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Everything `info` knows, as a JSON object."""
     import jax
 
-    from jax_specdec.checkpoints import (
+    from jax_specdec.checkpoints.targets import (
         available_memory,
         find_checkpoint,
         inspect_checkpoint,
         memory_plan,
     )
-    from jax_specdec.drafters.loading import complete, depth_of, parse_drafter
+    from jax_specdec.specs.build import complete, depth_of, parse_drafter
 
     folders = common.draft_folders(args.draft)
     folder = find_checkpoint(common.model_source(args))
@@ -133,9 +133,9 @@ def _part(
     """What one drafter takes; a GliDe drafter uses its target's cache, and maybe embedding and head."""
     import jax.numpy as jnp
 
-    from jax_specdec.checkpoints import inspect_checkpoint, memory_plan
-    from jax_specdec.drafters.glide_checkpoint import make_glide, read_glide_config
-    from jax_specdec.drafters.specs import WITH_CHECKPOINT, kind_of
+    from jax_specdec.checkpoints.glide import make_glide, read_glide_config
+    from jax_specdec.checkpoints.targets import inspect_checkpoint, memory_plan
+    from jax_specdec.specs.language import WITH_CHECKPOINT, kind_of
 
     kind = kind_of(name)
     if kind not in WITH_CHECKPOINT:
@@ -166,7 +166,7 @@ def _medusa(folder: Path, target: Any, dtype: Any, batch_size: int, slots: int) 
     """What Medusa heads take beside their target, whose hidden states are kept for them."""
     import jax.numpy as jnp
 
-    from jax_specdec.drafters.medusa_checkpoint import read_medusa_config
+    from jax_specdec.checkpoints.medusa import read_medusa_config
     from jax_specdec.models.medusa import Medusa
 
     config, accuracies, _ = read_medusa_config(folder)

@@ -8,8 +8,8 @@ from typing import Any
 
 from jax_specdec.cli import common
 from jax_specdec.errors import UserError
-from jax_specdec.jsonl import read_jsonl
-from jax_specdec.prompts import read_prompts
+from jax_specdec.text.jsonl import read_jsonl
+from jax_specdec.text.prompts import read_prompts
 
 
 def register(kinds: Any) -> None:
@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
             f"{out} holds {done} documents and {args.prompts} only {len(records)} prompts."
         )
 
+    from jax_specdec.core.sampling import make_sampling
     from jax_specdec.pipeline import SpeculativeDecoder
-    from jax_specdec.sampling import make_sampling
 
     make_sampling(
         len(records), max_new_tokens=args.max_new_tokens, temperature=temperatures, seed=args.seed

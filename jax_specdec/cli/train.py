@@ -91,7 +91,7 @@ def register_bigram(kinds: Any) -> None:
 
 
 def run_lm(args: argparse.Namespace) -> int:
-    from jax_specdec.checkpoints import load_params, load_tokenizer, save_pretrained
+    from jax_specdec.checkpoints.targets import load_params, load_tokenizer, save_pretrained
     from jax_specdec.models.config import ModelConfig
     from jax_specdec.models.decoder import Decoder
 
@@ -177,7 +177,7 @@ def make_model_config(shape: dict[str, Any], tokenizer: Any) -> Any:
 
 
 def _initial_config(folder: str, shape: dict[str, Any], vocabulary: int) -> Any:
-    from jax_specdec.checkpoints import load_config
+    from jax_specdec.checkpoints.targets import load_config
 
     if shape:
         raise UserError(f"{folder} fixes the model's shape: leave out {', '.join(sorted(shape))}.")
@@ -200,9 +200,9 @@ def run_tokenizer(args: argparse.Namespace) -> int:
 
 
 def run_bigram(args: argparse.Namespace) -> int:
-    from jax_specdec.checkpoints import load_config, load_tokenizer
+    from jax_specdec.checkpoints.targets import load_config, load_tokenizer
     from jax_specdec.drafters.bigram import count_bigrams
-    from jax_specdec.drafters.loading import BIGRAM_FILE, save_bigram
+    from jax_specdec.specs.build import BIGRAM_FILE, save_bigram
     from jax_specdec.training.data import read_documents
 
     tokenizer = load_tokenizer(args.tokenizer)

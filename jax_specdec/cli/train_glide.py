@@ -95,9 +95,9 @@ def run(args: argparse.Namespace) -> int:
 
     import jax
 
-    from jax_specdec.checkpoints import load_target
-    from jax_specdec.drafters import glide_checkpoint
-    from jax_specdec.tensor_files import read_json
+    from jax_specdec.checkpoints import glide as glide_checkpoint
+    from jax_specdec.checkpoints.targets import load_target
+    from jax_specdec.checkpoints.tensor_files import read_json
     from jax_specdec.training import glide
     from jax_specdec.training.losses import parse_mixture
 
@@ -150,7 +150,7 @@ def choose_shape(
     args: argparse.Namespace, fields: dict[str, Any], recipe: GliDeRecipe, target: Any
 ) -> Any:
     """The drafter's description: what was given, the rest from the paper or the target."""
-    from jax_specdec.drafters.glide_checkpoint import make_glide_config
+    from jax_specdec.checkpoints.glide import make_glide_config
     from jax_specdec.models.glide_config import GliDeConfig
 
     if args.paper:

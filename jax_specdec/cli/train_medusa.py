@@ -50,7 +50,8 @@ def register(kinds: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from jax_specdec.drafters import medusa_checkpoint, own_files
+    from jax_specdec.checkpoints import medusa as medusa_checkpoint
+    from jax_specdec.checkpoints import target_bound as own_files
     from jax_specdec.models.medusa import Medusa, MedusaConfig
     from jax_specdec.training import medusa
     from jax_specdec.training.losses import parse_mixture

@@ -8,8 +8,8 @@ import numpy as np
 from jax import lax
 
 from jax_specdec._types import Array, Int
-from jax_specdec.drafters.base import ChainDrafter, StatelessDrafter
-from jax_specdec.tree import chain
+from jax_specdec.core.draft import chain
+from jax_specdec.core.drafter import ChainDrafter, StatelessDrafter
 
 
 def successors(table: Int[Array, " V"], root: Int[Array, " B"], length: int) -> Int[Array, "B P"]:

@@ -27,11 +27,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_specdec._types import Array, Bool, Float, Int
-from jax_specdec.drafters.base import Drafter, Outcome, States
+from jax_specdec.core.draft import MAX_NODES, TOP, Text, chain
+from jax_specdec.core.drafter import Drafter, Outcome, States
+from jax_specdec.core.sampling import Noise, argmax, warp
 from jax_specdec.drafters.neural import NeuralDrafter, chain_fields, confidences, perturbed
 from jax_specdec.errors import UserError
-from jax_specdec.sampling import Noise, argmax, warp
-from jax_specdec.tree import MAX_NODES, TOP, Text, chain
 
 
 class Composed:

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jax_specdec import cache as kv
 from jax_specdec._types import Array
-from jax_specdec.drafters.base import TargetView
+from jax_specdec.core import cache as kv
+from jax_specdec.core.drafter import TargetView
 from jax_specdec.drafters.neural import CATCH_UP, NeuralDrafter, Stop
 from jax_specdec.errors import UserError
 from jax_specdec.models.decoder import Output, Params

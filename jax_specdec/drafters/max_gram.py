@@ -4,10 +4,10 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jax_specdec.drafters.base import ChainDrafter, StatelessDrafter
+from jax_specdec.core.draft import chain
+from jax_specdec.core.drafter import ChainDrafter, StatelessDrafter
 from jax_specdec.drafters.bigram import successors
 from jax_specdec.drafters.ngram import Ties, longest_suffix_match
-from jax_specdec.tree import chain
 
 
 @dataclasses.dataclass(frozen=True)

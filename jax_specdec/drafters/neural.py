@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_specdec import cache as kv
 from jax_specdec._types import Array, Bool, Float, Int
-from jax_specdec.drafters.base import ChainDrafter, States, TargetView, rollback
+from jax_specdec.core import cache as kv
+from jax_specdec.core.draft import TOP, Text, chain
+from jax_specdec.core.drafter import ChainDrafter, States, TargetView, rollback
+from jax_specdec.core.prefill import read_ending, read_text
+from jax_specdec.core.sampling import NEG_INF, Noise, Sampling, argmax, largest, law_of, warp
 from jax_specdec.errors import UserError
 from jax_specdec.models.decoder import Decoder, Output, Params
-from jax_specdec.prefill import read_ending, read_text
-from jax_specdec.sampling import NEG_INF, Noise, Sampling, argmax, largest, law_of, warp
-from jax_specdec.tree import TOP, Text, chain
 
 # A drafter lags by one or two tokens after a normal round; the first step of a draft reads that many.
 CATCH_UP = 2

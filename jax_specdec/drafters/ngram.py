@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_specdec._types import Array, Int
-from jax_specdec.tree import Text
+from jax_specdec.core.draft import Text
 
 Ties = Literal["earliest", "latest"]
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from jax_specdec.drafters.base import StatelessDrafter
-from jax_specdec.tree import root_only
+from jax_specdec.core.draft import root_only
+from jax_specdec.core.drafter import StatelessDrafter
 
 
 @dataclasses.dataclass(frozen=True)

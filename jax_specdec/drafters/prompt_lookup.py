@@ -4,9 +4,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jax_specdec.drafters.base import ChainDrafter, StatelessDrafter
+from jax_specdec.core.draft import chain
+from jax_specdec.core.drafter import ChainDrafter, StatelessDrafter
 from jax_specdec.drafters.ngram import longest_suffix_match
-from jax_specdec.tree import chain
 
 
 @dataclasses.dataclass(frozen=True)

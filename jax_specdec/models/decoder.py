@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_specdec.cache import KVCache, init_cache
+from jax_specdec.core.cache import KVCache, init_cache
 from jax_specdec.models.config import ModelConfig, RopeConfig
 from pallas_kernels import masks, tree_attention, tuning
 

@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jax_specdec.cache import KVCache
+from jax_specdec.core.cache import KVCache
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import (
     Decoder,

@@ -28,7 +28,7 @@ class GliDeConfig:
         position before.
       qkv_bias: the query, key and value projections have biases (LongSpec).
       window: sliding window of the self-attention in tokens, or None.
-      trained_delay: the largest delay of training, see `jax_specdec.training.visibility`: the distance
+      trained_delay: the largest delay of training, see `jax_specdec.training.glide_mask`: the distance
         from a query to the last key of the target that it sees. The i-th token of a draft is predicted
         at delay i, so this is the longest draft.
     """

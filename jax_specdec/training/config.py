@@ -72,7 +72,7 @@ class GliDeRecipe:
     """What a GliDe drafter is trained on, beside `TrainConfig`.
 
     Attributes:
-      visibility: how keys of the target are hidden, see `jax_specdec.training.visibility`.
+      visibility: how keys of the target are hidden, see `jax_specdec.training.glide_mask`.
       loss: a name of `jax_specdec.training.losses.LOSSES`, or a mixture such as
         `forward_kl=0.9,cross_entropy=0.1`.
       jensen_shannon_beta: weight of the target in the Jensen-Shannon divergence, in (0, 1).

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from jax_specdec.errors import UserError
-from jax_specdec.jsonl import read_jsonl
+from jax_specdec.text.jsonl import read_jsonl
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,8 @@ from jax_specdec.models.glide import GliDe, glimpse_text, last_seen
 from jax_specdec.training import losses, trainer
 from jax_specdec.training.config import GliDeRecipe, TrainConfig
 from jax_specdec.training.data import Documents
+from jax_specdec.training.glide_mask import visible_keys
 from jax_specdec.training.reading import Reading, positions, read
-from jax_specdec.training.visibility import visible_keys
 
 # Held-out agreement is measured at delays up to this, whatever was trained.
 MEASURED_DELAYS = 16

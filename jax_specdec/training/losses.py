@@ -10,8 +10,8 @@ from typing import Protocol
 import jax.numpy as jnp
 
 from jax_specdec._types import Array, Float, Int
+from jax_specdec.core.sampling import argmax
 from jax_specdec.errors import UserError
-from jax_specdec.sampling import argmax
 
 LOSSES = ("cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon", "total_variation")
 

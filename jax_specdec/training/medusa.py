@@ -15,16 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_specdec._types import Array, Float
-from jax_specdec.drafters.medusa_checkpoint import Accuracies
+from jax_specdec.checkpoints.medusa import Accuracies
+from jax_specdec.core.draft import TOP
+from jax_specdec.core.sampling import argmax
 from jax_specdec.errors import UserError
 from jax_specdec.models.decoder import Decoder, Params
 from jax_specdec.models.medusa import Medusa
-from jax_specdec.sampling import argmax
 from jax_specdec.training import losses, trainer
 from jax_specdec.training.config import MedusaRecipe, TrainConfig
 from jax_specdec.training.data import Documents, heldout_windows
 from jax_specdec.training.reading import Reading, read
-from jax_specdec.tree import TOP
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,10 +4,10 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jax_specdec.acceptance import Verdict
+from jax_specdec.core.acceptance import Verdict
+from jax_specdec.core.loop import DecodeLoop
 from jax_specdec.drafters.neural import NeuralDrafter
 from jax_specdec.errors import UserError
-from jax_specdec.loop import DecodeLoop
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jax_specdec import layouts
+from jax_specdec.checkpoints import layouts
 
 BESIDE = Path(sys.prefix) / "aot" / "libtpu" / "libtpu.so"
 FOUND = BESIDE.is_file() or importlib.util.find_spec("libtpu") is not None

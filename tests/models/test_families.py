@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jax_specdec import checkpoints
-from jax_specdec.cache import commit, init_cache
+from jax_specdec.checkpoints import targets as checkpoints
+from jax_specdec.core.cache import commit, init_cache
 from jax_specdec.models import Decoder, config_from_hf, stack_layers, unstack_layers
 from jax_specdec.models.hf import weight_names
 

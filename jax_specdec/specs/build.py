@@ -12,22 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jax_specdec.checkpoints import Target, load_target
-from jax_specdec.drafters.base import Drafter
+from jax_specdec.checkpoints.glide import load_glide, read_glide_config
+from jax_specdec.checkpoints.medusa import load_medusa, read_medusa_config
+from jax_specdec.checkpoints.targets import Target, load_target
+from jax_specdec.core.draft import MAX_NODES
+from jax_specdec.core.drafter import Drafter
 from jax_specdec.drafters.bigram import Bigram
 from jax_specdec.drafters.cascade import Cascade, Horizontal, turns
-from jax_specdec.drafters.expand import Cape, Expand, Fixed, PathProbability, Rule
 from jax_specdec.drafters.glide import GliDeDrafter
-from jax_specdec.drafters.glide_checkpoint import load_glide, read_glide_config
-from jax_specdec.drafters.growth import BeamSearch, DynamicTree, Growth
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.medusa import MedusaDrafter
-from jax_specdec.drafters.medusa_checkpoint import load_medusa, read_medusa_config
 from jax_specdec.drafters.neural import Stop
 from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.drafters.prompt_lookup import PromptLookup
-from jax_specdec.drafters.specs import (
+from jax_specdec.errors import UserError
+from jax_specdec.expansions.grown import BeamSearch, DynamicTree, Growth
+from jax_specdec.expansions.siblings import Cape, Expand, Fixed, PathProbability, Rule
+from jax_specdec.expansions.static_tree import StaticTree
+from jax_specdec.specs.language import (
     CASCADE,
     EXAMPLE,
     NAMES,
@@ -37,9 +40,6 @@ from jax_specdec.drafters.specs import (
     known_name,
     parse,
 )
-from jax_specdec.drafters.static_tree import StaticTree
-from jax_specdec.errors import UserError
-from jax_specdec.tree import MAX_NODES
 
 RULES: dict[str, type[Rule]] = {
     "cape": Cape,

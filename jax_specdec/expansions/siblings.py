@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_specdec._types import Array, Bool, Float, Int
-from jax_specdec.drafters.base import Drafter
+from jax_specdec.core.draft import MAX_NODES, TOP, Draft
+from jax_specdec.core.drafter import Drafter
 from jax_specdec.errors import UserError
-from jax_specdec.tree import MAX_NODES, TOP, Draft
 from pallas_kernels import masks
 
 SIBLINGS = TOP - 1  # the most siblings of a chain token: what a drafter reports besides it

@@ -14,15 +14,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jax_specdec.checkpoints import Target
-from jax_specdec.drafters.glide_checkpoint import make_glide
-from jax_specdec.drafters.own_files import read_weights
+from jax_specdec.checkpoints.glide import make_glide
+from jax_specdec.checkpoints.target_bound import read_weights
+from jax_specdec.checkpoints.targets import Target
+from jax_specdec.checkpoints.tensor_files import open_tensors, read_json
 from jax_specdec.errors import UserError
 from jax_specdec.models.decoder import Params
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.models.hf import Weight, weight_names
-from jax_specdec.tensor_files import open_tensors, read_json
 
 # The blocks of GliDe's training mask, and the largest shift of LongSpec's training: their longest drafts.
 GLIDE_BLOCK = 5

@@ -21,14 +21,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_specdec import cache as kv
 from jax_specdec._types import Array, Float, Int
-from jax_specdec.drafters.base import Drafter
-from jax_specdec.drafters.expand import Rule, select
+from jax_specdec.core import cache as kv
+from jax_specdec.core.draft import TOP, Draft, Text, ancestor_bits, root_only
+from jax_specdec.core.drafter import Drafter
+from jax_specdec.core.sampling import Noise, Sampling, argmax, warp
 from jax_specdec.drafters.neural import NeuralDrafter, best_children, perturbed
 from jax_specdec.errors import UserError
-from jax_specdec.sampling import Noise, Sampling, argmax, warp
-from jax_specdec.tree import TOP, Draft, Text, ancestor_bits, root_only
+from jax_specdec.expansions.siblings import Rule, select
 from pallas_kernels import masks
 
 

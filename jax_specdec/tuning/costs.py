@@ -18,19 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_specdec.allocation import BEHIND, PROPOSED, STATISTICAL, Played, candidates, play
-from jax_specdec.checkpoints import Target
-from jax_specdec.drafters.base import ChainDrafter, Outcome, StatelessDrafter, TargetView
-from jax_specdec.drafters.expand import Comb
-from jax_specdec.drafters.loading import RULES, LoadedDrafter, depth_of, parse_drafter
+from jax_specdec.checkpoints.targets import Target
+from jax_specdec.core.draft import Text, chain
+from jax_specdec.core.drafter import ChainDrafter, Outcome, StatelessDrafter, TargetView
+from jax_specdec.core.loop import DecodeLoop
+from jax_specdec.core.sampling import Noise, make_sampling, shared_noise
 from jax_specdec.drafters.none import NoDrafter
-from jax_specdec.drafters.specs import CASCADE, REVIEWERS, Spec
 from jax_specdec.errors import UserError
-from jax_specdec.loop import DecodeLoop
+from jax_specdec.expansions.siblings import Comb
 from jax_specdec.pipeline import Generation, SpeculativeDecoder
-from jax_specdec.replay import Record, acceptance, record
-from jax_specdec.sampling import Noise, make_sampling, shared_noise
-from jax_specdec.tree import Text, chain
+from jax_specdec.specs.build import RULES, LoadedDrafter, depth_of, parse_drafter
+from jax_specdec.specs.language import CASCADE, REVIEWERS, Spec
+from jax_specdec.tuning.cascades import BEHIND, PROPOSED, STATISTICAL, Played, candidates, play
+from jax_specdec.tuning.replay import Record, acceptance, record
 
 
 @dataclasses.dataclass(frozen=True)

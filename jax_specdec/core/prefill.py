@@ -5,10 +5,10 @@ from typing import Protocol
 import jax.numpy as jnp
 from jax import lax
 
-from jax_specdec import cache as kv
 from jax_specdec._types import Array, Int
+from jax_specdec.core import cache as kv
+from jax_specdec.core.draft import Text
 from jax_specdec.models.decoder import Output, Params
-from jax_specdec.tree import Text
 from pallas_kernels import tuning
 
 

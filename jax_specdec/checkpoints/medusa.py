@@ -5,8 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jax_specdec.checkpoints import Target
-from jax_specdec.drafters.own_files import (
+from jax_specdec.checkpoints.target_bound import (
     SHARD_BYTES,
     Kind,
     check_target,
@@ -15,10 +14,11 @@ from jax_specdec.drafters.own_files import (
     read_own,
     save_own,
 )
+from jax_specdec.checkpoints.targets import Target
+from jax_specdec.core.draft import TOP
 from jax_specdec.errors import UserError
 from jax_specdec.models.decoder import Params
 from jax_specdec.models.medusa import Medusa, MedusaConfig
-from jax_specdec.tree import TOP
 
 KIND = Kind("medusa", "Medusa")
 # Per head and rank, see `MedusaDrafter.accuracies`.

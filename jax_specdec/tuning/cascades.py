@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jax_specdec.drafters.loading import depth_of, parse_drafter
-from jax_specdec.drafters.specs import CASCADE, Spec
-from jax_specdec.replay import Record
+from jax_specdec.specs.build import depth_of, parse_drafter
+from jax_specdec.specs.language import CASCADE, Spec
+from jax_specdec.tuning.replay import Record
 
 STATISTICAL = "max-gram"
 # Quotas of a reviewer or drafter, tokens proposed to a reviewer, and behind what it drafted.

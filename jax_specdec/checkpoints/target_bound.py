@@ -16,12 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_specdec import layouts
-from jax_specdec.checkpoints import Target, load_config
-from jax_specdec.errors import UserError
-from jax_specdec.models.decoder import Params
-from jax_specdec.models.hf import Weight, weight_names
-from jax_specdec.tensor_files import (
+from jax_specdec.checkpoints import layouts
+from jax_specdec.checkpoints.targets import Target, load_config
+from jax_specdec.checkpoints.tensor_files import (
     aligned,
     check_tensors,
     new_folder,
@@ -31,6 +28,9 @@ from jax_specdec.tensor_files import (
     write_json,
     write_tensors,
 )
+from jax_specdec.errors import UserError
+from jax_specdec.models.decoder import Params
+from jax_specdec.models.hf import Weight, weight_names
 
 C = TypeVar("C")
 

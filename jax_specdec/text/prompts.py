@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_specdec.errors import UserError
-from jax_specdec.jsonl import read_jsonl
+from jax_specdec.text.jsonl import read_jsonl
 
 # Sampling parameters that a record may carry, and what they must be.
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {

@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_specdec.checkpoints import Target
-from jax_specdec.drafters.own_files import (
+from jax_specdec.checkpoints.target_bound import (
     NOT_IDENTITY,
     SHARD_BYTES,
     Kind,
@@ -20,6 +19,7 @@ from jax_specdec.drafters.own_files import (
     save_own,
     target_fingerprint,
 )
+from jax_specdec.checkpoints.targets import Target
 from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import Params, unstack_layers
@@ -95,7 +95,7 @@ def from_decoder(
       UserError: another vocabulary, a field that the decoder says otherwise, or a decoder of another kind
         than a GliDe drafter for this target is.
     """
-    from jax_specdec.drafters.loading import check_vocabulary
+    from jax_specdec.specs.build import check_vocabulary
 
     check_vocabulary(target, small)
     c = small.config

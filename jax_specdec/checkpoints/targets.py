@@ -16,19 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_specdec import layouts
-from jax_specdec.errors import UserError
-from jax_specdec.models.config import ModelConfig
-from jax_specdec.models.decoder import Decoder, Params
-from jax_specdec.models.hf import (
-    IGNORED,
-    Weight,
-    config_from_hf,
-    config_to_hf,
-    token_ids,
-    weight_names,
-)
-from jax_specdec.tensor_files import (
+from jax_specdec.checkpoints import layouts
+from jax_specdec.checkpoints.tensor_files import (
     DTYPES,
     MAX_SHARD_BYTES,
     aligned,
@@ -39,6 +28,17 @@ from jax_specdec.tensor_files import (
     read_json,
     write_json,
     write_tensors,
+)
+from jax_specdec.errors import UserError
+from jax_specdec.models.config import ModelConfig
+from jax_specdec.models.decoder import Decoder, Params
+from jax_specdec.models.hf import (
+    IGNORED,
+    Weight,
+    config_from_hf,
+    config_to_hf,
+    token_ids,
+    weight_names,
 )
 
 Array = jax.Array

@@ -11,9 +11,9 @@ import flax.struct
 import jax.numpy as jnp
 
 from jax_specdec._types import Array, Bool, Int
-from jax_specdec.cache import KVCache
-from jax_specdec.sampling import Noise, Sampling
-from jax_specdec.tree import Draft, Text
+from jax_specdec.core.cache import KVCache
+from jax_specdec.core.draft import Draft, Text
+from jax_specdec.core.sampling import Noise, Sampling
 
 States = dict[str, Any]
 

@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax import export, lax
 
-from jax_specdec import acceptance
-from jax_specdec import cache as kv
-from jax_specdec import sampling as laws
 from jax_specdec._types import Array, Float, Int, UInt
-from jax_specdec.drafters.base import Drafter, Outcome, States, TargetView
+from jax_specdec.core import acceptance
+from jax_specdec.core import cache as kv
+from jax_specdec.core import sampling as laws
+from jax_specdec.core.draft import Draft, Text
+from jax_specdec.core.drafter import Drafter, Outcome, States, TargetView
+from jax_specdec.core.prefill import read_text
+from jax_specdec.core.sampling import History, Noise, Processor, Sampling
 from jax_specdec.errors import UserError
 from jax_specdec.models.decoder import Decoder
-from jax_specdec.prefill import read_text
-from jax_specdec.sampling import History, Noise, Processor, Sampling
-from jax_specdec.tree import Draft, Text
 from pallas_kernels import masks
 
 RUNNING, STOP, LENGTH = 0, 1, 2

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jax_specdec.stops import truncate
+from jax_specdec.text.stop_strings import truncate
 
 
 class TextStream:

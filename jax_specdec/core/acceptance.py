@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple, get_args
 import jax.numpy as jnp
 
 from jax_specdec._types import Array, Bool, Float, Int
+from jax_specdec.core.draft import Draft, paths
 from jax_specdec.errors import UserError
-from jax_specdec.tree import Draft, paths
 from pallas_kernels import masks
 
 Rule = Literal["match", "reject", "lossy-typical"]

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_specdec.checkpoints import Target
-from jax_specdec.drafters.base import Outcome, TargetView
-from jax_specdec.drafters.expand import Comb
-from jax_specdec.drafters.loading import LoadedDrafter
+from jax_specdec.checkpoints.targets import Target
+from jax_specdec.core.draft import Text
+from jax_specdec.core.drafter import Outcome, TargetView
+from jax_specdec.core.prefill import read_text
+from jax_specdec.core.sampling import Noise, make_sampling
 from jax_specdec.errors import UserError
-from jax_specdec.prefill import read_text
-from jax_specdec.sampling import Noise, make_sampling
-from jax_specdec.tree import Text
+from jax_specdec.expansions.siblings import Comb
+from jax_specdec.specs.build import LoadedDrafter
 
 
 class Record(NamedTuple):

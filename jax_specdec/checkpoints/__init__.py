@@ -1,0 +1,1 @@
+"""Files: targets and drafters in safetensors, read and written."""

@@ -1,0 +1,1 @@
+"""Wider drafts from any drafter of chains."""

@@ -1,0 +1,1 @@
+"""The language of `--drafter`, and drafters built from it."""

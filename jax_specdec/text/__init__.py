@@ -1,0 +1,1 @@
+"""Between text and tokens: prompts, stop strings, detokenisation."""

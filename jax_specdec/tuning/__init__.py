@@ -1,0 +1,1 @@
+"""What drafting costs and yields, and the draft lengths that follow."""
