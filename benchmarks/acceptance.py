@@ -16,7 +16,7 @@ from _common import machine, read_prompts, write_json
 
 import jax_specdec as sd
 from jax_specdec.specs import language as specs
-from jax_specdec.tuning.costs import acceptance_by_position
+from jax_specdec.tuning.measure import acceptance_by_position
 
 SETS = ("gsm8k", "mbpp", "stories", "spec_bench")
 

@@ -18,7 +18,8 @@ from _common import machine, read_prompts, spread, write_json
 
 import jax_specdec as sd
 from jax_specdec.specs import language as specs
-from jax_specdec.tuning.costs import Costs, acceptance_by_position, draft_arm, verify_arm
+from jax_specdec.tuning.costs import Costs
+from jax_specdec.tuning.measure import acceptance_by_position, draft_arm, verify_arm
 
 SETS = ("gsm8k", "mbpp", "stories", "spec_bench")
 

@@ -34,7 +34,7 @@ from jax_specdec.specs import language as specs
 from jax_specdec.specs.build import rules_for
 from jax_specdec.training import data, glide, trainer
 from jax_specdec.training.config import GliDeRecipe, TrainConfig
-from jax_specdec.tuning import costs
+from jax_specdec.tuning.measure import acceptance_by_position
 
 SETS = ("gsm8k", "mbpp", "stories", "spec_bench")
 LENGTH = 5
@@ -213,7 +213,7 @@ class Judge:
                         batch_size=len(ids),
                     )
                 )
-                accepted = costs.acceptance_by_position(answers)
+                accepted = acceptance_by_position(answers)
                 by_set[subset] = {"accepted_per_pos": accepted, "alpha": _alpha(accepted)}
                 by_set[subset]["tau"] = 1 + sum(accepted)
             row[setting] = by_set

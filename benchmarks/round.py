@@ -18,7 +18,7 @@ from kernels import copy_bandwidth, integers
 import jax_specdec as sd
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.models import stack_layers
-from jax_specdec.tuning.costs import verify_arm
+from jax_specdec.tuning.measure import verify_arm
 
 LLAMA_2_7B = {
     "vocab_size": 32000,

@@ -6,48 +6,56 @@ from typing import TYPE_CHECKING, Any
 from jax_specdec.errors import RunError, UserError
 
 if TYPE_CHECKING:
-    from jax_specdec.checkpoints.targets import (
-        Target,
-        convert,
-        load_target,
-        memory_plan,
-        save_pretrained,
-    )
+    from jax_specdec.checkpoints.memory import memory_plan
+    from jax_specdec.checkpoints.targets import Target, convert, load_target, save_pretrained
     from jax_specdec.core.draft import Draft, Text
     from jax_specdec.core.drafter import Drafter, Outcome, TargetView
-    from jax_specdec.core.loop import DecodeLoop, make_generate
+    from jax_specdec.core.generate import make_generate
+    from jax_specdec.core.loop import DecodeLoop
     from jax_specdec.core.sampling import Sampling, make_sampling
     from jax_specdec.drafters.cascade import Cascade, Horizontal
-    from jax_specdec.expansions.grown import BeamSearch, DynamicTree
-    from jax_specdec.expansions.siblings import Cape, Expand, Fixed, PathProbability
+    from jax_specdec.expansions.beam_search import BeamSearch
+    from jax_specdec.expansions.cape import Cape
+    from jax_specdec.expansions.dynamic_tree import DynamicTree
+    from jax_specdec.expansions.expand import Expand
+    from jax_specdec.expansions.siblings import Fixed, PathProbability
     from jax_specdec.expansions.static_tree import StaticTree
+    from jax_specdec.generation import Generation
     from jax_specdec.models.config import ModelConfig, RopeConfig
     from jax_specdec.models.decoder import Decoder
     from jax_specdec.models.glide import GliDe
     from jax_specdec.models.glide_config import GliDeConfig
     from jax_specdec.models.medusa import Medusa, MedusaConfig
-    from jax_specdec.pipeline import Generation, SpeculativeDecoder
-    from jax_specdec.specs.build import LoadedDrafter, default_spec, load_drafter
+    from jax_specdec.pipeline import SpeculativeDecoder
+    from jax_specdec.specs.build import LoadedDrafter, load_drafter
+    from jax_specdec.specs.defaults import default_spec
 
     __version__: str
 
 # Where each public name lives. They are imported on first use, so that `jax-specdec --help` and its
 # errors of wrong use do not wait for jax.
 _HOMES = {
-    "checkpoints.targets": ("Target", "convert", "load_target", "memory_plan", "save_pretrained"),
+    "checkpoints.targets": ("Target", "convert", "load_target", "save_pretrained"),
+    "checkpoints.memory": ("memory_plan",),
     "core.drafter": ("Drafter", "Outcome", "TargetView"),
     "drafters.cascade": ("Cascade", "Horizontal"),
-    "expansions.siblings": ("Cape", "Expand", "Fixed", "PathProbability"),
-    "expansions.grown": ("BeamSearch", "DynamicTree"),
-    "specs.build": ("LoadedDrafter", "default_spec", "load_drafter"),
+    "expansions.beam_search": ("BeamSearch",),
+    "expansions.cape": ("Cape",),
+    "expansions.dynamic_tree": ("DynamicTree",),
+    "expansions.expand": ("Expand",),
+    "expansions.siblings": ("Fixed", "PathProbability"),
+    "specs.build": ("LoadedDrafter", "load_drafter"),
+    "specs.defaults": ("default_spec",),
     "expansions.static_tree": ("StaticTree",),
-    "core.loop": ("DecodeLoop", "make_generate"),
+    "core.generate": ("make_generate",),
+    "core.loop": ("DecodeLoop",),
     "models.config": ("ModelConfig", "RopeConfig"),
     "models.decoder": ("Decoder",),
     "models.glide": ("GliDe",),
     "models.glide_config": ("GliDeConfig",),
     "models.medusa": ("Medusa", "MedusaConfig"),
-    "pipeline": ("Generation", "SpeculativeDecoder"),
+    "generation": ("Generation",),
+    "pipeline": ("SpeculativeDecoder",),
     "core.sampling": ("Sampling", "make_sampling"),
     "core.draft": ("Draft", "Text"),
 }

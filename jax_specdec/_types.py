@@ -5,6 +5,10 @@ heads, `G = N/K`, `D` head dim, `E` embed, `F` mlp, `V` vocabulary, `P` tokens o
 (root excluded), `W = ceil(T/32)` bitmask words, `C` text capacity, `O` proposers.
 """
 
+from typing import Any
+
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-__all__ = ["Array", "Bool", "Float", "Int", "UInt"]
+Params = dict[str, Any]  # a tree of arrays by name
+
+__all__ = ["Array", "Bool", "Float", "Int", "Params", "UInt"]

@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text as RichText
 
 from jax_specdec.checkpoints.targets import Target
-from jax_specdec.pipeline import NEAR_TIE, Chunk, Generation, SpeculativeDecoder
+from jax_specdec.generation import Chunk, Generation
+from jax_specdec.pipeline import NEAR_TIE, SpeculativeDecoder
 from jax_specdec.specs.build import LoadedDrafter
 from jax_specdec.text.detokenize import TextStream
 

@@ -3,18 +3,22 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_specdec.checkpoints.targets import Target, available_memory, check_fits, memory_plan
+from jax_specdec.checkpoints.memory import available_memory, check_fits, memory_plan
+from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.acceptance import PUBLISHED, LossyTypical, Rule
-from jax_specdec.core.loop import FINISH_REASONS, RUNNING, DecodeLoop, LoopState
-from jax_specdec.core.sampling import Processor, Sampling, make_sampling
+from jax_specdec.core.loop import DecodeLoop, LoopState
+from jax_specdec.core.processors import Processor
+from jax_specdec.core.sampling import Sampling, make_sampling
+from jax_specdec.core.stats import FINISH_REASONS, RUNNING
 from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.errors import UserError
+from jax_specdec.generation import Chunk, Generation, Stats
 from jax_specdec.specs.build import LoadedDrafter
 from jax_specdec.text import stop_strings as stopping
 
@@ -23,68 +27,6 @@ NEAR_TIE = 1e-3
 # Text buffers come in powers of two from here up to the context: so many programs at most.
 SMALLEST_CAPACITY = 128
 _ROUNDS_FOREVER = np.iinfo(np.int32).max
-
-
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """What one prompt took. Names as in vLLM where it has them.
-
-    Attributes:
-      num_tokens: emitted. num_spec_steps: target forwards (rounds) while the row was running.
-      num_draft_tokens, num_accepted_tokens: drafted and accepted tokens, without the target's own.
-      draft_acceptance_rate: accepted / drafted, 0 where nothing was drafted.
-      mean_acceptance_length: tokens per round, the target's own token included (tau).
-      accepted_per_pos: how often the draft's token at each position was accepted.
-      per_drafter: by proposer, `calls` (rounds it drafted in), `drafted` and `accepted`.
-      wall_time_s: prefill to the last token of the row's batch, compilation apart.
-      near_ties: emitted tokens whose score beat the second best by less than 1e-3.
-    """
-
-    num_tokens: int
-    num_spec_steps: int
-    num_draft_tokens: int
-    num_accepted_tokens: int
-    draft_acceptance_rate: float
-    mean_acceptance_length: float
-    accepted_per_pos: list[int]
-    per_drafter: dict[str, dict[str, int]]
-    wall_time_s: float
-    prefill_time_s: float
-    compile_time_s: float
-    tokens_per_second: float
-    near_ties: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """One prompt's answer.
-
-    Attributes:
-      token_ids: emitted tokens, the one that stopped the row included.
-      text: decoded without special tokens, cut before a stop string.
-      logprobs: the target's log-probability of each emitted token (nats, before temperature and
-        filters). margins: by how much each token's score beat the second best.
-      origins: proposer of each token, None for the target's own.
-    """
-
-    id: Any
-    prompt: str | list[int]
-    text: str
-    token_ids: list[int]
-    finish_reason: Literal["stop", "length"] | None
-    stats: Stats
-    logprobs: list[float]
-    margins: list[float]
-    origins: list[str | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """News of a running row: the tokens since the last chunk and their proposers."""
-
-    row: int
-    token_ids: list[int]
-    origins: list[str | None]
 
 
 def _per_row(value: Any, count: int) -> list[Any]:

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_specdec._types import Params
+from jax_specdec.core import prng
 from jax_specdec.core import sampling as laws
 from jax_specdec.core.draft import MAX_NODES, TOP, Draft, Text
 from jax_specdec.core.drafter import Drafter, Outcome, TargetView
@@ -21,7 +23,7 @@ from jax_specdec.core.loop import DecodeLoop
 from jax_specdec.core.prefill import read_text
 from jax_specdec.drafters.cascade import Composed
 from jax_specdec.drafters.none import NoDrafter
-from jax_specdec.models.decoder import Decoder, Params
+from jax_specdec.models.decoder import Decoder
 from pallas_kernels import masks
 
 # Two best scores closer than this may change places between a one-row and a T-row forward.
@@ -243,7 +245,7 @@ def _programs(target: Decoder) -> tuple[Any, Any, Any]:
         return read_text(target, params, cache, text.tokens, text.length - 1)
 
     def noise(keys, sampling, start, depth):
-        return laws.shared_noise(keys, sampling, start, depth, target.config.vocab_size)
+        return prng.shared_noise(keys, sampling, start, depth, target.config.vocab_size)
 
     def decode(loop, capacity, params, *args):
         state = loop.start(params, *args, capacity=capacity)
@@ -285,7 +287,7 @@ class _Run:
             **rows,
         )
         ids = jnp.arange(batch, dtype=jnp.int32)
-        self.keys = laws.row_keys(self.sampling, ids)
+        self.keys = prng.row_keys(self.sampling, ids)
         self.capacity = longest + max_new_tokens
         self.args = (
             self.all_params,
@@ -347,7 +349,7 @@ class _Run:
             text,
             view,
             self.sampling,
-            laws.Noise(gumbel, return_q=wants_q, return_top=True),
+            prng.Noise(gumbel, return_q=wants_q, return_top=True),
             jnp.asarray(active),
             room,
         )

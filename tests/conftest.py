@@ -44,9 +44,8 @@ def tiny_checkpoints(tmp_path_factory) -> Path:
     import dataclasses
 
     from jax_specdec.checkpoints.targets import save_pretrained
-    from jax_specdec.drafters.bigram import count_bigrams
+    from jax_specdec.drafters.bigram import count_bigrams, save_bigram
     from jax_specdec.models import Decoder, ModelConfig
-    from jax_specdec.specs.build import save_bigram
     from jax_specdec.training.data import encode_documents
     from jax_specdec.training.tokenizer import train_tokenizer
 

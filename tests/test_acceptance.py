@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_specdec.core import acceptance
-from jax_specdec.core import sampling as laws
+from jax_specdec.core import acceptance, prng
 from jax_specdec.core.draft import Draft, ancestor_bits
 
 NUDGE = 1e-12
@@ -319,11 +318,11 @@ def test_one_uniform_for_drafting_and_accepting_is_biased():
     assert abs(biased.sum() - 1) < 1e-12
     assert 0.5 * abs(biased - p).sum() > 0.1
     roles = (
-        laws.ROLE_MATCH,
-        laws.ROLE_DRAFT,
-        laws.ROLE_ACCEPT,
-        laws.ROLE_RESIDUAL,
-        laws.ROLE_BONUS,
+        prng.ROLE_MATCH,
+        prng.ROLE_DRAFT,
+        prng.ROLE_ACCEPT,
+        prng.ROLE_RESIDUAL,
+        prng.ROLE_BONUS,
     )
     assert len(set(roles)) == 5
 
@@ -332,7 +331,7 @@ def test_roles_and_positions_draw_independently():
     """Drafting and accepting never see the same bits: correlations over many rows are noise."""
     keys = jnp.asarray(np.random.default_rng(0).integers(0, 2**32, (4000, 2)), jnp.uint32)
     start = jnp.full((4000,), 9, jnp.int32)
-    draws = [laws.position_uniform(keys, start, 2, role) for role in range(5)]
+    draws = [prng.position_uniform(keys, start, 2, role) for role in range(5)]
     draws = np.concatenate([np.asarray(d) for d in draws], axis=1)
     assert (draws >= 0).all() and (draws < 1).all()
     off = np.corrcoef(draws.T) - np.eye(10)

@@ -14,17 +14,21 @@ from test_glide import pair
 
 from jax_specdec import DecodeLoop, SpeculativeDecoder, UserError, load_drafter, load_target
 from jax_specdec.core.drafter import Drafter, TargetView
-from jax_specdec.core.sampling import Noise, shared_noise
+from jax_specdec.core.prng import Noise, shared_noise
 from jax_specdec.drafters.bigram import Bigram
 from jax_specdec.drafters.cascade import Cascade, Horizontal, turns
+from jax_specdec.drafters.early_exit import Stop
 from jax_specdec.drafters.glide import GliDeDrafter
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
-from jax_specdec.drafters.neural import Stop
 from jax_specdec.drafters.prompt_lookup import PromptLookup
-from jax_specdec.expansions.siblings import Cape, Expand, Fixed
-from jax_specdec.specs.build import depth_of, parse_drafter
-from jax_specdec.specs.language import PRESETS, from_matrix, split
+from jax_specdec.expansions.cape import Cape
+from jax_specdec.expansions.expand import Expand
+from jax_specdec.expansions.siblings import Fixed
+from jax_specdec.specs.build import parse_drafter
+from jax_specdec.specs.language import from_matrix, split
+from jax_specdec.specs.presets import PRESETS
+from jax_specdec.specs.sizes import depth_of
 from jax_specdec.testing import check_drafter
 
 LM, LM2 = LmDrafter(h.TARGET, 1), LmDrafter(h.TARGET, 1, name="lm2")

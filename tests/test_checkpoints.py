@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jax_specdec.checkpoints import memory, tensor_files
 from jax_specdec.checkpoints import targets as checkpoints
-from jax_specdec.checkpoints import tensor_files
 from jax_specdec.checkpoints.targets import convert, load_params, load_target, save_pretrained
 from jax_specdec.errors import RunError, UserError
 from jax_specdec.models import Decoder, ModelConfig, config_to_hf
@@ -436,7 +436,7 @@ def test_header_alone_is_read_before_memory_is_checked(folder, monkeypatch):
 
 
 def test_memory_plan():
-    plan = checkpoints.memory_plan(CONFIG, "bfloat16", batch=4, slots=100, width=8)
+    plan = memory.memory_plan(CONFIG, "bfloat16", batch=4, slots=100, width=8)
     assert plan.parameters == 2 * CONFIG.parameter_count()
     assert plan.cache == 2 * 3 * 4 * 2 * 100 * 8 * 2
     assert plan.logits == 4 * 8 * 48 * 4
@@ -444,11 +444,11 @@ def test_memory_plan():
 
 
 def test_check_fits():
-    plan = checkpoints.MemoryPlan(parameters=13 * 2**30, cache=2**30, logits=0)
-    checkpoints.check_fits(plan, None)
-    checkpoints.check_fits(plan, plan.total)
+    plan = memory.MemoryPlan(parameters=13 * 2**30, cache=2**30, logits=0)
+    memory.check_fits(plan, None)
+    memory.check_fits(plan, plan.total)
     with pytest.raises(UserError) as caught:
-        checkpoints.check_fits(plan, 8 * 2**30)
+        memory.check_fits(plan, 8 * 2**30)
     assert str(caught.value).startswith(
         "This needs 14.00 GiB (parameters 13.00 GiB, cache 1.00 GiB) but 8.00 GiB are free:"
     )
@@ -461,10 +461,10 @@ def test_available_memory():
         def __init__(self, stats):
             self.memory_stats = lambda: stats
 
-    assert checkpoints.available_memory(Device({"bytes_limit": 100, "bytes_in_use": 30})) == 70
-    assert checkpoints.available_memory(Device(None)) is None
+    assert memory.available_memory(Device({"bytes_limit": 100, "bytes_in_use": 30})) == 70
+    assert memory.available_memory(Device(None)) is None
     if Path("/proc/meminfo").is_file():
-        assert checkpoints.available_memory() > 2**20
+        assert memory.available_memory() > 2**20
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")

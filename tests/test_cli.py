@@ -15,12 +15,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jax_specdec import pipeline
+from jax_specdec.checkpoints import memory
 from jax_specdec.checkpoints import targets as checkpoints
 from jax_specdec.checkpoints.glide import read_glide_config
 from jax_specdec.checkpoints.medusa import read_medusa_config
 from jax_specdec.cli import main
 from jax_specdec.cli.common import DEMO_TARGET
-from jax_specdec.specs.build import load_bigram
+from jax_specdec.drafters.bigram import load_bigram
 from jax_specdec.training.data import read_documents
 
 PROMPT = "Once upon a time"
@@ -515,6 +516,7 @@ def test_no_memory(model, capsys, monkeypatch):
     assert "cache" in message and "are free" in message
     monkeypatch.setattr(checkpoints, "available_memory", lambda: 1000)
     assert "parameters" in fails(capsys, *args)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     assert (
         json.loads(ok(capsys, "info", "--model", model, "--drafter", "none", "--json"))["fits"]
         is False

@@ -23,8 +23,9 @@ from jax_specdec.drafters.glide import GliDeDrafter
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.none import NoDrafter
-from jax_specdec.expansions.grown import DynamicTree
-from jax_specdec.expansions.siblings import Cape, Expand
+from jax_specdec.expansions.cape import Cape
+from jax_specdec.expansions.dynamic_tree import DynamicTree
+from jax_specdec.expansions.expand import Expand
 from jax_specdec.models import Decoder, stack_layers
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig

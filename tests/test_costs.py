@@ -9,14 +9,20 @@ import pytest
 
 import jax_specdec as sd
 from jax_specdec.checkpoints.glide import save_glide, target_fingerprint
-from jax_specdec.expansions.siblings import Cape, Fixed, PathProbability, select
+from jax_specdec.expansions.cape import Cape
+from jax_specdec.expansions.select import select
+from jax_specdec.expansions.siblings import Fixed, PathProbability
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
-from jax_specdec.specs.build import depth_of, parse_drafter
+from jax_specdec.specs.build import parse_drafter
+from jax_specdec.specs.sizes import depth_of
 from jax_specdec.tuning import costs, replay
+from jax_specdec.tuning import tune as tuning
 from jax_specdec.tuning.cascades import candidates, play
-from jax_specdec.tuning.costs import Costs, acceptance_by_position, tune
+from jax_specdec.tuning.costs import Costs
+from jax_specdec.tuning.measure import acceptance_by_position
 from jax_specdec.tuning.theory import comb_tau
+from jax_specdec.tuning.tune import tune
 
 PROMPTS = ["Once upon a time, there was", "Question: Tom has 3 apples and buys", "the cat ran"]
 TOKENS = 40
@@ -124,8 +130,8 @@ def test_the_best_expansion(found):
 
 
 def test_tune_chooses_lengths_and_budgets(target, monkeypatch):
-    monkeypatch.setattr(costs, "verify_arm", lambda target, nodes, ids: lambda: 1 + nodes / 50)
-    monkeypatch.setattr(costs, "draft_arm", lambda target, drafter, ids: lambda: 0.1)
+    monkeypatch.setattr(tuning, "verify_arm", lambda target, nodes, ids: lambda: 1 + nodes / 50)
+    monkeypatch.setattr(tuning, "draft_arm", lambda target, drafter, ids: lambda: 0.1)
     out = tune(
         target,
         lambda spec: sd.load_drafter(spec, target),
@@ -146,8 +152,8 @@ def test_tune_chooses_lengths_and_budgets(target, monkeypatch):
 
 def test_tune_chooses_a_cascade(target, tmp_path, monkeypatch):
     """The best of those that it played; it is what the name stands for beside this checkpoint."""
-    monkeypatch.setattr(costs, "verify_arm", lambda target, nodes, ids: lambda: 1 + nodes / 50)
-    monkeypatch.setattr(costs, "draft_arm", lambda target, drafter, ids: lambda: 0.01)
+    monkeypatch.setattr(tuning, "verify_arm", lambda target, nodes, ids: lambda: 1 + nodes / 50)
+    monkeypatch.setattr(tuning, "draft_arm", lambda target, drafter, ids: lambda: 0.01)
     settings = {"longest": 4, "max_new_tokens": 8, "repeats": 1}
     out = tune(target, lambda s: sd.load_drafter(s, target), ["lm", "cascade"], PROMPTS, **settings)
     spec = parse_drafter(out["cascade"])
@@ -174,8 +180,8 @@ def test_tune_stops_at_the_trained_delay_and_decodes_with_trees(target, tmp_path
         drafted.append(drafter.spec)
         return lambda: 0.1
 
-    monkeypatch.setattr(costs, "verify_arm", lambda target, nodes, ids: lambda: 1 + nodes / 50)
-    monkeypatch.setattr(costs, "draft_arm", arm)
+    monkeypatch.setattr(tuning, "verify_arm", lambda target, nodes, ids: lambda: 1 + nodes / 50)
+    monkeypatch.setattr(tuning, "draft_arm", arm)
     out = tune(
         target,
         lambda spec: sd.load_drafter(spec, target, tmp_path),

@@ -14,13 +14,17 @@ from test_sampling import LEVEL, chi_square, exact_law, sample
 
 from jax_specdec import DecodeLoop, UserError, load_target
 from jax_specdec.core import acceptance
+from jax_specdec.core.confidence import best_children
 from jax_specdec.core.draft import Text, chain
 from jax_specdec.core.sampling import make_sampling
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
-from jax_specdec.drafters.neural import best_children
-from jax_specdec.expansions.siblings import Cape, Expand, Fixed, PathProbability, select
-from jax_specdec.specs.build import LENGTHS_FILE, Spec, complete, load_drafter, parse_drafter
+from jax_specdec.expansions.cape import Cape
+from jax_specdec.expansions.expand import Expand
+from jax_specdec.expansions.select import select
+from jax_specdec.expansions.siblings import Fixed, PathProbability
+from jax_specdec.specs.build import Spec, complete, load_drafter, parse_drafter
+from jax_specdec.specs.defaults import LENGTHS_FILE
 from jax_specdec.testing import check_drafter
 
 RULES = {"cape": Cape, "fixed": Fixed, "path": PathProbability}

@@ -12,14 +12,17 @@ import pytest
 from jax_specdec import DecodeLoop, Decoder, UserError
 from jax_specdec.core import cache as kv
 from jax_specdec.core.drafter import TargetView
-from jax_specdec.core.sampling import Noise, shared_noise
+from jax_specdec.core.prng import Noise, shared_noise
 from jax_specdec.drafters.glide import GliDeDrafter
-from jax_specdec.expansions.grown import BeamSearch, DynamicTree
-from jax_specdec.expansions.siblings import Cape, Expand, Fixed, PathProbability
+from jax_specdec.expansions.beam_search import BeamSearch
+from jax_specdec.expansions.cape import Cape
+from jax_specdec.expansions.dynamic_tree import DynamicTree
+from jax_specdec.expansions.expand import Expand
+from jax_specdec.expansions.siblings import Fixed, PathProbability
 from jax_specdec.models import RopeConfig, stack_layers
-from jax_specdec.models.decoder import rope_angles
 from jax_specdec.models.glide import CrossAttention, GliDe, glimpse_cache, glimpse_text, last_seen
 from jax_specdec.models.glide_config import GliDeConfig
+from jax_specdec.models.rope import rope_angles
 from jax_specdec.testing import check_drafter
 from jax_specdec.training.config import GliDeRecipe
 from jax_specdec.training.glide import Pair

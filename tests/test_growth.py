@@ -14,15 +14,16 @@ from test_loop import MIXED, RAGGED, check_stats
 from test_sampling import LEVEL, chi_square, exact_law, reference_law, sample
 
 from jax_specdec import DecodeLoop, Decoder, UserError
-from jax_specdec.core import sampling as laws
+from jax_specdec.core import prng
 from jax_specdec.core.cache import init_cache
 from jax_specdec.core.draft import Text, ancestor_bits
 from jax_specdec.core.drafter import TargetView
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.neural import NeuralDrafter
-from jax_specdec.expansions.grown import BeamSearch, DynamicTree
-from jax_specdec.expansions.siblings import Expand
+from jax_specdec.expansions.beam_search import BeamSearch
+from jax_specdec.expansions.dynamic_tree import DynamicTree
+from jax_specdec.expansions.expand import Expand
 from jax_specdec.models import stack_layers
 from jax_specdec.models.decoder import Output
 from jax_specdec.testing import check_drafter
@@ -105,14 +106,14 @@ def test_trees_against_plain_python(rule, depth):
     text = Text(tokens, lengths)
     drafter = Expand(LmDrafter(h.TARGET, depth), rule)
     sampling = h.sampling_of(rows, **LAWS, seed=3)
-    keys = laws.row_keys(sampling, jnp.arange(rows, dtype=jnp.int32))
-    gumbel = laws.shared_noise(keys, sampling, lengths, depth + 1, h.VOCAB)
+    keys = prng.row_keys(sampling, jnp.arange(rows, dtype=jnp.int32))
+    gumbel = prng.shared_noise(keys, sampling, lengths, depth + 1, h.VOCAB)
 
     @jax.jit
     def draw(params):
         states, view = drafter.init(rows, WIDTH + depth + 1), TargetView(None)
         states = drafter.extend(params, states, text, view)
-        args = (sampling, laws.Noise(gumbel), jnp.ones(rows, bool), jnp.full(rows, 9, jnp.int32))
+        args = (sampling, prng.Noise(gumbel), jnp.ones(rows, bool), jnp.full(rows, 9, jnp.int32))
         return drafter.draft(params, states, text, view, *args)[0]
 
     draft, gumbel = jax.device_get((draw({"lm": h.close_params()}), gumbel))
@@ -218,7 +219,7 @@ def test_rejection_with_a_grown_tree_is_exact(rule, kind):
     drafter = Expand(Markov(depth), rule)
     text = Text(jnp.zeros((1, 9), jnp.int32), jnp.full((1,), 5, jnp.int32))
     sampling = h.sampling_of(1, temperature=1.0)
-    noise = laws.Noise(jnp.zeros((1, depth + 1, vocab)), return_q=True)
+    noise = prng.Noise(jnp.zeros((1, depth + 1, vocab)), return_q=True)
     args = (sampling, noise, jnp.ones(1, bool), jnp.full(1, 9, jnp.int32))
     params = {"markov": jnp.asarray(table)}
     draft = drafter.draft(params, drafter.init(1, 16), text, TargetView(None), *args)[0]

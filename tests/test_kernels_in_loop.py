@@ -10,8 +10,9 @@ import pallas_kernels
 from jax_specdec import DecodeLoop, Decoder
 from jax_specdec.drafters.glide import GliDeDrafter
 from jax_specdec.drafters.lm import LmDrafter
-from jax_specdec.expansions.grown import DynamicTree
-from jax_specdec.expansions.siblings import Cape, Expand
+from jax_specdec.expansions.cape import Cape
+from jax_specdec.expansions.dynamic_tree import DynamicTree
+from jax_specdec.expansions.expand import Expand
 from jax_specdec.models import decoder, glide
 from jax_specdec.models.glide_config import GliDeConfig
 from pallas_kernels import commit, tree_attention

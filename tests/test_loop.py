@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jax_specdec import DecodeLoop, Decoder
-from jax_specdec.core.loop import LENGTH, RUNNING, STOP
-from jax_specdec.core.sampling import History, RepetitionPenalty
+from jax_specdec.core.processors import History, RepetitionPenalty
+from jax_specdec.core.stats import LENGTH, RUNNING, STOP
 from jax_specdec.drafters.bigram import Bigram
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram

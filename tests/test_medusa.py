@@ -28,7 +28,8 @@ from jax_specdec.core.prefill import read_text
 from jax_specdec.drafters.cascade import Cascade, Horizontal
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.medusa import MedusaDrafter
-from jax_specdec.expansions.siblings import Cape, Expand
+from jax_specdec.expansions.cape import Cape
+from jax_specdec.expansions.expand import Expand
 from jax_specdec.expansions.static_tree import StaticTree, choose_tree
 from jax_specdec.models.medusa import Medusa, MedusaConfig
 from jax_specdec.specs.build import longest_draft, parse_drafter

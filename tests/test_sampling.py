@@ -10,10 +10,11 @@ import pytest
 from scipy import stats
 
 from jax_specdec import make_generate, make_sampling
+from jax_specdec.core import numerics, prng
 from jax_specdec.core import sampling as laws
 from jax_specdec.core.draft import Text
 from jax_specdec.core.drafter import TargetView
-from jax_specdec.core.sampling import RepetitionPenalty
+from jax_specdec.core.processors import RepetitionPenalty
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.errors import UserError
@@ -68,7 +69,7 @@ def test_largest_against_sorting(vocab):
     x = rng.integers(-40, 40, (60, vocab)).astype(np.float32)
     x[rng.random((60, vocab)) < np.linspace(0, 1, 60)[:, None]] = -np.inf
     for count in (1, 8):
-        best, index = map(np.asarray, laws.largest(jnp.asarray(x), count))
+        best, index = map(np.asarray, numerics.largest(jnp.asarray(x), count))
         count = min(count, vocab)
         assert best.tolist() == np.sort(x, axis=1)[:, ::-1][:, :count].tolist()
         assert (
@@ -173,34 +174,34 @@ def test_impossible_tokens_stay_impossible():
 def test_noise_is_a_function_of_key_role_and_position():
     keys = jnp.asarray([[1, 2], [3, 4], [1, 2]], jnp.uint32)
     start = jnp.asarray([5, 9, 7], jnp.int32)
-    noise = laws.position_noise(keys, start, 6, 8)
+    noise = prng.position_noise(keys, start, 6, 8)
     np.testing.assert_array_equal(noise[0, 2:], noise[2, :4])  # the same key and positions
     assert (noise[0] != noise[1]).any()
-    longer = laws.position_noise(keys, start - 2, 9, 8)
+    longer = prng.position_noise(keys, start - 2, 9, 8)
     np.testing.assert_array_equal(longer[:, 2:8], noise)
-    one = laws.position_noise(keys[1:2], start[1:2], 6, 8)
+    one = prng.position_noise(keys[1:2], start[1:2], 6, 8)
     np.testing.assert_array_equal(one[0], noise[1])
-    flat = [laws.position_noise(keys[:1], start[:1], 6, 8, role).ravel() for role in range(5)]
+    flat = [prng.position_noise(keys[:1], start[:1], 6, 8, role).ravel() for role in range(5)]
     assert len(np.unique(np.concatenate(flat))) == 5 * 48
 
 
 def test_noise_is_zero_for_greedy_rows_only():
     keys = jnp.asarray([[1, 2], [3, 4]], jnp.uint32)
     start = jnp.asarray([5, 9], jnp.int32)
-    mixed = laws.shared_noise(keys, sampling_of(temperature=[0.0, 1e-20]), start, 3, 8)
+    mixed = prng.shared_noise(keys, sampling_of(temperature=[0.0, 1e-20]), start, 3, 8)
     assert (mixed[0] == 0).all()
-    np.testing.assert_array_equal(mixed[1], laws.position_noise(keys, start, 3, 8)[1])
-    cold = laws.shared_noise(keys, sampling_of(temperature=[0.0, 0.0]), start, 3, 8)
+    np.testing.assert_array_equal(mixed[1], prng.position_noise(keys, start, 3, 8)[1])
+    cold = prng.shared_noise(keys, sampling_of(temperature=[0.0, 0.0]), start, 3, 8)
     assert (cold == 0).all()
 
 
 def test_row_keys():
     ids = jnp.asarray([0, 1, 1, 5], jnp.int32)
     sampling = make_sampling(4, max_new_tokens=1, seed=[3, 3, 4, 2**32 - 1])
-    keys = laws.row_keys(sampling, ids)
+    keys = prng.row_keys(sampling, ids)
     assert len({tuple(k) for k in np.asarray(keys).tolist()}) == 4
     own = make_sampling(4, max_new_tokens=1, seed=3, own_seed=[True, True, False, False])
-    keys = np.asarray(laws.row_keys(own, ids))
+    keys = np.asarray(prng.row_keys(own, ids))
     assert (keys[0] == keys[1]).all() and (keys[2] != keys[0]).any()
 
 
@@ -273,9 +274,9 @@ def test_what_is_reported_of_a_draft(rejecting):
         top_k=[0, 4, 0, 9],
         top_p=[1.0, 1.0, 0.8, 0.9],
     )
-    keys = laws.row_keys(sampling, jnp.arange(4, dtype=jnp.int32))
-    gumbel = laws.shared_noise(keys, sampling, lengths, 4, h.VOCAB)
-    noise = laws.Noise(gumbel, return_q=rejecting, return_top=True)
+    keys = prng.row_keys(sampling, jnp.arange(4, dtype=jnp.int32))
+    gumbel = prng.shared_noise(keys, sampling, lengths, 4, h.VOCAB)
+    noise = prng.Noise(gumbel, return_q=rejecting, return_top=True)
     active, room = jnp.ones(4, bool), jnp.full(4, 9, jnp.int32)
 
     @jax.jit
@@ -402,13 +403,13 @@ def test_chi_square(name):
 
 def test_chi_square_finds_a_wrong_sampler(monkeypatch):
     """The negative controls: temperature left out, one key for all positions, tokens shifted."""
-    right = laws.position_noise
+    right = prng.position_noise
 
-    def frozen(keys, start, depth, vocab, role=laws.ROLE_MATCH):
+    def frozen(keys, start, depth, vocab, role=prng.ROLE_MATCH):
         return right(keys, jnp.zeros_like(start), 1, vocab, role).repeat(depth, axis=1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(laws, "position_noise", frozen)
+        patch.setattr(prng, "position_noise", frozen)
         counts = sample()
         assert all(chi_square(counts[c], exact_law(c)) < LEVEL for c in range(4))
         # The first token alone is right, so a test of marginals would not see it.
@@ -422,6 +423,6 @@ def test_chi_square_finds_a_wrong_sampler(monkeypatch):
 
 def test_chi_square_finds_a_shared_uniform(monkeypatch):
     """Residual draws from the key of the draft: the rejection rule is then biased."""
-    monkeypatch.setattr(laws, "ROLE_RESIDUAL", laws.ROLE_DRAFT)
+    monkeypatch.setattr(prng, "ROLE_RESIDUAL", prng.ROLE_DRAFT)
     counts = sample(LmDrafter(h.TARGET, 2), "reject", lm=h.close_params())
     assert min(chi_square(counts[c], exact_law(c)) for c in range(4)) < LEVEL

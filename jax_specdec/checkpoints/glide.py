@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_specdec._types import Params
 from jax_specdec.checkpoints.target_bound import (
     NOT_IDENTITY,
     SHARD_BYTES,
@@ -22,7 +23,7 @@ from jax_specdec.checkpoints.target_bound import (
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
-from jax_specdec.models.decoder import Params, unstack_layers
+from jax_specdec.models.decoder import unstack_layers
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
 
@@ -95,7 +96,7 @@ def from_decoder(
       UserError: another vocabulary, a field that the decoder says otherwise, or a decoder of another kind
         than a GliDe drafter for this target is.
     """
-    from jax_specdec.specs.build import check_vocabulary
+    from jax_specdec.checkpoints.vocabulary import check_vocabulary
 
     check_vocabulary(target, small)
     c = small.config

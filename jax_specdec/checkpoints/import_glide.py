@@ -14,12 +14,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from jax_specdec._types import Params
 from jax_specdec.checkpoints.glide import make_glide
 from jax_specdec.checkpoints.target_bound import read_weights
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.checkpoints.tensor_files import open_tensors, read_json
 from jax_specdec.errors import UserError
-from jax_specdec.models.decoder import Params
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.models.hf import Weight, weight_names

@@ -11,12 +11,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from jax_specdec._types import Params
 from jax_specdec.checkpoints.medusa import KIND
 from jax_specdec.checkpoints.target_bound import make_config, read_weights
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.checkpoints.tensor_files import open_tensors
 from jax_specdec.errors import UserError
-from jax_specdec.models.decoder import Params
 from jax_specdec.models.hf import Weight
 from jax_specdec.models.medusa import Medusa, MedusaConfig
 

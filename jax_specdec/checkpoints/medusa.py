@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jax_specdec._types import Params
 from jax_specdec.checkpoints.target_bound import (
     SHARD_BYTES,
     Kind,
@@ -17,7 +18,6 @@ from jax_specdec.checkpoints.target_bound import (
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.draft import TOP
 from jax_specdec.errors import UserError
-from jax_specdec.models.decoder import Params
 from jax_specdec.models.medusa import Medusa, MedusaConfig
 
 KIND = Kind("medusa", "Medusa")

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_specdec._types import Params
 from jax_specdec.checkpoints import layouts
 from jax_specdec.checkpoints.targets import Target, load_config
 from jax_specdec.checkpoints.tensor_files import (
@@ -29,7 +30,6 @@ from jax_specdec.checkpoints.tensor_files import (
     write_tensors,
 )
 from jax_specdec.errors import UserError
-from jax_specdec.models.decoder import Params
 from jax_specdec.models.hf import Weight, weight_names
 
 C = TypeVar("C")

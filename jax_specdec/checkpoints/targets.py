@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_specdec._types import Array, Params
 from jax_specdec.checkpoints import layouts
+from jax_specdec.checkpoints.memory import available_memory, check_fits, memory_plan
 from jax_specdec.checkpoints.tensor_files import (
     DTYPES,
     MAX_SHARD_BYTES,
@@ -31,7 +33,7 @@ from jax_specdec.checkpoints.tensor_files import (
 )
 from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
-from jax_specdec.models.decoder import Decoder, Params
+from jax_specdec.models.decoder import Decoder
 from jax_specdec.models.hf import (
     IGNORED,
     Weight,
@@ -41,7 +43,6 @@ from jax_specdec.models.hf import (
     weight_names,
 )
 
-Array = jax.Array
 LayerLoop = Literal["unroll", "scan"]
 Place = Callable[[tuple[str | int, ...], np.ndarray], Array]
 
@@ -276,65 +277,6 @@ def convert(
     save_pretrained(
         out, config, params, dtype=dtype, tokenizer=folder, max_shard_bytes=max_shard_bytes
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes that decoding needs, activations left out."""
-
-    parameters: int
-    cache: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.cache + self.logits
-
-
-def memory_plan(
-    config: ModelConfig, dtype: Any, batch: int, slots: int, *, width: int = 1
-) -> MemoryPlan:
-    """What a model takes, before anything is allocated.
-
-    Args:
-      batch: rows. slots: cache slots of each row. width: new tokens or tree nodes of a row in one
-        forward.
-    """
-    size = jnp.dtype(dtype).itemsize
-    cache = 2 * config.num_layers * batch * config.num_kv_heads * slots * config.head_dim * size
-    return MemoryPlan(
-        parameters=config.parameter_count() * size,
-        cache=cache,
-        logits=batch * width * config.vocab_size * 4,
-    )
-
-
-def available_memory(device: Any = None) -> int | None:
-    """Free bytes of a jax device (default: the first one), or None where it does not say."""
-    device = device or jax.local_devices()[0]
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    if device.platform == "cpu" and Path("/proc/meminfo").is_file():
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        return int(found[1]) * 1024 if found else None
-    return None
-
-
-def check_fits(plan: MemoryPlan, available: int | None) -> None:
-    """Raises UserError where `plan` needs more than `available` bytes; None, unknown, passes."""
-    if available is None or plan.total <= available:
-        return
-    parts = {"parameters": plan.parameters, "cache": plan.cache, "logits": plan.logits}
-    listed = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size)
-    raise UserError(
-        f"This needs {_gib(plan.total)} ({listed}) but {_gib(available)} are free: use a narrower "
-        "dtype, a smaller batch or a shorter context."
-    )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 def _faster_loop(config: ModelConfig) -> LayerLoop:

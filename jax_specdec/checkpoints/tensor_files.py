@@ -14,8 +14,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jax_specdec._types import Params
 from jax_specdec.errors import RunError, UserError
-from jax_specdec.models.decoder import Params
 from jax_specdec.models.hf import Weight
 
 MAX_SHARD_BYTES = 2 * 10**9

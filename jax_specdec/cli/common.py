@@ -88,7 +88,8 @@ def draft_folders(items: Sequence[str]) -> dict[str, Path]:
 
 def choose_drafter(args: argparse.Namespace, model: Path, folders: dict[str, Path]) -> str:
     """The specification that `--drafter auto` stands for, or the given one, checked."""
-    from jax_specdec.specs.build import default_spec, parse_drafter
+    from jax_specdec.specs.build import parse_drafter
+    from jax_specdec.specs.defaults import default_spec
 
     if args.drafter != "auto":
         parse_drafter(args.drafter)

@@ -12,7 +12,7 @@ from jax_specdec.text.prompts import PromptRecord, read_prompts
 
 if TYPE_CHECKING:
     from jax_specdec.checkpoints.targets import Target
-    from jax_specdec.pipeline import Chunk, Generation
+    from jax_specdec.generation import Chunk, Generation
 
 LOSSY = "lossy-typical"
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")

@@ -49,13 +49,10 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Everything `info` knows, as a JSON object."""
     import jax
 
-    from jax_specdec.checkpoints.targets import (
-        available_memory,
-        find_checkpoint,
-        inspect_checkpoint,
-        memory_plan,
-    )
-    from jax_specdec.specs.build import complete, depth_of, parse_drafter
+    from jax_specdec.checkpoints.memory import available_memory, memory_plan
+    from jax_specdec.checkpoints.targets import find_checkpoint, inspect_checkpoint
+    from jax_specdec.specs.build import complete, parse_drafter
+    from jax_specdec.specs.sizes import depth_of
 
     folders = common.draft_folders(args.draft)
     folder = find_checkpoint(common.model_source(args))
@@ -134,7 +131,8 @@ def _part(
     import jax.numpy as jnp
 
     from jax_specdec.checkpoints.glide import make_glide, read_glide_config
-    from jax_specdec.checkpoints.targets import inspect_checkpoint, memory_plan
+    from jax_specdec.checkpoints.memory import memory_plan
+    from jax_specdec.checkpoints.targets import inspect_checkpoint
     from jax_specdec.specs.language import WITH_CHECKPOINT, kind_of
 
     kind = kind_of(name)

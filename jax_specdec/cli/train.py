@@ -201,8 +201,7 @@ def run_tokenizer(args: argparse.Namespace) -> int:
 
 def run_bigram(args: argparse.Namespace) -> int:
     from jax_specdec.checkpoints.targets import load_config, load_tokenizer
-    from jax_specdec.drafters.bigram import count_bigrams
-    from jax_specdec.specs.build import BIGRAM_FILE, save_bigram
+    from jax_specdec.drafters.bigram import BIGRAM_FILE, count_bigrams, save_bigram
     from jax_specdec.training.data import read_documents
 
     tokenizer = load_tokenizer(args.tokenizer)

@@ -40,14 +40,10 @@ def register(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from jax_specdec.checkpoints.targets import load_target
     from jax_specdec.specs import language as specs
-    from jax_specdec.specs.build import (
-        LENGTHS_FILE,
-        available_drafters,
-        load_drafter,
-        parse_drafter,
-    )
+    from jax_specdec.specs.build import available_drafters, load_drafter, parse_drafter
+    from jax_specdec.specs.defaults import LENGTHS_FILE
     from jax_specdec.text.prompts import read_prompts
-    from jax_specdec.tuning.costs import tune
+    from jax_specdec.tuning.tune import tune
 
     for name in ("per_file", "longest", "max_new_tokens", "batch_size"):
         if getattr(args, name) < 1:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax_specdec._types import Array, Bool, Int
 from jax_specdec.core.cache import KVCache
 from jax_specdec.core.draft import Draft, Text
-from jax_specdec.core.sampling import Noise, Sampling
+from jax_specdec.core.prng import Noise
+from jax_specdec.core.sampling import Sampling
 
 States = dict[str, Any]
 

@@ -13,46 +13,21 @@ import jax.numpy as jnp
 from jax import export, lax
 
 from jax_specdec._types import Array, Float, Int, UInt
-from jax_specdec.core import acceptance
+from jax_specdec.core import acceptance, numerics, prng
 from jax_specdec.core import cache as kv
 from jax_specdec.core import sampling as laws
 from jax_specdec.core.draft import Draft, Text
 from jax_specdec.core.drafter import Drafter, Outcome, States, TargetView
 from jax_specdec.core.prefill import read_text
-from jax_specdec.core.sampling import History, Noise, Processor, Sampling
+from jax_specdec.core.prng import Noise
+from jax_specdec.core.processors import History, Processor
+from jax_specdec.core.sampling import Sampling
+from jax_specdec.core.stats import LENGTH, RUNNING, STOP, Stats
 from jax_specdec.errors import UserError
 from jax_specdec.models.decoder import Decoder
 from pallas_kernels import masks
 
-RUNNING, STOP, LENGTH = 0, 1, 2
 STRING_COMPLETE = -2  # state of the stop-string automaton
-FINISH_REASONS = {RUNNING: None, STOP: "stop", LENGTH: "length"}
-
-
-class Stats(flax.struct.PyTreeNode):
-    """Counts and per-token records of a run.
-
-    Attributes:
-      rounds: `int32[B]`, target forwards while the row was running (prefill apart).
-      drafted, accepted: `int32[B, O+1]`, tokens by proposer; column 0 is unused.
-      calls: `int32[B, O+1]`, rounds in which the proposer drafted for the row.
-      accepted_per_pos: `int32[B, P]`, how often the draft's token at depth d + 1 was accepted.
-      finish: `int32[B]`: RUNNING, STOP or LENGTH.
-      logprobs: `float32[B, C]`, the target's log-probability (nats, before temperature and filters) of
-        each emitted token. margins: `float32[B, C]`, by how much the emitted token's score beat the
-        second best. Both are indexed as the text; prompt positions hold 0.
-      origin: `int32[B, C]`, proposer of each emitted token, 0 the target.
-    """
-
-    rounds: Int[Array, " B"]
-    drafted: Int[Array, "B O"]
-    accepted: Int[Array, "B O"]
-    calls: Int[Array, "B O"]
-    accepted_per_pos: Int[Array, "B P"]
-    finish: Int[Array, " B"]
-    logprobs: Float[Array, "B C"]
-    margins: Float[Array, "B C"]
-    origin: Int[Array, "B C"]
 
 
 class LoopState(flax.struct.PyTreeNode):
@@ -84,9 +59,9 @@ def write_window(buffer: Array, values: Array, start: Int[Array, " B"]) -> Array
 
 def _best_two(scores: Float[Array, "B T V"]) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
     """The argmax, and how far it is ahead of the second best."""
-    token = laws.argmax(scores)
+    token = numerics.argmax(scores)
     index = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, None]
-    second = jnp.max(jnp.where(index == token[..., None], laws.NEG_INF, scores), axis=-1)
+    second = jnp.max(jnp.where(index == token[..., None], numerics.NEG_INF, scores), axis=-1)
     return token, jnp.max(scores, axis=-1) - second
 
 
@@ -173,7 +148,7 @@ class DecodeLoop:
             limit=limit,
             cache=cache,
             drafts=drafts,
-            keys=laws.row_keys(sampling, request_ids),
+            keys=prng.row_keys(sampling, request_ids),
             sampling=sampling,
             stop_state=sampling.stop_state,
             stats=stats,
@@ -206,9 +181,9 @@ class DecodeLoop:
             draft,
             p,
             q,
-            laws.position_uniform(state.keys, start, depth, laws.ROLE_ACCEPT),
-            laws.position_noise(state.keys, start, depth + 1, vocab, laws.ROLE_RESIDUAL),
-            laws.position_noise(state.keys, start, depth + 1, vocab, laws.ROLE_BONUS),
+            prng.position_uniform(state.keys, start, depth, prng.ROLE_ACCEPT),
+            prng.position_noise(state.keys, start, depth + 1, vocab, prng.ROLE_RESIDUAL),
+            prng.position_noise(state.keys, start, depth + 1, vocab, prng.ROLE_BONUS),
         )
         return verdict, jnp.full((batch, scores.shape[1]), jnp.inf, jnp.float32)
 
@@ -269,8 +244,8 @@ class DecodeLoop:
         active = stats.finish == RUNNING
         room = state.limit - text.length
         view = TargetView(state.cache)
-        role = laws.ROLE_DRAFT if self.rule == "reject" else laws.ROLE_MATCH
-        noise = laws.shared_noise(
+        role = prng.ROLE_DRAFT if self.rule == "reject" else prng.ROLE_MATCH
+        noise = prng.shared_noise(
             state.keys, sampling, text.length, self.window, self.target.config.vocab_size, role
         )
         draft, drafts = self.drafter.draft(
@@ -365,50 +340,6 @@ class DecodeLoop:
             return done + 1, self.round(params, state)
 
         return lax.while_loop(going, step, (jnp.int32(0), state))[1]
-
-
-def make_generate(
-    target: Any,
-    drafter: Any = None,
-    *,
-    max_new_tokens: int,
-    rule: acceptance.Rule = "match",
-    processors: tuple[Processor, ...] = (),
-):
-    """The whole decoding as one pure function, for other people's programs.
-
-    Args:
-      target: a `Decoder`, or anything with a `decoder` (a loaded target). drafter: a `Drafter`, or
-        anything with a `drafter` (a loaded one); None decodes plainly.
-      max_new_tokens: static; the text has room for prompt width + max_new_tokens.
-
-    Returns:
-      `generate(params, tokens int32[B, Lp], lengths int32[B], sampling, request_ids int32[B]) ->
-      (Text, Stats)` with `params = {"target": ..., "drafters": {name: ...}}`: jit it, shard it,
-      AOT-compile it or `jax.export` it.
-    """
-    from jax_specdec.drafters.none import NoDrafter
-
-    loop = DecodeLoop(
-        getattr(target, "decoder", target),
-        NoDrafter() if drafter is None else getattr(drafter, "drafter", drafter),
-        rule,
-        tuple(processors),
-    )
-
-    def generate(
-        params: dict[str, Any],
-        tokens: Int[Array, "B Lp"],
-        lengths: Int[Array, " B"],
-        sampling: Sampling,
-        request_ids: Int[Array, " B"],
-    ) -> tuple[Text, Stats]:
-        capacity = tokens.shape[1] + max_new_tokens
-        state = loop.start(params, tokens, lengths, sampling, request_ids, capacity=capacity)
-        state = loop.run(params, state, capacity)
-        return state.text, state.stats
-
-    return generate
 
 
 # An exported `generate` is serialised with the types of its arguments and results.

@@ -2,14 +2,17 @@
 
 import dataclasses
 from collections.abc import Iterable
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from safetensors import SafetensorError, safe_open
 
 from jax_specdec._types import Array, Int
 from jax_specdec.core.draft import chain
 from jax_specdec.core.drafter import ChainDrafter, StatelessDrafter
+from jax_specdec.errors import UserError
 
 
 def successors(table: Int[Array, " V"], root: Int[Array, " B"], length: int) -> Int[Array, "B P"]:
@@ -56,3 +59,38 @@ class Bigram(ChainDrafter, StatelessDrafter):
         del view, sampling, noise, active, room
         tokens = successors(params[self.name], text.root(), self.length)
         return chain(text, tokens), states
+
+
+BIGRAM_FILE = "bigram.safetensors"
+
+
+def save_bigram(folder: str | Path, table: np.ndarray) -> None:
+    """Writes a successor table `int32[V]` as `bigram.safetensors`."""
+    from safetensors.numpy import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"successor": np.ascontiguousarray(table, np.int32)}, folder / BIGRAM_FILE)
+
+
+def load_bigram(folder: str | Path, vocab_size: int) -> np.ndarray:
+    """Reads a successor table and checks it against the vocabulary.
+
+    Raises:
+      UserError: no such file, not a table, or ids outside the vocabulary.
+    """
+    path = Path(folder) / BIGRAM_FILE
+    if not path.is_file():
+        raise UserError(f"There is no {BIGRAM_FILE} in {folder}.")
+    try:
+        with safe_open(path, framework="np") as file:
+            table = file.get_tensor("successor")
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a readable bigram table: {error}.") from None
+    if table.shape != (vocab_size,):
+        raise UserError(
+            f"The bigram table has {table.shape[0]} entries and the target's vocabulary {vocab_size}."
+        )
+    if table.min() < 0 or table.max() >= vocab_size:
+        raise UserError(f"The bigram table names tokens outside the vocabulary of {vocab_size}.")
+    return table

@@ -27,10 +27,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_specdec._types import Array, Bool, Float, Int
+from jax_specdec.core.confidence import chain_fields, confidences, perturbed
 from jax_specdec.core.draft import MAX_NODES, TOP, Text, chain
 from jax_specdec.core.drafter import Drafter, Outcome, States
-from jax_specdec.core.sampling import Noise, argmax, warp
-from jax_specdec.drafters.neural import NeuralDrafter, chain_fields, confidences, perturbed
+from jax_specdec.core.numerics import argmax
+from jax_specdec.core.prng import Noise
+from jax_specdec.core.sampling import warp
+from jax_specdec.drafters.neural import NeuralDrafter
 from jax_specdec.errors import UserError
 
 

@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jax_specdec._types import Array
+from jax_specdec._types import Array, Params
 from jax_specdec.core import cache as kv
 from jax_specdec.core.drafter import TargetView
-from jax_specdec.drafters.neural import CATCH_UP, NeuralDrafter, Stop
+from jax_specdec.drafters.early_exit import Stop
+from jax_specdec.drafters.neural import CATCH_UP, NeuralDrafter
 from jax_specdec.errors import UserError
-from jax_specdec.models.decoder import Output, Params
+from jax_specdec.models.decoder import Output
 from jax_specdec.models.glide import GliDe, glimpse_cache, last_seen
 
 

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Literal
 
-from jax_specdec.drafters.neural import NeuralDrafter, Stop
+from jax_specdec.drafters.early_exit import Stop
+from jax_specdec.drafters.neural import NeuralDrafter
 from jax_specdec.models.decoder import Decoder
 
 

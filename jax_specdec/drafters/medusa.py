@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_specdec._types import Array, Float
+from jax_specdec.core.confidence import chain_fields, perturbed
 from jax_specdec.core.draft import Text, chain
 from jax_specdec.core.drafter import ChainDrafter, StatelessDrafter, TargetView
-from jax_specdec.core.sampling import argmax, warp
-from jax_specdec.drafters.neural import chain_fields, perturbed
+from jax_specdec.core.numerics import argmax
+from jax_specdec.core.sampling import warp
 from jax_specdec.errors import UserError
 from jax_specdec.models.glide import last_seen
 from jax_specdec.models.medusa import Medusa

@@ -4,21 +4,21 @@ A subclass says what runs a forward pass over its own cache; reading text, draft
 back, and whatever grows a tree over it (`drafters.growth`) follow from that.
 """
 
-import dataclasses
 from typing import Any, Literal, Protocol
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_specdec._types import Array, Bool, Float, Int
+from jax_specdec._types import Array, Float, Int, Params
 from jax_specdec.core import cache as kv
-from jax_specdec.core.draft import TOP, Text, chain
+from jax_specdec.core.confidence import chain_fields, perturbed
+from jax_specdec.core.draft import Text, chain
 from jax_specdec.core.drafter import ChainDrafter, States, TargetView, rollback
+from jax_specdec.core.numerics import argmax
 from jax_specdec.core.prefill import read_ending, read_text
-from jax_specdec.core.sampling import NEG_INF, Noise, Sampling, argmax, largest, law_of, warp
-from jax_specdec.errors import UserError
-from jax_specdec.models.decoder import Decoder, Output, Params
+from jax_specdec.core.sampling import warp
+from jax_specdec.drafters.early_exit import Stop
+from jax_specdec.models.decoder import Decoder, Output
 
 # A drafter lags by one or two tokens after a normal round; the first step of a draft reads that many.
 CATCH_UP = 2
@@ -42,41 +42,6 @@ class Model(Protocol):
     ) -> Output: ...
 
     def head(self, params: Params, hidden: Array) -> Array: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Stop:
-    """Ends a draft behind a token that the drafter is unsure of: drafting further would hardly pay.
-
-    Which tokens follow is no matter of exactness: a token stays in the draft once it was drawn.
-
-    Attributes:
-      rule: `confidence`, the probability of the drafted token (arXiv 2211.17192 drafts on regardless;
-        assisted generation of transformers stops at 0.4), or `entropy`, the lower bound
-        1 - sqrt(0.2 H) of the chance of acceptance, H in nats (AdaEDL, arXiv 2410.18351).
-      threshold: a draft ends where the figure is below, 0 < threshold < 1.
-
-    Raises:
-      UserError: another threshold.
-    """
-
-    rule: Literal["confidence", "entropy"]
-    threshold: float
-
-    def __post_init__(self):
-        if not 0 < self.threshold < 1:
-            raise UserError(
-                f"A draft stops at a {self.rule} threshold between 0 and 1, got {self.threshold:g}."
-            )
-
-    def ends(self, scores: Float[Array, "B 1 V"], sampling: Sampling) -> Bool[Array, " B"]:
-        """Which rows end behind the best of `scores`, noise included."""
-        best = jnp.max(scores, axis=-1, keepdims=True)
-        if self.rule == "confidence":
-            return confidences(scores, best, sampling)[:, 0, 0] < self.threshold
-        p = confidences(scores, scores, sampling)[:, 0]
-        entropy = jnp.sum(jax.scipy.special.entr(p), axis=-1)
-        return 1 - jnp.sqrt(0.2 * entropy) < self.threshold
 
 
 class NeuralDrafter(ChainDrafter):
@@ -252,91 +217,3 @@ class NeuralDrafter(ChainDrafter):
         del view
         cache = states[self.name]
         return {**states, self.name: cache.replace(length=rollback(cache.length, outcome))}
-
-
-def perturbed(
-    scores: Float[Array, "B T V"],
-    noise: Noise,
-    depth: Array | int,
-    proposal: str,
-    depths: int = 1,
-) -> Float[Array, "B T V"]:
-    """What tokens at `depth` are the argmax of: warped scores, with the noise unless greedy.
-
-    Under the rejection rule a token must be drawn from the law that is handed over, whatever the
-    proposal.
-
-    Args:
-      depths: 1 for tokens of one depth, T for those of T depths from `depth` on.
-    """
-    if proposal == "greedy" and not noise.return_q:
-        return scores
-    return scores + lax.dynamic_slice_in_dim(noise.gumbel, depth, depths, axis=1)
-
-
-def chain_fields(
-    scores: Float[Array, "B P V"],
-    tokens: Int[Array, "B P"],
-    sampling: Sampling,
-    noise: Noise,
-    proposal: str,
-) -> dict[str, Array]:
-    """The fields of a chain's `Draft` that `noise` asks for.
-
-    Args:
-      scores: warped logits at each depth. tokens: what was drafted from them.
-
-    Children are ranked by what the token was chosen by. Under the match rule that is scores + noise:
-    the target's token will be the best of its own scores + the same noise, so the next best of the
-    drafter's sum are the likeliest alternatives. Under the rejection rule the drawn token comes first
-    and the others follow by scores alone: which ones the residual prefers does not depend on the noise
-    of the draw.
-
-    Probabilities are those of a softmax at temperature 1, of the logits + temperature * noise that the
-    ranking amounts to. At temperature 0 this is the max softmax that CaPE calls confidence
-    (arXiv 2402.02082, section 4.2); at any other it stays a measure of how far the token is ahead, in
-    the same units as the drafter's errors, which the law's own probability of the token is not: there
-    an unlikely token that the noise made a clear winner will be the target's, too.
-    """
-    fields: dict[str, Array] = {}
-    if noise.return_q:
-        fields["q"] = law_of(scores, sampling)
-    if noise.return_top:
-        if proposal != "greedy" and not noise.return_q:
-            scores = scores + noise.gumbel[:, : scores.shape[1]]
-        ids, probs = best_children(scores, tokens, sampling)
-        fields["probability"] = probs[..., 0]
-        # The children of the last node are not known: its row is empty.
-        pad = ((0, 0), (0, 1), (0, 0))
-        fields |= {"top_ids": jnp.pad(ids, pad), "top_probs": jnp.pad(probs, pad)}
-    return fields
-
-
-def best_children(
-    scores: Float[Array, "B T V"], first: Int[Array, "B T"], sampling: Sampling, count: int = TOP
-) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
-    """`first`, then the next best of `scores`, with probabilities at temperature 1.
-
-    `scores` are divided by the row's temperature, or noise is added that should be; both are undone.
-    """
-    chosen = jnp.take_along_axis(scores, first[..., None], axis=-1)
-    line = lax.broadcasted_iota(jnp.int32, scores.shape, 2)
-    others, ids = largest(
-        jnp.where(line == first[..., None], NEG_INF, scores), min(count, scores.shape[-1]) - 1
-    )
-    values = jnp.concatenate([chosen, others], axis=-1)
-    probs = confidences(scores, values, sampling)
-    return jnp.concatenate([first[..., None], ids], axis=-1), probs
-
-
-def confidences(
-    scores: Float[Array, "B T V"], values: Float[Array, "B T K"], sampling: Sampling
-) -> Float[Array, "B T K"]:
-    """The probabilities at temperature 1 of tokens whose scores are `values`."""
-    hot = sampling.temperature > 0
-    floor = jnp.finfo(jnp.float32).tiny
-    scale = jnp.where(hot, jnp.maximum(sampling.temperature, floor), jnp.float32(1))
-    scale = scale.astype(scores.dtype)[:, None, None]
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    total = jnp.sum(jnp.exp((scores - top) * scale), axis=-1, keepdims=True)
-    return jnp.exp((values - top) * scale) / total

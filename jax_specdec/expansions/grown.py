@@ -23,12 +23,16 @@ from jax import lax
 
 from jax_specdec._types import Array, Float, Int
 from jax_specdec.core import cache as kv
-from jax_specdec.core.draft import TOP, Draft, Text, ancestor_bits, root_only
+from jax_specdec.core.confidence import best_children, perturbed
+from jax_specdec.core.draft import Draft, Text, ancestor_bits, root_only
 from jax_specdec.core.drafter import Drafter
-from jax_specdec.core.sampling import Noise, Sampling, argmax, warp
-from jax_specdec.drafters.neural import NeuralDrafter, best_children, perturbed
+from jax_specdec.core.numerics import argmax
+from jax_specdec.core.prng import Noise
+from jax_specdec.core.sampling import Sampling, warp
+from jax_specdec.drafters.neural import NeuralDrafter
 from jax_specdec.errors import UserError
-from jax_specdec.expansions.siblings import Rule, select
+from jax_specdec.expansions.expand import Rule
+from jax_specdec.expansions.select import select
 from pallas_kernels import masks
 
 
@@ -225,59 +229,6 @@ class Growth(Rule):
         count = jnp.sum(jnp.cumprod(held.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
         cache = kv.commit(cache, new_kv, count, jnp.maximum(slot, 0))
         return {**states, drafter.name: cache}
-
-
-@dataclasses.dataclass(frozen=True)
-class DynamicTree(Growth):
-    """EAGLE-2's tree: expand the most probable nodes of each depth, verify the most probable of all.
-
-    A node's probability is the product of those on its path, so that whatever is chosen, its parent is
-    too.
-
-    Attributes:
-      width: nodes read at each depth and children of each, EAGLE-2's top-k, at most 8.
-    """
-
-    width: int = 4
-
-    def check(self, drafter):
-        super().check(drafter)
-        if not 2 <= self.width <= TOP:
-            raise UserError(f"The width of a dynamic tree must be in 2 to {TOP}, got {self.width}.")
-
-    def budgets(self, depth):
-        return depth + 2, 1 + self.width + (depth - 1) * self.width**2
-
-    def shape(self, depth):
-        del depth
-        return self.width, self.width
-
-    def chosen(self, grown):
-        value = grown.value.at[:, :, 0].set(-jnp.inf)  # the chain is in already
-        count = self.nodes - 1 - value.shape[1]
-        return select(value.reshape(value.shape[0], -1), count)
-
-
-@dataclasses.dataclass(frozen=True)
-class BeamSearch(Growth):
-    """Beam search, every beam of every depth verified: as many beams as the budget holds."""
-
-    def budgets(self, depth):
-        return 1 + 2 * depth, 1 + TOP * depth
-
-    def size(self, depth):
-        return 1 + self.shape(depth)[0] * depth
-
-    def shape(self, depth):
-        width = (self.nodes - 1) // depth
-        return width, width
-
-    def chosen(self, grown):
-        batch, depth, candidates = grown.tokens.shape
-        beams = grown.read[:, :, 1:]
-        value = jnp.take_along_axis(grown.value, beams, axis=2)
-        node = jnp.arange(depth, dtype=jnp.int32)[None, :, None] * candidates + beams
-        return node.reshape(batch, -1), value.reshape(batch, -1) > -jnp.inf
 
 
 def widest(value: Float[Array, "B C"], width: int) -> Int[Array, "B width"]:

@@ -7,131 +7,18 @@ cost the drafter nothing but the choice. Rules that grow whole trees are in `dra
 """
 
 import dataclasses
-import math
-from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 
-from jax_specdec._types import Array, Bool, Float, Int
-from jax_specdec.core.draft import MAX_NODES, TOP, Draft
-from jax_specdec.core.drafter import Drafter
+from jax_specdec._types import Array, Float
+from jax_specdec.core.draft import TOP, Draft
 from jax_specdec.errors import UserError
+from jax_specdec.expansions.expand import Rule
+from jax_specdec.expansions.select import select
 from pallas_kernels import masks
 
 SIBLINGS = TOP - 1  # the most siblings of a chain token: what a drafter reports besides it
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """How a draft is widened.
-
-    Attributes:
-      nodes: the budget of every verification, the root included. Shapes are static: it is spent,
-        on invalid nodes where a rule finds too few.
-    """
-
-    nodes: int
-
-    def check(self, drafter: Drafter) -> None:
-        """Raises `UserError` for a drafter that the rule cannot widen."""
-
-    def budgets(self, depth: int) -> tuple[int, int]:
-        """The smallest and the largest `nodes` that the rule can spend on a chain of `depth`."""
-        raise NotImplementedError
-
-    def fit(self, depth: int) -> None:
-        """Raises `UserError` for a budget that does not fit a chain of `depth`."""
-        if self.fits(depth):
-            return
-        least, most = self.budgets(depth)
-        most = min(most, MAX_NODES)
-        if least > most:
-            raise UserError(
-                f"A chain of {depth} leaves no room for this expansion: a draft has at most "
-                f"{MAX_NODES} nodes."
-            )
-        raise UserError(
-            f"This expansion of a chain of {depth} takes {least} to {most} nodes, the root and the "
-            f"chain included, got {self.nodes}."
-        )
-
-    def fits(self, depth: int) -> bool:
-        """Whether `fit` would not raise."""
-        least, most = self.budgets(depth)
-        return least <= self.nodes <= min(most, MAX_NODES)
-
-    def size(self, depth: int) -> int:
-        """T, at most `nodes`."""
-        del depth
-        return self.nodes
-
-    def init(self, drafter: Drafter, batch: int, capacity: int) -> dict[str, Any]:
-        return drafter.init(batch, capacity)
-
-    def draft(
-        self, drafter: Any, params, states, text, view, sampling, noise, active, room
-    ) -> tuple[Draft, dict[str, Any]]:
-        """`Drafter.draft` of the expansion."""
-        raise NotImplementedError
-
-    def commit(self, drafter: Any, states, outcome, view) -> dict[str, Any]:
-        return drafter.commit(states, outcome, view)
-
-
-@dataclasses.dataclass(frozen=True)
-class Expand:
-    """A drafter whose drafts a rule widens.
-
-    Order of the nodes: the root, the drafter's main chain, then all others, whose origin is the
-    proposer `sibling`.
-
-    Raises:
-      UserError: a budget that does not fit the chain, or a drafter that the rule cannot widen: one that
-        proposes trees, or has no distribution, for which wider drafts are not defined.
-    """
-
-    drafter: Drafter
-    rule: Rule
-    has_distribution = False  # it is spent
-
-    def __post_init__(self):
-        self.rule.check(self.drafter)
-        self.rule.fit(self.drafter.depth)
-
-    @property
-    def name(self) -> str:
-        return f"{self.drafter.name}+"
-
-    @property
-    def num_nodes(self) -> int:
-        return self.rule.size(self.drafter.depth) - 1
-
-    @property
-    def depth(self) -> int:
-        return self.drafter.depth
-
-    @property
-    def proposers(self) -> tuple[str, ...]:
-        return (*self.drafter.proposers, "sibling")
-
-    @property
-    def reads_hidden(self) -> bool:
-        return self.drafter.reads_hidden
-
-    def init(self, batch, capacity):
-        return self.rule.init(self.drafter, batch, capacity)
-
-    def extend(self, params, states, text, view):
-        return self.drafter.extend(params, states, text, view)
-
-    def draft(self, params, states, text, view, sampling, noise, active, room):
-        return self.rule.draft(
-            self.drafter, params, states, text, view, sampling, noise, active, room
-        )
-
-    def commit(self, states, outcome, view):
-        return self.rule.commit(self.drafter, states, outcome, view)
 
 
 # Combs
@@ -212,38 +99,6 @@ class Comb(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cape(Comb):
-    """Confidence-aware proposal expansion (arXiv 2402.02082, section 4.2).
-
-    The surer the drafter is of a token, the fewer siblings it gets: 7, 5, 3 or 1 where the confidence
-    (the largest probability at temperature 1) is at most 0.3, 0.6, 0.8 or 1. The paper verifies them
-    all; here, where the budget is too small for them, those at the smallest depths go first.
-
-    Attributes:
-      boundary: `paper` closes the intervals on the right (0.3 gets 7), `code`, the authors' published
-        code, on the left (0.3 gets 5).
-    """
-
-    boundary: Literal["paper", "code"] = "paper"
-
-    edges = (0.3, 0.6, 0.8)
-    extra = (7, 5, 3, 1)
-
-    def siblings(self, confidence: Float[Array, "*s"]) -> Int[Array, "*s"]:
-        """How many siblings a token gets."""
-        edges = jnp.asarray(self.edges, confidence.dtype)
-        side: Any = "left" if self.boundary == "paper" else "right"
-        place = jnp.searchsorted(edges, confidence, side=side, method="compare_all")
-        return jnp.take(jnp.asarray(self.extra, jnp.int32), place)
-
-    def priority(self, probs, confidence):
-        rank = jnp.arange(probs.shape[-1], dtype=jnp.int32)[None, None]
-        taken = rank < self.siblings(confidence)[..., None]
-        place = np.arange(math.prod(probs.shape[1:]), dtype=np.float32).reshape(1, *probs.shape[1:])
-        return jnp.where(taken, -jnp.asarray(place), -jnp.inf)
-
-
-@dataclasses.dataclass(frozen=True)
 class Fixed(Comb):
     """The same number of siblings at every position, as far as the budget divides.
 
@@ -272,25 +127,3 @@ class PathProbability(Comb):
         sure = jnp.log(jnp.where(confidence > 0, confidence, 1.0))
         reach = jnp.cumsum(sure, axis=1) - sure  # of the siblings' parent
         return reach[..., None] + jnp.log(probs)
-
-
-def select(
-    priority: Float[Array, "B N"], count: int
-) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
-    """The `count <= N` places of highest priority, in rising order, and whether each is above -inf.
-
-    Of equal ones the first wins. By counting pairs: for the few places of a draft that is cheaper than
-    a sort, and comes out in order.
-    """
-    size = priority.shape[1]
-    line = jnp.arange(size, dtype=jnp.int32)
-    mine, other = priority[:, :, None], priority[:, None, :]
-    first = (line[None, :] < line[:, None])[None]
-    ahead = (other > mine) | ((other == mine) & first)
-    taken = jnp.sum(ahead, axis=2, dtype=jnp.int32) < count
-    slot = jnp.sum(taken[:, None, :] & first, axis=2, dtype=jnp.int32)
-    here = taken[:, None, :] & (
-        slot[:, None, :] == jnp.arange(count, dtype=jnp.int32)[None, :, None]
-    )
-    places = jnp.sum(jnp.where(here, line[None, None], 0), axis=2, dtype=jnp.int32)
-    return places, jnp.take_along_axis(priority, places, axis=1) > -jnp.inf

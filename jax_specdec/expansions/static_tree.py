@@ -19,7 +19,7 @@ from jax_specdec._types import Array
 from jax_specdec.core.draft import MAX_NODES, TOP, Draft, ancestor_bits
 from jax_specdec.drafters.medusa import MedusaDrafter
 from jax_specdec.errors import UserError
-from jax_specdec.expansions.siblings import Rule
+from jax_specdec.expansions.expand import Rule
 from pallas_kernels import masks
 
 Path = tuple[int, ...]

@@ -23,23 +23,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jax_specdec._types import Array, Params
 from jax_specdec.core.cache import KVCache
+from jax_specdec.models.attention import masked_attention
 from jax_specdec.models.config import ModelConfig
-from jax_specdec.models.decoder import (
-    Decoder,
-    Output,
-    Params,
-    apply_rope,
-    masked_attention,
-    matmul,
-    rms_norm,
-    rope_angles,
-    unembed,
-)
+from jax_specdec.models.decoder import Decoder, Output
 from jax_specdec.models.glide_config import GliDeConfig
+from jax_specdec.models.layers import matmul, rms_norm, unembed
+from jax_specdec.models.rope import apply_rope, rope_angles
 from pallas_kernels import tree_attention
-
-Array = jax.Array
 
 
 class Glimpse(Protocol):

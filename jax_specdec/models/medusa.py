@@ -21,10 +21,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jax_specdec._types import Array, Params
 from jax_specdec.models.config import ModelConfig
-from jax_specdec.models.decoder import Params, matmul, rms_norm, unembed
-
-Array = jax.Array
+from jax_specdec.models.layers import matmul, rms_norm, unembed
 
 
 @dataclasses.dataclass(frozen=True)

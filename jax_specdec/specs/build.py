@@ -1,7 +1,6 @@
 """From a `--drafter` specification and a checkpoint folder to a drafter with its parameters."""
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,27 +8,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from jax_specdec.checkpoints.glide import load_glide, read_glide_config
 from jax_specdec.checkpoints.medusa import load_medusa, read_medusa_config
 from jax_specdec.checkpoints.targets import Target, load_target
+from jax_specdec.checkpoints.vocabulary import check_vocabulary
 from jax_specdec.core.draft import MAX_NODES
 from jax_specdec.core.drafter import Drafter
-from jax_specdec.drafters.bigram import Bigram
-from jax_specdec.drafters.cascade import Cascade, Horizontal, turns
+from jax_specdec.drafters.bigram import Bigram, load_bigram
+from jax_specdec.drafters.cascade import Cascade, Horizontal
+from jax_specdec.drafters.early_exit import Stop
 from jax_specdec.drafters.glide import GliDeDrafter
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.medusa import MedusaDrafter
-from jax_specdec.drafters.neural import Stop
 from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.drafters.prompt_lookup import PromptLookup
 from jax_specdec.errors import UserError
-from jax_specdec.expansions.grown import BeamSearch, DynamicTree, Growth
-from jax_specdec.expansions.siblings import Cape, Expand, Fixed, PathProbability, Rule
+from jax_specdec.expansions.beam_search import BeamSearch
+from jax_specdec.expansions.cape import Cape
+from jax_specdec.expansions.dynamic_tree import DynamicTree
+from jax_specdec.expansions.expand import Expand, Rule
+from jax_specdec.expansions.grown import Growth
+from jax_specdec.expansions.siblings import Fixed, PathProbability
 from jax_specdec.expansions.static_tree import StaticTree
+from jax_specdec.specs.defaults import FALLBACK_LENGTHS, _measured
 from jax_specdec.specs.language import (
     CASCADE,
     EXAMPLE,
@@ -40,6 +43,7 @@ from jax_specdec.specs.language import (
     known_name,
     parse,
 )
+from jax_specdec.specs.sizes import depth_of
 
 RULES: dict[str, type[Rule]] = {
     "cape": Cape,
@@ -49,17 +53,6 @@ RULES: dict[str, type[Rule]] = {
     "beam": BeamSearch,
     "static": StaticTree,
 }
-# Where nothing was measured for a checkpoint: see `jax-specdec tune`.
-FALLBACK_LENGTHS = {
-    "lm": 4,
-    "glide": 4,
-    "medusa": 3,
-    "max-gram": 6,
-    "prompt-lookup": 6,
-    "bigram": 2,
-}
-LENGTHS_FILE = "draft_lengths.json"
-BIGRAM_FILE = "bigram.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,32 +138,6 @@ def _open(spec: Spec) -> bool:
     return any(map(_open, spec.inner)) or (spec.length is None and not spec.inner)
 
 
-def depth_of(spec: Spec) -> int:
-    """The most tokens of a draft, without what an expansion adds; nothing may be left out."""
-    return max(_sizes_of(spec), default=0)
-
-
-def _sizes_of(spec: Spec) -> tuple[int, ...]:
-    if spec.name == CASCADE:
-        return _turns_of(spec)
-    if spec.inner:
-        return turns([_reviewed(spec)], [spec.length or 1], [False], cut=False)[1]
-    if spec.stop is not None:
-        return tuple(range(1, (spec.length or 0) + 1))
-    return _statistical(spec).sizes if spec.length else ()
-
-
-def _reviewed(spec: Spec) -> tuple[int, ...]:
-    """The sizes of one review."""
-    return tuple(range(1, max(_turns_of(spec)) + 2))
-
-
-def _turns_of(spec: Spec) -> tuple[int, ...]:
-    sizes = [_reviewed(inner) if inner.inner else _sizes_of(inner) for inner in spec.inner]
-    quotas = [inner.length or 1 for inner in spec.inner]
-    return turns(sizes, quotas, [inner.stop is not None for inner in spec.inner], cut=spec.cut)[1]
-
-
 def expand(rule: str, length: int, nodes: int | None) -> Rule:
     """The expansion of a chain of `length`; by default to three more nodes a chain token.
 
@@ -236,37 +203,6 @@ def longest_draft(name: str, folder: Path) -> int:
     if name == "medusa" and folder.is_dir():
         return min(read_medusa_config(folder)[0].num_heads, MAX_NODES - 1)
     return MAX_NODES - 1
-
-
-def default_spec(target: Target | str | Path) -> str:
-    """The drafter that was measured to be the fastest for a target, or one that needs no checkpoint.
-
-    Args:
-      target: a loaded one, or its folder; the measurements lie beside it.
-    """
-    folder = target.path if isinstance(target, Target) else Path(target)
-    return _measured(folder.parent).get("default") or "prompt-lookup"
-
-
-def _measured(folder: Path) -> dict[str, Any]:
-    """What `jax-specdec tune` found for the checkpoints in a folder: `{}` where it never ran.
-
-    Raises:
-      UserError: the file is not what `tune` writes.
-    """
-    path = folder / LENGTHS_FILE
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        counts = [*found.get("lengths", {}).values(), *found.get("nodes", {}).values()]
-        good = all(n is None or 0 <= n <= MAX_NODES for n in counts)
-        good = good and all(isinstance(found.get(k, ""), str) for k in ("default", CASCADE))
-    except (OSError, ValueError, TypeError, AttributeError):
-        good = False
-    if not good:
-        raise UserError(f"{path} is damaged: write it again with `jax-specdec tune`, or delete it.")
-    return found
 
 
 def load_drafter(
@@ -347,12 +283,6 @@ def _warn_of_larger(reviewer: Drafter, inner: tuple[Drafter, ...], params: dict[
             )
 
 
-def _statistical(spec: Spec) -> Any:
-    """The drafter of a specification, of which the sizes of its drafts are asked alone."""
-    kinds = {"max-gram": MaxGram, "prompt-lookup": PromptLookup}
-    return kinds.get(spec.name, Bigram)(spec.length)
-
-
 def _load_chain(
     name: str, length: int, target: Target, where: Path, dtype: Any
 ) -> tuple[Drafter, dict[str, Any]]:
@@ -389,57 +319,3 @@ def available_drafters(target: Target, drafts: Mapping[str, str | Path]) -> list
         return name not in WITH_CHECKPOINT or Path(drafts.get(name, home / name)).is_dir()
 
     return [name for name in NAMES if name != "none" and there(name)]
-
-
-def check_vocabulary(target: Target, drafter: Target) -> None:
-    """Refuses a drafter whose token ids do not mean what the target's mean.
-
-    Raises:
-      UserError: another vocabulary size, or tokenizers that disagree, with the share that agrees.
-    """
-    if target.vocab_size != drafter.vocab_size:
-        raise UserError(
-            f"The drafter's vocabulary has {drafter.vocab_size} entries and the target's "
-            f"{target.vocab_size}: a drafter must share the target's tokenizer."
-        )
-    if target.tokenizer is None or drafter.tokenizer is None:
-        return
-    ours, theirs = target.tokenizer.get_vocab(), drafter.tokenizer.get_vocab()
-    same = sum(theirs.get(token) == index for token, index in ours.items())
-    if same < len(ours) or len(theirs) != len(ours):
-        raise UserError(
-            f"The drafter's tokenizer agrees with the target's on {same} of {len(ours)} tokens: a drafter "
-            "must share the target's tokenizer."
-        )
-
-
-def save_bigram(folder: str | Path, table: np.ndarray) -> None:
-    """Writes a successor table `int32[V]` as `bigram.safetensors`."""
-    from safetensors.numpy import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({"successor": np.ascontiguousarray(table, np.int32)}, folder / BIGRAM_FILE)
-
-
-def load_bigram(folder: str | Path, vocab_size: int) -> np.ndarray:
-    """Reads a successor table and checks it against the vocabulary.
-
-    Raises:
-      UserError: no such file, not a table, or ids outside the vocabulary.
-    """
-    path = Path(folder) / BIGRAM_FILE
-    if not path.is_file():
-        raise UserError(f"There is no {BIGRAM_FILE} in {folder}.")
-    try:
-        with safe_open(path, framework="np") as file:
-            table = file.get_tensor("successor")
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a readable bigram table: {error}.") from None
-    if table.shape != (vocab_size,):
-        raise UserError(
-            f"The bigram table has {table.shape[0]} entries and the target's vocabulary {vocab_size}."
-        )
-    if table.min() < 0 or table.max() >= vocab_size:
-        raise UserError(f"The bigram table names tokens outside the vocabulary of {vocab_size}.")
-    return table

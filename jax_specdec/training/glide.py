@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_specdec._types import Array
-from jax_specdec.models.decoder import Decoder, Params
+from jax_specdec._types import Array, Params
+from jax_specdec.models.decoder import Decoder
 from jax_specdec.models.glide import GliDe, glimpse_text, last_seen
 from jax_specdec.training import losses, trainer
 from jax_specdec.training.config import GliDeRecipe, TrainConfig

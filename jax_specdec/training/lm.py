@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_specdec.models.decoder import Decoder, Params
+from jax_specdec._types import Params
+from jax_specdec.models.decoder import Decoder
 from jax_specdec.training import trainer
 from jax_specdec.training.config import TrainConfig
 from jax_specdec.training.data import Documents

@@ -10,7 +10,7 @@ from typing import Protocol
 import jax.numpy as jnp
 
 from jax_specdec._types import Array, Float, Int
-from jax_specdec.core.sampling import argmax
+from jax_specdec.core.numerics import argmax
 from jax_specdec.errors import UserError
 
 LOSSES = ("cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon", "total_variation")

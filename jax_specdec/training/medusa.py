@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_specdec._types import Array, Float
+from jax_specdec._types import Array, Float, Params
 from jax_specdec.checkpoints.medusa import Accuracies
 from jax_specdec.core.draft import TOP
-from jax_specdec.core.sampling import argmax
+from jax_specdec.core.numerics import argmax
 from jax_specdec.errors import UserError
-from jax_specdec.models.decoder import Decoder, Params
+from jax_specdec.models.decoder import Decoder
 from jax_specdec.models.medusa import Medusa
 from jax_specdec.training import losses, trainer
 from jax_specdec.training.config import MedusaRecipe, TrainConfig

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_specdec._types import Array
-from jax_specdec.models.decoder import Decoder, Params
+from jax_specdec._types import Array, Params
+from jax_specdec.models.decoder import Decoder
 
 
 class Reading(NamedTuple):

@@ -23,8 +23,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
 
+from jax_specdec._types import Params
 from jax_specdec.errors import RunError, UserError
-from jax_specdec.models.decoder import Params
 from jax_specdec.training.config import TrainConfig
 from jax_specdec.training.data import Documents, Mixed, heldout_windows, training_batches
 

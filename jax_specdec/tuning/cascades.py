@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jax_specdec.specs.build import depth_of, parse_drafter
+from jax_specdec.specs.build import parse_drafter
 from jax_specdec.specs.language import CASCADE, Spec
+from jax_specdec.specs.sizes import depth_of
 from jax_specdec.tuning.replay import Record
 
 STATISTICAL = "max-gram"

@@ -16,7 +16,8 @@ from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.draft import Text
 from jax_specdec.core.drafter import Outcome, TargetView
 from jax_specdec.core.prefill import read_text
-from jax_specdec.core.sampling import Noise, make_sampling
+from jax_specdec.core.prng import Noise
+from jax_specdec.core.sampling import make_sampling
 from jax_specdec.errors import UserError
 from jax_specdec.expansions.siblings import Comb
 from jax_specdec.specs.build import LoadedDrafter

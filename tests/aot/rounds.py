@@ -8,7 +8,8 @@ from jax.sharding import Mesh
 
 from jax_specdec import DecodeLoop, Decoder, ModelConfig, make_sampling
 from jax_specdec.drafters.glide import GliDeDrafter
-from jax_specdec.expansions.siblings import Cape, Expand
+from jax_specdec.expansions.cape import Cape
+from jax_specdec.expansions.expand import Expand
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
 

@@ -1,0 +1,98 @@
+"""What a proposer says of its draft beyond the tokens: children, probabilities, confidence."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from jax_specdec._types import Array, Float, Int
+from jax_specdec.core.draft import TOP
+from jax_specdec.core.numerics import NEG_INF, largest
+from jax_specdec.core.prng import Noise
+from jax_specdec.core.sampling import Sampling, law_of
+
+
+def perturbed(
+    scores: Float[Array, "B T V"],
+    noise: Noise,
+    depth: Array | int,
+    proposal: str,
+    depths: int = 1,
+) -> Float[Array, "B T V"]:
+    """What tokens at `depth` are the argmax of: warped scores, with the noise unless greedy.
+
+    Under the rejection rule a token must be drawn from the law that is handed over, whatever the
+    proposal.
+
+    Args:
+      depths: 1 for tokens of one depth, T for those of T depths from `depth` on.
+    """
+    if proposal == "greedy" and not noise.return_q:
+        return scores
+    return scores + lax.dynamic_slice_in_dim(noise.gumbel, depth, depths, axis=1)
+
+
+def chain_fields(
+    scores: Float[Array, "B P V"],
+    tokens: Int[Array, "B P"],
+    sampling: Sampling,
+    noise: Noise,
+    proposal: str,
+) -> dict[str, Array]:
+    """The fields of a chain's `Draft` that `noise` asks for.
+
+    Args:
+      scores: warped logits at each depth. tokens: what was drafted from them.
+
+    Children are ranked by what the token was chosen by. Under the match rule that is scores + noise:
+    the target's token will be the best of its own scores + the same noise, so the next best of the
+    drafter's sum are the likeliest alternatives. Under the rejection rule the drawn token comes first
+    and the others follow by scores alone: which ones the residual prefers does not depend on the noise
+    of the draw.
+
+    Probabilities are those of a softmax at temperature 1, of the logits + temperature * noise that the
+    ranking amounts to. At temperature 0 this is the max softmax that CaPE calls confidence
+    (arXiv 2402.02082, section 4.2); at any other it stays a measure of how far the token is ahead, in
+    the same units as the drafter's errors, which the law's own probability of the token is not: there
+    an unlikely token that the noise made a clear winner will be the target's, too.
+    """
+    fields: dict[str, Array] = {}
+    if noise.return_q:
+        fields["q"] = law_of(scores, sampling)
+    if noise.return_top:
+        if proposal != "greedy" and not noise.return_q:
+            scores = scores + noise.gumbel[:, : scores.shape[1]]
+        ids, probs = best_children(scores, tokens, sampling)
+        fields["probability"] = probs[..., 0]
+        # The children of the last node are not known: its row is empty.
+        pad = ((0, 0), (0, 1), (0, 0))
+        fields |= {"top_ids": jnp.pad(ids, pad), "top_probs": jnp.pad(probs, pad)}
+    return fields
+
+
+def best_children(
+    scores: Float[Array, "B T V"], first: Int[Array, "B T"], sampling: Sampling, count: int = TOP
+) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
+    """`first`, then the next best of `scores`, with probabilities at temperature 1.
+
+    `scores` are divided by the row's temperature, or noise is added that should be; both are undone.
+    """
+    chosen = jnp.take_along_axis(scores, first[..., None], axis=-1)
+    line = lax.broadcasted_iota(jnp.int32, scores.shape, 2)
+    others, ids = largest(
+        jnp.where(line == first[..., None], NEG_INF, scores), min(count, scores.shape[-1]) - 1
+    )
+    values = jnp.concatenate([chosen, others], axis=-1)
+    probs = confidences(scores, values, sampling)
+    return jnp.concatenate([first[..., None], ids], axis=-1), probs
+
+
+def confidences(
+    scores: Float[Array, "B T V"], values: Float[Array, "B T K"], sampling: Sampling
+) -> Float[Array, "B T K"]:
+    """The probabilities at temperature 1 of tokens whose scores are `values`."""
+    hot = sampling.temperature > 0
+    floor = jnp.finfo(jnp.float32).tiny
+    scale = jnp.where(hot, jnp.maximum(sampling.temperature, floor), jnp.float32(1))
+    scale = scale.astype(scores.dtype)[:, None, None]
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    total = jnp.sum(jnp.exp((scores - top) * scale), axis=-1, keepdims=True)
+    return jnp.exp((values - top) * scale) / total

@@ -1,0 +1,102 @@
+"""Attention of whole sequences and of tree nodes beside a cache."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_specdec._types import Array
+from jax_specdec.models.layers import precision_of
+from pallas_kernels import masks, tree_attention
+
+
+def causal_attention(q: Array, k: Array, v: Array, window: int | None) -> Array:
+    """Attention of whole sequences with nothing cached, for training.
+
+    Args:
+      q: `[B, T, N, D]`. k, v: `[B, T, K, D]`. window: sliding window in tokens, or None.
+    """
+    i = jnp.arange(q.shape[1], dtype=jnp.int32)
+    keep = i[:, None] >= i[None, :]
+    if window is not None:
+        keep = keep & (i[:, None] - i[None, :] < window)
+    return masked_attention(q, k, v, keep[None])
+
+
+def masked_attention(q: Array, k: Array, v: Array, keep: Array) -> Array:
+    """Dense attention under any mask, for training.
+
+    Args:
+      q: `[B, T, N, D]`. k, v: `[B, S, K, D]`. keep: `bool[B or 1, T, S]`; a query must see a key.
+    """
+    batch, length, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+    precision = precision_of(q.dtype)
+    score = jnp.einsum(
+        "BTKGD,BSKD->BKGTS", q, k, precision=precision, preferred_element_type=jnp.float32
+    ) * jnp.float32(dim**-0.5)
+    score = jnp.where(keep[:, None, None], score, jnp.finfo(jnp.float32).min)
+    weight = jax.nn.softmax(score, axis=-1).astype(v.dtype)
+    out = jnp.einsum("BKGTS,BSKD->BTKGD", weight, v, precision=precision)
+    return out.reshape(batch, length, heads, dim)
+
+
+def grown_attention(
+    q: Array,
+    k_new: Array,
+    v_new: Array,
+    k_drafted: Array,
+    v_drafted: Array,
+    k_cache: Array,
+    v_cache: Array,
+    length: Array,
+    ancestors: Array,
+    layer: Any = None,
+) -> Array:
+    """Attention of new tree nodes over the cache, over nodes drafted before them, and over themselves.
+
+    Two softmaxes, the prefix's and the tree's, merged by their log-sum-exp: the tree stays outside of
+    the cache, where its nodes would need a mask.
+
+    Args:
+      q: `[B, T, N, D]`. k_new, v_new: `[B, T, K, D]`. k_drafted, v_drafted: `[B, M, K, D]`.
+      k_cache, v_cache, length, layer: as in `tree_attention`.
+      ancestors: `int32[B, T, ceil((M+T)/32)]`; bit j < M is drafted node j, bit M + i new node i.
+
+    Returns:
+      `[B, T, N, D]`.
+    """
+    batch, nodes, heads, dim = q.shape
+    keys = jnp.concatenate([k_drafted, k_new], axis=1)
+    values = jnp.concatenate([v_drafted, v_new], axis=1)
+    kv_heads = keys.shape[2]
+    visible = jnp.broadcast_to(length[:, None], (batch, nodes))
+    prefix, lse = tree_attention(
+        q, None, None, k_cache, v_cache, length, layer=layer, visible=visible, return_lse=True
+    )
+    precision = precision_of(q.dtype)
+    score = jnp.einsum(
+        "BTKGD,BSKD->BTKGS",
+        q.reshape(batch, nodes, kv_heads, heads // kv_heads, dim),
+        keys,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    ) * jnp.float32(dim**-0.5)
+    seen = masks.unpack(ancestors, keys.shape[1])[:, :, None, None]
+    score = jnp.where(seen, score, -jnp.inf)
+    lse = lse.reshape(*score.shape[:-1], 1)
+    # A node sees itself, so that the maximum is finite even where the prefix is empty.
+    top = jnp.maximum(jnp.max(score, axis=-1, keepdims=True), lse)
+    weight, old = jnp.exp(score - top), jnp.exp(lse - top)
+    out = jnp.einsum(
+        "BTKGS,BSKD->BTKGD",
+        weight.astype(values.dtype),
+        values,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    total = jnp.sum(weight, axis=-1, keepdims=True) + old
+    prefix = prefix.reshape(out.shape).astype(jnp.float32)
+    out = (out + prefix * old) / total
+    return out.astype(q.dtype).reshape(q.shape)

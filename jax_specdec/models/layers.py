@@ -1,0 +1,105 @@
+"""The parts of a decoder: products, norms and one layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import lax
+
+from jax_specdec._types import Array, Params
+from jax_specdec.models.config import ModelConfig
+from jax_specdec.models.rope import apply_rope
+from pallas_kernels import tuning
+
+Attend = Callable[[Array, Array, Array], Array]
+
+
+def precision_of(dtype: Any) -> lax.Precision:
+    """float32 means float32: accelerators otherwise multiply it in bfloat16 passes or TF32."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+def matmul(x: Array, w: Array) -> Array:
+    """`x [..., E] @ w [E, F]`, in the dtype of both."""
+    rows = x.size // x.shape[-1]
+    # XLA's CPU backend multiplies a single bfloat16 row element by element; two rows take the fast path.
+    if rows == 1 and x.dtype == jnp.bfloat16 and tuning.device().platform == "cpu":
+        row = x.reshape(1, x.shape[-1])
+        return jnp.dot(jnp.concatenate([row, row]), w)[:1].reshape(*x.shape[:-1], w.shape[-1])
+    return jnp.dot(x, w, precision=precision_of(x.dtype))
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """RMS norm (arXiv 1910.07467) with float32 statistics, over the last axis."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + jnp.float32(eps))
+    return y.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+
+
+class Block(nn.Module):
+    """One pre-norm decoder layer: attention and a gated MLP."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        angles: tuple[Array, Array],
+        attend: Attend,
+        between: Callable[[Array], Array] | None = None,
+    ):
+        """`x [B, T, E]` -> `(x, (k, v))`.
+
+        `attend(q, k, v)` sees this layer's cache; `between` comes between attention and MLP.
+        """
+        c = self.config
+        batch, length, embed = x.shape
+        heads, kv_heads, dim = c.num_heads, c.num_kv_heads, c.head_dim
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        normal = nn.initializers.normal(0.02)
+        # Residual branches start small, so that depth does not grow the variance (GPT-2, section 2.3).
+        small = nn.initializers.normal(0.02 / (2 * c.num_layers) ** 0.5)
+
+        def param(name, init, *shape):
+            return self.param(name, init, shape, self.dtype)
+
+        y = rms_norm(x, param("attention_norm", ones, embed), c.norm_eps)
+        qkv = matmul(y, param("qkv", normal, embed, (heads + 2 * kv_heads) * dim))
+        if c.qkv_bias:
+            qkv = qkv + param("qkv_bias", zeros, qkv.shape[-1])[None, None]
+        if tuning.device().platform == "tpu":
+            # Without it XLA lays the weights out by heads, in a copy of all layers at the start of a run.
+            qkv = lax.optimization_barrier(qkv)
+        qkv = qkv.reshape(batch, length, heads + 2 * kv_heads, dim)
+        q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
+        if c.qk_norm:
+            q = rms_norm(q, param("q_norm", ones, dim), c.norm_eps)
+            k = rms_norm(k, param("k_norm", ones, dim), c.norm_eps)
+        q, k = apply_rope(q, *angles), apply_rope(k, *angles)
+        y = attend(q, k, v).reshape(batch, length, heads * dim)
+        y = matmul(y, param("out", small, heads * dim, embed))
+        if c.out_bias:
+            y = y + param("out_bias", zeros, embed)[None, None]
+        x = x + y
+        if between is not None:
+            x = between(x)
+        y = rms_norm(x, param("mlp_norm", ones, embed), c.norm_eps)
+        gate, up = jnp.split(matmul(y, param("gate_up", normal, embed, 2 * c.mlp_size)), 2, axis=-1)
+        x = x + matmul(nn.silu(gate) * up, param("down", small, c.mlp_size, embed))
+        return x, (k, v)
+
+
+def unembed(params: Params, x: Array) -> Array:
+    """`x [B, T, E]` -> scores `float32[B, T, V]` by `head`, or by `embed` where the head is tied."""
+    weights, product = ("head", "BTE,EV->BTV") if "head" in params else ("embed", "BTE,VE->BTV")
+    out = jnp.einsum(
+        product,
+        x,
+        params[weights],
+        precision=precision_of(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return out.astype(jnp.float32)

@@ -1,0 +1,180 @@
+"""Timing what a round is made of: verifications and drafts, compiled, warm and interleaved."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_specdec.checkpoints.targets import Target
+from jax_specdec.core.draft import Text, chain
+from jax_specdec.core.drafter import ChainDrafter, Outcome, StatelessDrafter, TargetView
+from jax_specdec.core.loop import DecodeLoop
+from jax_specdec.core.prng import Noise, shared_noise
+from jax_specdec.core.sampling import make_sampling
+from jax_specdec.drafters.none import NoDrafter
+from jax_specdec.errors import UserError
+from jax_specdec.generation import Generation
+from jax_specdec.specs.build import LoadedDrafter
+
+
+@dataclasses.dataclass(frozen=True)
+class _Repeat(ChainDrafter, StatelessDrafter):
+    """Proposes the root again and again: costs nothing, so that a round is its verification."""
+
+    length: int
+    name: str = "repeat"
+
+    def draft(self, params, states, text, view, sampling, noise, active, room):
+        del params, view, sampling, noise, active, room
+        tokens = jnp.broadcast_to(text.root()[:, None], (text.length.shape[0], self.length))
+        return chain(text, tokens), states
+
+
+def medians(arms: Mapping[Any, Callable[[], float]], repeats: int) -> dict[Any, list[float]]:
+    """Runs all arms in turn, `repeats` times; each returns its seconds. Interleaved against drift."""
+    seconds: dict[Any, list[float]] = {key: [] for key in arms}
+    for _ in range(repeats):
+        for key, arm in arms.items():
+            seconds[key].append(arm())
+    return seconds
+
+
+def _started(loop: DecodeLoop, params: Any, ids: Sequence[Sequence[int]], steps: int, room: int):
+    """A state that has read a prompt and has room for `steps` rounds of `room` tokens."""
+    longest = max(map(len, ids))
+    tokens = np.zeros((len(ids), longest), np.int32)
+    for row, prompt in enumerate(ids):
+        tokens[row, : len(prompt)] = prompt
+    capacity = 1 << (longest + steps * room - 1).bit_length()
+    sampling = make_sampling(len(ids), max_new_tokens=capacity, stop_ids=(-1,))
+    lengths = jnp.asarray([len(prompt) for prompt in ids], jnp.int32)
+    args = (params, jnp.asarray(tokens), lengths, sampling, jnp.arange(len(ids)))
+    start = jax.jit(loop.start, static_argnames=("capacity",))
+    # Compiled ahead, and so not kept: a process has room for so many programs.
+    return jax.block_until_ready(start.lower(*args, capacity=capacity).compile()(*args))
+
+
+def verify_arm(
+    target: Target, nodes: int, ids: Sequence[Sequence[int]], rounds: int = 32
+) -> Callable[[], float]:
+    """Seconds of one round that verifies `nodes` nodes, nothing drafted; compiled and warm."""
+    drafter = NoDrafter() if nodes == 1 else _Repeat(nodes - 1)
+    loop = DecodeLoop(target.decoder, drafter)
+    params = {"target": target.params, "drafters": {}}
+    state = _started(loop, params, ids, rounds, 2)
+
+    def once() -> float:
+        began = time.perf_counter()
+        out = jax.block_until_ready(_run(loop, params, state, jnp.int32(rounds)))
+        took = time.perf_counter() - began
+        return took / max(1, int(out.stats.rounds.max()))
+
+    once()
+    return once
+
+
+def _after_reading(x: jax.Array, arrays: Any, zero: jax.Array) -> jax.Array:
+    """`x`, but not before all of `arrays` went through the processor's caches. `zero` is an int32 0."""
+    line = 16  # numbers: at least one of every cache line
+    # One number less than there are: a slice of everything would be no slice, and leave the loop.
+    parts = [
+        jnp.sum(lax.dynamic_slice(leaf.reshape(-1), (zero,), (leaf.size - 1,))[::line])
+        for leaf in jax.tree.leaves(arrays)
+    ]
+    total = functools.reduce(jnp.add, parts).astype(jnp.float32)
+    bits = lax.bitcast_convert_type(total, jnp.int32)
+    return x + jnp.minimum(lax.shift_right_logical(bits, 1), 0)
+
+
+def draft_arm(
+    target: Target,
+    drafter: LoadedDrafter,
+    ids: Sequence[Sequence[int]],
+    rounds: int = 32,
+    answers: Sequence[Sequence[int]] | None = None,
+) -> Callable[[], float]:
+    """Seconds of one draft and its commit, without verification, advancing two tokens a round.
+
+    Args:
+      answers: what follows each of `ids`, at least two tokens a round: how long a cascade takes depends
+        on the text. None for zeros, where it does not.
+
+    A verification reads the whole target between two drafts and leaves nothing of the drafter in the
+    processor's caches. So before each draft the target's parameters are read, and the time of a loop
+    that does only this is taken off.
+    """
+    loop = DecodeLoop(target.decoder, drafter.drafter)
+    params = {"target": target.params, "drafters": drafter.params}
+    state = _started(loop, params, ids, rounds, 2)
+    if answers is not None:
+        tokens = np.array(state.text.tokens)
+        for row, (prompt, answer) in enumerate(zip(ids, answers, strict=True)):
+            tokens[row, len(prompt) : len(prompt) + len(answer)] = answer
+        state = state.replace(text=Text(jnp.asarray(tokens), state.text.length))
+
+    def seconds(drafting: bool) -> float:
+        began = time.perf_counter()
+        jax.block_until_ready(_drafts_only(loop, rounds, drafting, params, state))
+        return (time.perf_counter() - began) / rounds
+
+    def once() -> float:
+        return max(seconds(True) - seconds(False), 0.0)
+
+    once()
+    return once
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(loop: DecodeLoop, params: Any, state: Any, rounds: jax.Array) -> Any:
+    return loop.run(params, state, rounds)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _drafts_only(loop: DecodeLoop, rounds: int, drafting: bool, params: Any, state: Any) -> Any:
+    """Rounds without verification that advance by two tokens, or only the reading between them."""
+
+    def step(_, carry):
+        drafts, text, total = carry
+        # As if the target had read the text: a drafter may ask how far behind it is.
+        view = TargetView(state.cache.replace(length=text.length - 1))
+        length = _after_reading(text.length, params["target"], jnp.minimum(total, 0))
+        if not drafting:
+            return drafts, Text(text.tokens, length + 2), total + jnp.max(length)
+        text = Text(text.tokens, length)
+        vocab = loop.target.config.vocab_size
+        noise = shared_noise(state.keys, state.sampling, text.length, loop.window, vocab)
+        draft, drafts = loop.drafter.draft(
+            params["drafters"],
+            drafts,
+            text,
+            view,
+            state.sampling,
+            Noise(noise),
+            jnp.ones(text.length.shape, bool),
+            jnp.full(text.length.shape, 1 << 20, jnp.int32),
+        )
+        one = jnp.ones_like(text.length)
+        path = jnp.zeros((one.shape[0], loop.window), jnp.int32)
+        outcome = Outcome(text.length + 2, text.length + 1, path, one)
+        drafts = loop.drafter.commit(drafts, outcome, view)
+        total = total + jnp.sum(draft.tokens, dtype=jnp.int32)
+        return drafts, Text(text.tokens, text.length + 2), total
+
+    return lax.fori_loop(0, rounds, step, (state.drafts, state.text, jnp.int32(0)))
+
+
+def acceptance_by_position(generations: Sequence[Generation]) -> list[float]:
+    """A_1, A_2, ...: accepted tokens at each draft position over all rounds."""
+    rounds = sum(g.stats.num_spec_steps for g in generations)
+    if rounds == 0:
+        raise UserError("There is nothing to measure acceptance on.")
+    return [
+        sum(counts) / rounds
+        for counts in zip(*(g.stats.accepted_per_pos for g in generations), strict=True)
+    ]
