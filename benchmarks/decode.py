@@ -123,7 +123,7 @@ def main() -> None:
     # so that a machine that grows slower does so for both.
     by_length = sorted(prompts, key=len)
     texts = [by_length[len(prompts) * sixths // 6] for sixths in (1, 3, 5)]
-    used = {d.drafter.num_nodes + 1 for d in loaded.values() if d} | {1, 2, 4, 8, 16}
+    used = {d.drafter.info.nodes + 1 for d in loaded.values() if d} | {1, 2, 4, 8, 16}
     parts: dict = {}
     answers = [arms["plain"].run(text)[0] for text in texts]
     arms["plain"].answers.clear()
@@ -181,7 +181,7 @@ def main() -> None:
         }
         drafter = loaded.get(name)
         if drafter is not None:
-            length, nodes = drafter.drafter.depth, drafter.drafter.num_nodes + 1
+            length, nodes = drafter.drafter.depth, drafter.drafter.info.nodes + 1
             costs = Costs(verify, {length: cost["draft", name]["median"]})
             accepted = acceptance_by_position(arm.answers)
             predicted = costs.speedup(accepted, length, nodes)
@@ -205,7 +205,7 @@ def main() -> None:
             if drafter is not None:
                 row["accepted_by_proposer"] = {
                     proposer: sum(a.stats.per_drafter[proposer]["accepted"] for a in arm.answers)
-                    for proposer in drafter.drafter.proposers
+                    for proposer in drafter.drafter.info.sources
                 }
         rows[name] = row
 

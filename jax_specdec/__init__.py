@@ -8,10 +8,13 @@ from jax_specdec.errors import RunError, UserError
 if TYPE_CHECKING:
     from jax_specdec.checkpoints.memory import memory_plan
     from jax_specdec.checkpoints.targets import Target, convert, load_target, save_pretrained
+    from jax_specdec.core.acceptance import LossyTypical, Match, Reject
+    from jax_specdec.core.context import Context, TargetView
     from jax_specdec.core.draft import Draft, Text
-    from jax_specdec.core.drafter import Drafter, Outcome, TargetView
+    from jax_specdec.core.drafter import Drafter, Info, ModelUse, Outcome, Verifier
     from jax_specdec.core.generate import make_generate
     from jax_specdec.core.loop import DecodeLoop
+    from jax_specdec.core.model import Model, Output
     from jax_specdec.core.sampling import Sampling, make_sampling
     from jax_specdec.drafters.cascade import Cascade, Horizontal
     from jax_specdec.expansions.beam_search import BeamSearch
@@ -37,7 +40,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "checkpoints.targets": ("Target", "convert", "load_target", "save_pretrained"),
     "checkpoints.memory": ("memory_plan",),
-    "core.drafter": ("Drafter", "Outcome", "TargetView"),
+    "core.acceptance": ("LossyTypical", "Match", "Reject"),
+    "core.context": ("Context", "TargetView"),
+    "core.drafter": ("Drafter", "Info", "ModelUse", "Outcome", "Verifier"),
+    "core.model": ("Model", "Output"),
     "drafters.cascade": ("Cascade", "Horizontal"),
     "expansions.beam_search": ("BeamSearch",),
     "expansions.cape": ("Cape",),
@@ -64,6 +70,7 @@ __all__ = [
     "BeamSearch",
     "Cape",
     "Cascade",
+    "Context",
     "DecodeLoop",
     "Decoder",
     "Draft",
@@ -75,12 +82,19 @@ __all__ = [
     "GliDe",
     "GliDeConfig",
     "Horizontal",
+    "Info",
     "LoadedDrafter",
+    "LossyTypical",
+    "Match",
     "Medusa",
     "MedusaConfig",
+    "Model",
     "ModelConfig",
+    "ModelUse",
     "Outcome",
+    "Output",
     "PathProbability",
+    "Reject",
     "RopeConfig",
     "RunError",
     "Sampling",
@@ -90,6 +104,7 @@ __all__ = [
     "TargetView",
     "Text",
     "UserError",
+    "Verifier",
     "convert",
     "default_spec",
     "load_drafter",

@@ -207,7 +207,7 @@ class Screen:
             force_terminal=False if self.plain else None,
             color_system=None if self.plain else "auto",
         )
-        proposers = drafter.drafter.proposers
+        proposers = drafter.drafter.info.sources
         self.styles = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(proposers)}
 
     def _print(self, text: str = "", style: str = "", end: str = "\n") -> None:

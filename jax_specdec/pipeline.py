@@ -11,12 +11,12 @@ import numpy as np
 
 from jax_specdec.checkpoints.memory import available_memory, check_fits, memory_plan
 from jax_specdec.checkpoints.targets import Target
-from jax_specdec.core.acceptance import PUBLISHED, LossyTypical, Rule
+from jax_specdec.core.acceptance import MATCH, Acceptance
 from jax_specdec.core.loop import DecodeLoop, LoopState
+from jax_specdec.core.plain import NoDrafter
 from jax_specdec.core.processors import Processor
 from jax_specdec.core.sampling import Sampling, make_sampling
 from jax_specdec.core.stats import FINISH_REASONS, RUNNING
-from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.errors import UserError
 from jax_specdec.generation import Chunk, Generation, Stats
 from jax_specdec.specs.build import LoadedDrafter
@@ -45,8 +45,7 @@ class SpeculativeDecoder:
     number of stop-string states, each in powers of two; `compilations` counts them.
 
     Args:
-      rule: see `DecodeLoop`; every one whose name does not say lossy is exact.
-      lossy: what the rule `lossy-typical` accepts; default: the published values.
+      rule, processors, logprobs, margins: see `DecodeLoop`.
     """
 
     def __init__(
@@ -54,19 +53,20 @@ class SpeculativeDecoder:
         target: Target,
         drafter: LoadedDrafter | None = None,
         *,
-        rule: Rule = "match",
-        lossy: LossyTypical = PUBLISHED,
+        rule: Acceptance = MATCH,
         processors: Sequence[Processor] = (),
-        loop: type[DecodeLoop] = DecodeLoop,
+        logprobs: bool = True,
+        margins: bool = True,
     ):
         self.target = target
         self.loaded = drafter or LoadedDrafter(NoDrafter(), {}, "none")
-        self.loop = loop(
+        self.loop = DecodeLoop(
             target.decoder,
             self.loaded.drafter,
-            rule=rule,
-            processors=tuple(processors),
-            lossy=lossy,
+            rule,
+            tuple(processors),
+            logprobs=logprobs,
+            margins=margins,
         )
         self.params = {"target": target.params, "drafters": self.loaded.params}
         self.compilations = 0
@@ -265,7 +265,7 @@ class SpeculativeDecoder:
         while True:
             state = run(self.params, state, jnp.int32(per_chunk))
             length, tokens, origin, finish = jax.device_get(
-                (state.text.length, state.text.tokens, state.stats.origin, state.stats.finish)
+                (state.text.length, state.text.tokens, state.stats.source, state.stats.finish)
             )
             for row in range(rows):
                 if length[row] > seen[row]:
@@ -303,7 +303,7 @@ class SpeculativeDecoder:
         return max((size(p) for pair in self._programs.values() for p in pair), default=0)
 
     def _names(self, origin: np.ndarray) -> list[str | None]:
-        names = (None, *self.loaded.drafter.proposers)
+        names = (None, *self.loaded.drafter.info.sources)
         return [names[i] for i in origin.tolist()]
 
     def _answer(self, name, prompt, strings, host, row: int, times) -> Generation:
@@ -323,7 +323,7 @@ class SpeculativeDecoder:
                 "drafted": int(stats.drafted[row, i]),
                 "accepted": int(stats.accepted[row, i]),
             }
-            for i, proposer in enumerate(self.loaded.drafter.proposers, 1)
+            for i, proposer in enumerate(self.loaded.drafter.info.sources, 1)
         }
         margins = stats.margins[row, span]
         return Generation(
@@ -349,5 +349,5 @@ class SpeculativeDecoder:
             ),
             logprobs=stats.logprobs[row, span].tolist(),
             margins=margins.tolist(),
-            origins=self._names(stats.origin[row, span]),
+            origins=self._names(stats.source[row, span]),
         )

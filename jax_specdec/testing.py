@@ -17,13 +17,14 @@ import numpy as np
 from jax_specdec._types import Params
 from jax_specdec.core import prng
 from jax_specdec.core import sampling as laws
+from jax_specdec.core.context import Context, Tapped, TargetView
 from jax_specdec.core.draft import MAX_NODES, TOP, Draft, Text
-from jax_specdec.core.drafter import Drafter, Outcome, TargetView
+from jax_specdec.core.drafter import Info, Outcome
+from jax_specdec.core.law import Law
 from jax_specdec.core.loop import DecodeLoop
+from jax_specdec.core.model import Model
+from jax_specdec.core.plain import NoDrafter
 from jax_specdec.core.prefill import read_text
-from jax_specdec.drafters.cascade import Composed
-from jax_specdec.drafters.none import NoDrafter
-from jax_specdec.models.decoder import Decoder
 from pallas_kernels import masks
 
 # Two best scores closer than this may change places between a one-row and a T-row forward.
@@ -40,7 +41,7 @@ LAWS = {
 def check_drafter(
     drafter: Any,
     params: Mapping[str, Any],
-    target: Decoder,
+    target: Model,
     target_params: Params,
     *,
     prompts: Sequence[Sequence[int]] | None = None,
@@ -59,22 +60,23 @@ def check_drafter(
     _check_static(drafter)
     if prompts is None:
         rng = np.random.default_rng(seed)
-        prompts = [rng.integers(0, target.config.vocab_size, n).tolist() for n in (1, 2, 5, 9, 3)]
+        prompts = [rng.integers(0, target.vocab_size, n).tolist() for n in (1, 2, 5, 9, 3)]
     run = _Run(drafter, dict(params), target, target_params)
     run.prepare(prompts, max_new_tokens, seed)
     run.check_rounds()
     run.check_lags()
+    run.check_reset()
     run.check_inactive_rows()
     run.check_text()
 
 
-def check_draft(draft: Draft, drafter: Drafter, text: Text, vocab: int, wants_q: bool) -> None:
+def check_draft(draft: Draft, info: Info, text: Text, vocab: int, wants_q: bool) -> None:
     """Checks one draft alone: shapes, dtypes, order and the tree's consistency.
 
     Raises:
       AssertionError: what is wrong with it.
     """
-    batch, nodes = text.length.shape[0], drafter.num_nodes + 1
+    batch, nodes = text.length.shape[0], info.nodes + 1
 
     def array(name: str, shape: tuple[int, ...], dtype: str, optional: bool = False) -> Any:
         value = getattr(draft, name)
@@ -89,7 +91,7 @@ def check_draft(draft: Draft, drafter: Drafter, text: Text, vocab: int, wants_q:
 
     words = masks.num_words(nodes)
     tokens, valid = array("tokens", (batch, nodes), "int32"), array("valid", (batch, nodes), "bool")
-    origin = array("origin", (batch, nodes), "int32")
+    source = array("source", (batch, nodes), "int32")
     chance = array("probability", (batch, nodes), "float32")
     parent = array("parent", (batch, nodes), "int32", optional=True)
     depth = array("depth", (batch, nodes), "int32", optional=True)
@@ -97,11 +99,11 @@ def check_draft(draft: Draft, drafter: Drafter, text: Text, vocab: int, wants_q:
     top = (batch, nodes, min(TOP, vocab))
     ids = array("top_ids", top, "int32", optional=True)
     top_probs = array("top_probs", top, "float32", optional=True)
-    q = array("q", (batch, drafter.depth, vocab), "float32", optional=True)
+    q = array("q", (batch, info.depth, vocab), "float32", optional=True)
 
     _require(
-        draft.depth_limit == drafter.depth,
-        f"Draft.depth_limit must be the drafter's depth {drafter.depth}, got {draft.depth_limit}",
+        draft.depth_limit == info.depth,
+        f"Draft.depth_limit must be the drafter's depth {info.depth}, got {draft.depth_limit}",
     )
     given = [x is not None for x in (parent, depth, bits)]
     _require(
@@ -114,20 +116,20 @@ def check_draft(draft: Draft, drafter: Drafter, text: Text, vocab: int, wants_q:
     )
     inside = (tokens >= 0) & (tokens < vocab)
     _require(inside.all(), f"drafted tokens must be in the vocabulary of {vocab}, valid or not")
-    _require((origin[:, 0] == 0).all(), "the root's origin must be 0")
-    known = (origin[:, 1:] >= 1) & (origin[:, 1:] <= len(drafter.proposers))
+    _require((source[:, 0] == 0).all(), "the root's source must be 0")
+    known = (source[:, 1:] >= 1) & (source[:, 1:] <= len(info.sources))
     _require(
         (known | ~valid[:, 1:]).all(),
-        f"the origin of a drafted node must be in 1..{len(drafter.proposers)}",
+        f"the source of a drafted node must be in 1..{len(info.sources)}",
     )
     in_range = (chance >= 0) & (chance <= 1 + 1e-5)
     _require((in_range | ~valid).all(), "the probability of a node must be in [0, 1]")
 
     if bits is None:
-        _require(nodes == drafter.depth + 1, "a chain must have as many nodes as its depth")
+        _require(nodes == info.depth + 1, "a chain must have as many nodes as its depth")
         parent = np.broadcast_to(np.maximum(np.arange(nodes) - 1, 0), tokens.shape)
     else:
-        _check_tree(parent, depth, bits, drafter.depth)
+        _check_tree(parent, depth, bits, info.depth)
     above = np.take_along_axis(valid, parent, axis=1)
     _require((above | ~valid).all(), "a node below an invalid one must be invalid")
 
@@ -138,25 +140,24 @@ def check_draft(draft: Draft, drafter: Drafter, text: Text, vocab: int, wants_q:
         )
         known = top_probs.max(axis=-1) > 0
         # A token drawn from q comes first whatever its chance, and so does one that lenience let pass.
-        lenient = isinstance(getattr(drafter, "drafter", drafter), Composed)
-        start = 1 if wants_q or lenient else 0
+        start = 1 if wants_q or not info.ranked else 0
         _require(
             (np.diff(top_probs[..., start:], axis=-1) <= 0).all(),
             "top_probs must be in falling order, except that a token drawn from q comes first",
         )
-        drafted = known[:, : drafter.depth] & valid[:, 1 : drafter.depth + 1]
+        drafted = known[:, : info.depth] & valid[:, 1 : info.depth + 1]
         _require(
-            (ids[:, : drafter.depth, 0] == tokens[:, 1 : drafter.depth + 1])[drafted].all(),
+            (ids[:, : info.depth, 0] == tokens[:, 1 : info.depth + 1])[drafted].all(),
             "the first of a main-chain node's top_ids must be the next token of the chain",
         )
     if not wants_q:
-        _require(q is None, "q must be None where noise.return_q is false")
+        _require(q is None, "q must be None where ctx.return_q is false")
     elif q is not None:
-        live = valid[:, 1 : drafter.depth + 1]
+        live = valid[:, 1 : info.depth + 1]
         _require(
             (abs(q.sum(-1) - 1)[live] < 1e-4).all() and (q >= 0).all(), "q must be probabilities"
         )
-        drawn = np.take_along_axis(q, tokens[:, 1 : drafter.depth + 1, None], axis=-1)[..., 0]
+        drawn = np.take_along_axis(q, tokens[:, 1 : info.depth + 1, None], axis=-1)[..., 0]
         _require((drawn[live] > 0).all(), "a drawn token must be possible under q")
 
 
@@ -191,22 +192,8 @@ def _check_tree(parent: np.ndarray, depth: np.ndarray, bits: np.ndarray, limit: 
 
 
 def _check_static(drafter: Any) -> None:
-    missing = [
-        name
-        for name in (
-            "name",
-            "num_nodes",
-            "depth",
-            "proposers",
-            "reads_hidden",
-            "has_distribution",
-            "init",
-            "extend",
-            "draft",
-            "commit",
-        )
-        if not hasattr(drafter, name)
-    ]
+    wanted = ("info", "init", "reset", "extend", "draft", "commit")
+    missing = [name for name in wanted if not hasattr(drafter, name)]
     _require(not missing, f"a drafter must have {', '.join(missing)}")
     try:
         hash(drafter)
@@ -214,17 +201,24 @@ def _check_static(drafter: Any) -> None:
         raise AssertionError(
             f"a drafter must be hashable, as a frozen dataclass is: {error}"
         ) from None
-    sizes = (drafter.num_nodes, drafter.depth)
+    info = drafter.info
+    _require(isinstance(info, Info), f"info must be an Info, got {info!r}")
+    counts = (info.nodes, info.depth)
     _require(
-        all(isinstance(n, int) for n in sizes) and 0 <= sizes[1] <= sizes[0] < MAX_NODES,
-        f"0 <= depth <= num_nodes < {MAX_NODES} must hold, got depth {sizes[1]}, nodes {sizes[0]}",
+        all(isinstance(n, int) for n in counts) and 0 <= counts[1] <= counts[0] < MAX_NODES,
+        f"0 <= depth <= nodes < {MAX_NODES} must hold, got depth {counts[1]}, nodes {counts[0]}",
     )
-    names = drafter.proposers
+    names = info.sources
     _require(
         isinstance(names, tuple) and all(isinstance(n, str) for n in names),
-        f"proposers must be a tuple of names, got {names!r}",
+        f"sources must be a tuple of names, got {names!r}",
     )
-    _require(bool(names) == bool(drafter.num_nodes), "a drafter has proposers if it drafts nodes")
+    _require(bool(names) == bool(info.nodes), "a drafter has sources if it drafts nodes")
+    sizes = info.sizes
+    _require(
+        sizes == tuple(sorted(set(sizes))) and max(sizes) == info.depth and sizes[0] >= 0,
+        f"sizes must rise to the depth {info.depth}, got {sizes!r}",
+    )
 
 
 def _require(holds: Any, sentence: str) -> None:
@@ -237,15 +231,17 @@ def _shapes(tree: Any) -> Any:
 
 
 @functools.cache
-def _programs(target: Decoder) -> tuple[Any, Any, Any]:
+def _programs(target: Model, taps: tuple[int, ...]) -> tuple[Any, Any, Any]:
     """`(read, noise, decode)`: what does not depend on the drafter is compiled once for all."""
 
+    tapped = Tapped(target, taps)
+
     def read(params, text, slots):
-        cache = target.init_cache(text.length.shape[0], slots, hidden=True)
-        return read_text(target, params, cache, text.tokens, text.length - 1)
+        view = tapped.init_view(params, text.length.shape[0], slots)
+        return read_text(tapped, params, view, text.tokens, text.length - 1)
 
     def noise(keys, sampling, start, depth):
-        return prng.shared_noise(keys, sampling, start, depth, target.config.vocab_size)
+        return prng.shared_noise(keys, sampling, start, depth, target.vocab_size)
 
     def decode(loop, capacity, params, *args):
         state = loop.start(params, *args, capacity=capacity)
@@ -264,10 +260,11 @@ class _Run:
     def __init__(self, drafter, params, target, target_params):
         self.drafter, self.params, self.target = drafter, params, target
         self.all_params = {"target": target_params, "drafters": params}
-        self.read, self.noise, self.decode = _programs(target)
+        self.info = drafter.info
+        self.read, self.noise, self.decode = _programs(target, self.info.taps)
         self.init = jax.jit(drafter.init, static_argnums=(0, 1))
-        self.extend, self.commit, self.draft = (
-            jax.jit(function) for function in (drafter.extend, drafter.commit, drafter.draft)
+        self.extend, self.commit, self.draft, self.reset = (
+            jax.jit(f) for f in (drafter.extend, drafter.commit, drafter.draft, drafter.reset)
         )
 
     def prepare(self, prompts, max_new_tokens: int, seed: int) -> None:
@@ -296,21 +293,21 @@ class _Run:
             self.sampling,
             ids,
         )
-        loop = DecodeLoop(self.target, NoDrafter())
+        loop = DecodeLoop(self.target, NoDrafter(), margins=True)
         self.plain = jax.device_get(self.decode(loop, self.capacity, *self.args))
         # The drafter's buffers are wider than plain decoding's by its depth.
-        self.columns = self.capacity + self.drafter.depth + 1
+        self.columns = self.capacity + self.info.depth + 1
         wide = np.zeros((batch, self.columns), np.int32)
         wide[:, : self.capacity] = self.plain.text.tokens[:, : self.capacity]
         self.tokens, self.ends = wide, np.asarray(self.plain.text.length)
 
-    def at(self, lengths: np.ndarray) -> tuple[Text, TargetView]:
-        """The text of these lengths, other tokens behind it, and the target's cache of it."""
+    def at(self, lengths: np.ndarray, texts: np.ndarray | None = None) -> tuple[Text, TargetView]:
+        """Texts, by default the run's, up to these lengths, other tokens behind; and the target's view."""
         place = np.arange(self.columns)[None]
-        tokens = np.where(place < lengths[:, None], self.tokens, 1).astype(np.int32)
-        text = Text(jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32))
-        slots = self.capacity + self.drafter.num_nodes + 1
-        return text, TargetView(self.read(self.all_params["target"], text, slots))
+        tokens = np.where(place < lengths[:, None], self.tokens if texts is None else texts, 1)
+        text = Text(jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32))
+        slots = self.capacity + self.info.nodes + 1
+        return text, self.read(self.all_params["target"], text, slots)
 
     def fresh(self, text: Text, view: TargetView) -> dict[str, Any]:
         """States that have read the text at once, beside those of another drafter."""
@@ -320,7 +317,23 @@ class _Run:
             "init must return a dictionary of states by drafter name",
         )
         states = {**states, FOREIGN: jnp.arange(3, dtype=jnp.int32)}
-        return self.same(states, self.extend(self.params, states, text, view), "extend")
+        return self.same(states, self.extended(states, text, view), "extend")
+
+    def extended(self, states, text, view):
+        return self.extend(self.params, states, self.context(text, view))
+
+    def context(self, text: Text, view: TargetView, noise=None, active=None, **static) -> Context:
+        batch = text.length.shape[0]
+        return Context(
+            text=text,
+            view=view,
+            law=Law(self.sampling, jnp.asarray(self.lengths)),
+            noise=noise,
+            keys=self.keys,
+            active=jnp.ones((batch,), bool) if active is None else jnp.asarray(active),
+            budget=jnp.full((batch,), self.info.depth + 1, jnp.int32),
+            **static,
+        )
 
     def same(self, before, after, function: str):
         _require(
@@ -339,33 +352,24 @@ class _Run:
     def propose(self, states, text, view, *, active=None, wants_q=False):
         """A checked draft, on the host, and the states after it."""
         batch = text.length.shape[0]
-        vocab = self.target.config.vocab_size
-        gumbel = self.noise(self.keys, self.sampling, text.length, self.drafter.depth + 1)
+        vocab = self.target.vocab_size
+        gumbel = self.noise(self.keys, self.sampling, text.length, self.info.depth + 1)
         active = np.ones((batch,), bool) if active is None else active
-        room = jnp.full((batch,), self.drafter.depth + 1, jnp.int32)
-        draft, after = self.draft(
-            self.params,
-            states,
-            text,
-            view,
-            self.sampling,
-            prng.Noise(gumbel, return_q=wants_q, return_top=True),
-            jnp.asarray(active),
-            room,
-        )
+        ctx = self.context(text, view, gumbel, active, return_q=wants_q, return_top=True)
+        draft, after = self.draft(self.params, states, ctx)
         self.same(states, after, "draft")
         if active.all():
-            check_draft(draft, self.drafter, text, vocab, wants_q)
+            check_draft(draft, self.info, text, vocab, wants_q)
             _require(
-                (draft.top_ids is not None) == self.drafter.has_distribution,
-                "top_ids must be given when they are asked for, if and only if has_distribution",
+                (draft.top_ids is not None) == self.info.distribution,
+                "top_ids must be given when they are asked for, if and only if info.distribution",
             )
         return jax.device_get(draft), after
 
-    def follow(self, draft: Draft, lengths: np.ndarray) -> Outcome:
-        """What verification would say: the deepest drafted path that the text takes."""
+    def follow(self, draft: Draft, lengths: np.ndarray) -> tuple[np.ndarray, Outcome]:
+        """What verification would say: the new lengths, and the deepest drafted path that the text takes."""
         batch, nodes = draft.tokens.shape
-        path = np.zeros((batch, self.drafter.depth + 1), np.int32)
+        path = np.zeros((batch, self.info.depth + 1), np.int32)
         accepted = np.zeros((batch,), np.int32)
         parent = np.broadcast_to(np.asarray(draft.parents()), draft.tokens.shape)
         for b in range(batch):
@@ -387,9 +391,9 @@ class _Run:
         new = np.minimum(lengths + accepted + 1, self.ends)
         accepted = np.minimum(accepted, new - lengths)
         level = np.arange(path.shape[1])[None]
-        agreed = ((path == level) & (level >= 1) & (level <= accepted[:, None])).sum(axis=1)
-        out = (new, lengths + agreed, path, accepted)
-        return Outcome(*(jnp.asarray(x, jnp.int32) for x in out))
+        matched = ((path == level) & (level >= 1) & (level <= accepted[:, None])).sum(axis=1)
+        out = (lengths + matched, path, accepted)
+        return new, Outcome(*(jnp.asarray(x, jnp.int32) for x in out))
 
     def check_rounds(self) -> None:
         """Round by round, with whatever was rejected rolled back, against reading everything anew."""
@@ -406,10 +410,9 @@ class _Run:
                 "after rounds with rejections a draft must be the one of a state that has just read "
                 "the text: is what was rejected rolled back?",
             )
-            outcome = self.follow(draft, lengths)
-            lengths = np.asarray(outcome.length)
+            lengths, outcome = self.follow(draft, lengths)
             text, view = self.at(lengths)
-            states = self.same(states, self.commit(states, outcome, view), "commit")
+            states = self.same(states, self.commit(states, outcome), "commit")
 
     def check_lags(self) -> None:
         """Text that was committed without the drafter, a different number of tokens in each row."""
@@ -421,13 +424,26 @@ class _Run:
             text, view = self.at(lengths)
             want, _ = self.propose(self.fresh(text, view), text, view, wants_q=True)
             got, _ = self.propose(states, text, view, wants_q=True)
-            caught_up = self.same(states, self.extend(self.params, states, text, view), "extend")
+            caught_up = self.same(states, self.extended(states, text, view), "extend")
             again, _ = self.propose(caught_up, text, view, wants_q=True)
             sentence = (
                 "a draft must not depend on how the text was read: by lags, by extend or draft"
             )
             self.equal(got, want, lengths > 0, sentence)
             self.equal(again, want, lengths > 0, sentence)
+
+    def check_reset(self) -> None:
+        """New texts in some rows: drafts are those of states that never saw the old ones."""
+        states = self.fresh(*self.at(self.ends - 1))
+        rows = np.arange(len(self.lengths)) % 2 == 0
+        lengths = np.where(rows, np.roll(self.lengths, 1), self.ends - 1)
+        texts = np.where(rows[:, None], np.roll(self.tokens, 1, axis=0), self.tokens)
+        text, view = self.at(lengths, texts)
+        states = self.same(states, self.reset(states, jnp.asarray(rows)), "reset")
+        got, _ = self.propose(self.extended(states, text, view), text, view)
+        want, _ = self.propose(self.fresh(text, view), text, view)
+        everywhere = np.ones_like(rows)
+        self.equal(got, want, everywhere, "after reset a draft must not depend on the old text")
 
     def check_inactive_rows(self) -> None:
         text, view = self.at(self.lengths)

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_specdec import DecodeLoop, Decoder, ModelConfig, make_sampling
-from jax_specdec.core.draft import Draft, ancestor_bits
-from jax_specdec.core.drafter import StatelessDrafter
+from jax_specdec.core.draft import Draft
+from jax_specdec.core.drafter import Info, StatelessDrafter
+from jax_specdec.core.plain import NoDrafter
 from jax_specdec.drafters.lm import LmDrafter
-from jax_specdec.drafters.none import NoDrafter
 from pallas_kernels import masks
 
 VOCAB = 32
@@ -113,12 +113,13 @@ class Result:
 
 def result(state) -> Result:
     state = jax.device_get(state)
+    margins = state.stats.margins
     spans = [
         slice(int(a), int(b)) for a, b in zip(state.prompt_length, state.text.length, strict=True)
     ]
     return Result(
         [state.text.tokens[i, s].tolist() for i, s in enumerate(spans)],
-        [state.stats.margins[i, s] for i, s in enumerate(spans)],
+        [] if margins is None else [margins[i, s] for i, s in enumerate(spans)],
         state,
     )
 
@@ -140,6 +141,7 @@ def decode(
 
 
 def plain_loop(**fields) -> DecodeLoop:
+    fields = {"margins": True, **fields}
     return DecodeLoop(fields.pop("target", TARGET), NoDrafter(), **fields)
 
 
@@ -180,6 +182,18 @@ def assert_identical(got: Result, want: Result, ties: int = 1) -> None:
 # Drafters for tests only
 
 
+def ancestor_bits(parent: Any, depth_limit: int | None = None) -> jax.Array:
+    """The ancestor bitmask `int32[B, T, W]` of trees given by their parents `[B, T]`, the root its own."""
+    parent = jnp.asarray(parent)
+    line = jnp.arange(parent.shape[1], dtype=jnp.int32)
+    seen = jnp.broadcast_to(line[:, None] == line[None], (*parent.shape, parent.shape[1]))
+    current = parent
+    for _ in range(parent.shape[1] if depth_limit is None else depth_limit):
+        seen = seen | (current[..., None] == line[None, None])
+        current = jnp.take_along_axis(parent, current, axis=1)
+    return masks.pack(seen)
+
+
 @dataclasses.dataclass(frozen=True)
 class Oracle(StatelessDrafter):
     """Random token trees that hide the right answer on a random path, cut at a random depth.
@@ -205,8 +219,10 @@ class Oracle(StatelessDrafter):
         return {"oracle": (answer, jnp.asarray(certain), jnp.asarray(holes, jnp.float32))}
 
     @property
-    def num_nodes(self) -> int:
-        return len(self.parent) - 1
+    def info(self) -> Info:
+        depth = self.depth
+        sizes = tuple(range(depth + 1))
+        return Info(self.name, len(self.parent) - 1, depth, sizes, ("even", "odd"))
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -219,17 +235,13 @@ class Oracle(StatelessDrafter):
     def depth(self) -> int:
         return max(self.depths)
 
-    @property
-    def proposers(self) -> tuple[str, ...]:
-        return ("even", "odd")
-
-    def draft(self, params, states, text, view, sampling, noise, active, room):
-        del view, sampling, noise, active, room
+    def draft(self, params, states, ctx):
+        text = ctx.text
         (answer, certain, holes), nodes = params[self.name], len(self.parent)
         batch = text.length.shape[0]
         parent = jnp.broadcast_to(jnp.asarray(self.parent, jnp.int32), (batch, nodes))
         depth = jnp.broadcast_to(jnp.asarray(self.depths, jnp.int32), (batch, nodes))
-        ancestors = ancestor_bits(parent, self.depth)
+        ancestors = ancestor_bits(parent)
         place = jnp.minimum(text.length[:, None] - 1 + depth, answer.shape[1] - 1)
         right = jnp.take_along_axis(answer, place, axis=1)
 
@@ -252,7 +264,7 @@ class Oracle(StatelessDrafter):
             Draft(
                 tokens=tokens,
                 valid=valid,
-                origin=jnp.where(is_root, 0, 1 + depth % 2),
+                source=jnp.where(is_root, 0, 1 + depth % 2),
                 probability=jnp.ones((batch, nodes), jnp.float32),
                 parent=parent if self.tree else None,
                 depth=depth if self.tree else None,
@@ -290,46 +302,35 @@ class Siblings(StatelessDrafter):
     holes: float = 0.2
 
     @property
-    def name(self) -> str:
-        return self.inner.name
-
-    @property
-    def num_nodes(self) -> int:
-        return self.inner.length * (1 + self.count)
-
-    @property
-    def depth(self) -> int:
-        return self.inner.length
-
-    @property
-    def proposers(self) -> tuple[str, ...]:
-        return (self.name, "sibling")
+    def info(self) -> Info:
+        inner = self.inner.info
+        return dataclasses.replace(
+            inner,
+            nodes=inner.depth * (1 + self.count),
+            sources=(inner.name, "sibling"),
+            distribution=False,
+        )
 
     def init(self, batch, capacity):
         return self.inner.init(batch, capacity)
 
-    def extend(self, params, states, text, view):
-        return self.inner.extend(params, states, text, view)
+    def reset(self, states, rows):
+        return self.inner.reset(states, rows)
 
-    def commit(self, states, outcome, view):
-        return self.inner.commit(states, outcome, view)
+    def extend(self, params, states, ctx):
+        return self.inner.extend(params, states, ctx)
 
-    def draft(self, params, states, text, view, sampling, noise, active, room):
-        wants_q = noise.return_q
-        draft, states = self.inner.draft(
-            params,
-            states,
-            text,
-            view,
-            sampling,
-            noise.replace(return_q=True, return_top=True),
-            active,
-            room,
-        )
+    def commit(self, states, outcome):
+        return self.inner.commit(states, outcome)
+
+    def draft(self, params, states, ctx):
+        wants_q, text = ctx.return_q, ctx.text
+        whole = ctx.replace(return_q=True, return_top=True)
+        draft, states = self.inner.draft(params, states, whole)
         batch, depth = text.length.shape[0], self.inner.length
         # Under the rejection rule siblings must not reuse the noise of the target's draw; the draft's
         # own noise is free for any use.
-        scores = jnp.log(draft.q) + noise.gumbel[:, :depth]
+        scores = jnp.log(draft.q) + ctx.noise[:, :depth]
         drawn = jax.nn.one_hot(draft.tokens[:, 1:], draft.q.shape[-1], dtype=bool)
         scores = jnp.where(drawn, -jnp.inf, scores)
         best, ids = jax.lax.top_k(scores, self.count)  # [B, P, count]
@@ -351,11 +352,11 @@ class Siblings(StatelessDrafter):
             Draft(
                 tokens=leaves(draft.tokens, ids.astype(jnp.int32)),
                 valid=leaves(draft.valid, leaf_valid),
-                origin=leaves(draft.origin, jnp.full(ids.shape, 2, jnp.int32)),
+                source=leaves(draft.source, jnp.full(ids.shape, 2, jnp.int32)),
                 probability=leaves(draft.probability, jnp.take_along_axis(draft.q, ids, axis=-1)),
                 parent=parent,
                 depth=level,
-                ancestors=ancestor_bits(parent, depth),
+                ancestors=ancestor_bits(parent),
                 q=draft.q if wants_q else None,
                 depth_limit=depth,
             ),

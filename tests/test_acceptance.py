@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jax_specdec.core import acceptance, prng
-from jax_specdec.core.draft import Draft, ancestor_bits
+from jax_specdec.core.draft import Draft
 
 NUDGE = 1e-12
 ROWS = 512  # one shape for all enumerations, so that every operation is compiled once
@@ -188,7 +188,7 @@ def drive_reject(p, q, rows, vocab, depth, drafted):
     draft = Draft(
         tokens=jnp.asarray(tokens),
         valid=jnp.asarray(valid),
-        origin=jnp.asarray(tokens),
+        source=jnp.asarray(tokens),
         probability=jnp.ones(tokens.shape, jnp.float32),
         depth_limit=depth,
     )
@@ -196,7 +196,7 @@ def drive_reject(p, q, rows, vocab, depth, drafted):
         draft = draft.replace(
             parent=jnp.asarray(parents),
             depth=jnp.asarray(depths, jnp.int32),
-            ancestors=ancestor_bits(jnp.asarray(parents), depth),
+            ancestors=h.ancestor_bits(jnp.asarray(parents), depth),
         )
     stack = [jnp.asarray(np.stack([r[i] for r in rows])) for i in (2, 3, 4)]
     verdict = acceptance.reject(draft, jnp.asarray(p_rows), jnp.asarray(q_rows), *stack)
@@ -399,11 +399,11 @@ def enumerate_match(p, tree, tokens, vocab, valid=None):
     draft = Draft(
         tokens=rows(tokens),
         valid=rows(valid, bool),
-        origin=parent,
+        source=parent,
         probability=rows(1.0, jnp.float32),
         parent=None if is_chain else parent,
         depth=None if is_chain else rows(depth),
-        ancestors=None if is_chain else ancestor_bits(parent, max(depth)),
+        ancestors=None if is_chain else h.ancestor_bits(parent, max(depth)),
         depth_limit=max(depth),
     )
     verdict = acceptance.match(draft, jnp.asarray(draws))

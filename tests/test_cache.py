@@ -106,7 +106,7 @@ def test_rollback_is_a_minimum():
 def _keys_values(decoder, params, tokens):
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = jnp.broadcast_to(positions, tokens.shape)
-    return decoder.apply(params, tokens, positions, logits=False).new_kv
+    return decoder.apply(params, tokens, positions, logits=False).new
 
 
 def assert_is_prefill(cache, decoder, params, tokens):
@@ -153,8 +153,8 @@ def test_caches_after_a_run(name, plain):
     h.assert_identical(got, plain)
     assert got.stats.accepted.sum() < got.stats.drafted.sum(), "nothing was rejected"
     state = got.state
-    assert (state.cache.length == state.text.length - 1).all()
-    assert_is_prefill(state.cache, h.TARGET, h.target_params(), got.text)
+    assert (state.view.cache.length == state.text.length - 1).all()
+    assert_is_prefill(state.view.cache, h.TARGET, h.target_params(), got.text)
     if name != "tree":
         lm = state.drafts["lm"]
         assert (lm.length <= state.text.length).all()
@@ -175,7 +175,7 @@ def poison(cache):
 
 def test_garbage_behind_the_length_never_leaks(plain):
     """NaN behind every cache's length and other tokens behind the text, before each round."""
-    loop = DecodeLoop(h.TARGET, LmDrafter(h.TARGET, 3))
+    loop = DecodeLoop(h.TARGET, LmDrafter(h.TARGET, 3), logprobs=True)
     params = h.all_params(lm=h.close_params())
     tokens, lengths = h.pad(PROMPTS)
     sampling, ids = h.sampling_of(4, **MIXED), jnp.arange(4, dtype=jnp.int32)
@@ -184,7 +184,7 @@ def test_garbage_behind_the_length_never_leaks(plain):
         place = jnp.arange(state.text.tokens.shape[1], dtype=jnp.int32)[None]
         junk = jnp.where(place < state.text.length[:, None], state.text.tokens, 17)
         state = state.replace(
-            cache=poison(state.cache),
+            view=state.view.replace(cache=poison(state.view.cache)),
             drafts={"lm": poison(state.drafts["lm"])},
             text=state.text.replace(tokens=junk),
         )

@@ -13,8 +13,9 @@ from test_drafters import best_match, copied
 from test_glide import pair
 
 from jax_specdec import DecodeLoop, SpeculativeDecoder, UserError, load_drafter, load_target
-from jax_specdec.core.drafter import Drafter, TargetView
-from jax_specdec.core.prng import Noise, shared_noise
+from jax_specdec.core.context import make_context
+from jax_specdec.core.drafter import Drafter
+from jax_specdec.core.prng import shared_noise
 from jax_specdec.drafters.bigram import Bigram
 from jax_specdec.drafters.cascade import Cascade, Horizontal, turns
 from jax_specdec.drafters.early_exit import Stop
@@ -42,8 +43,8 @@ def params():
     return {"lm": first, "lm2": h.perturbed(first, 0.2), "bigram": jnp.arange(h.VOCAB)[::-1]}
 
 
-def reviewed(length=4, quotas=None, **fields):
-    return Cascade(LM, (MaxGram(length),), quotas or (length,), **fields)
+def reviewed(length=4, budgets=None, **fields):
+    return Cascade(LM, (MaxGram(length),), budgets or (length,), **fields)
 
 
 def three_levels(**fields):
@@ -97,14 +98,14 @@ def rounds(loop, params, prompts, sampling, capacity=64):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def drafted(drafter, alone, params, state, running):
     """A round's draft, and that of a reviewer alone which has just read the text."""
-    text, view, steps = state.text, TargetView(state.cache), drafter.depth + 1
+    text, steps = state.text, drafter.info.depth + 1
     gumbel = shared_noise(state.keys, state.sampling, text.length, steps, h.VOCAB)
-    room = jnp.full_like(text.length, steps)
-    args = (text, view, state.sampling, Noise(gumbel), running, room)
-    draft, _ = drafter.draft(params, state.drafts, *args)
+    budget = jnp.full_like(text.length, steps)
+    ctx = make_context(text, state.view, state.sampling, gumbel, active=running, budget=budget)
+    draft, _ = drafter.draft(params, state.drafts, ctx)
     fresh = alone.init(text.length.shape[0], text.tokens.shape[1])
-    fresh = alone.extend(params, fresh, text, view)
-    return draft, alone.draft(params, fresh, *args)[0]
+    fresh = alone.extend(params, fresh, ctx)
+    return draft, alone.draft(params, fresh, ctx)[0]
 
 
 def assert_drafts_as_alone(level, alone, outer, target, target_params, given, prompts):
@@ -136,7 +137,7 @@ def test_a_cascade_drafts_what_its_reviewer_would(level):
     outer, inner, _ = whole.drafters
     assert isinstance(outer, Cascade) and isinstance(inner, Cascade)
     level = {"outer": outer, "inner": inner}[level]
-    alone = dataclasses.replace(level.reviewer, length=level.depth)
+    alone = dataclasses.replace(level.verifier, length=level.info.depth)
     args = (h.TARGET, h.target_params(), params(), PROMPTS)
     assert assert_drafts_as_alone(level, alone, whole, *args) > 50
 
@@ -146,7 +147,7 @@ def test_glide_as_a_reviewer(layers):
     """With one layer drafted keys are kept, with two they are read again."""
     target, target_params, model, weights = pair(layers)
     level = Cascade(GliDeDrafter(model, 1), (MaxGram(2),), (2,))
-    alone = GliDeDrafter(model, level.depth)
+    alone = GliDeDrafter(model, level.info.depth)
     given = {"glide": weights}
     whole = Horizontal((level, MaxGram(2)), (2, 2))
     args = (target, target_params, given, PROMPTS)
@@ -197,6 +198,29 @@ def all_logits(decoder, params, tokens):
     return decoder.apply(params, tokens, place, cache).logits[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class Counted(LmDrafter):
+    """Counts its verifications of each row."""
+
+    def init(self, batch, capacity):
+        return {**super().init(batch, capacity), f"{self.name}#": jnp.zeros((batch,), jnp.int32)}
+
+    def verify(self, params, states, ctx, drafted, count):
+        logits, states = super().verify(params, states, ctx, drafted, count)
+        done = states[f"{self.name}#"] + ctx.active.astype(jnp.int32)
+        return logits, {**states, f"{self.name}#": done}
+
+
+def counted(drafter):
+    """The same with every verifier counting."""
+    if isinstance(drafter, Horizontal | Cascade):
+        drafter = dataclasses.replace(drafter, drafters=tuple(map(counted, drafter.drafters)))
+    if isinstance(drafter, Cascade):
+        lm = drafter.verifier
+        drafter = dataclasses.replace(drafter, verifier=Counted(lm.decoder, lm.length, lm.name))
+    return drafter
+
+
 class Plain:
     """One row, greedy, no caches; counts the forwards of every model."""
 
@@ -224,17 +248,17 @@ class Plain:
         copies = drafter.copies
         if copies is None:
             copies = all(isinstance(d, MaxGram) for d in drafter.drafters)
-        return self.review(drafter.reviewer.name, text, draft, q, drafter.lenience, copies)
+        return self.review(drafter.verifier.info.name, text, draft, q, drafter.lenience, copies)
 
     def horizontal(self, drafter, text, room):
-        draft, q, quota = [], [], 0
-        for part, more in zip(drafter.drafters, drafter.quotas, strict=True):
-            quota += more
-            while len(draft) < min(quota, room):
+        draft, q, budget = [], [], 0
+        for part, more in zip(drafter.drafters, drafter.budgets, strict=True):
+            budget += more
+            while len(draft) < min(budget, room):
                 new, chance = self.propose(part, text + draft, room - len(draft))
                 draft, q = draft + new, q + chance
                 if drafter.cut:
-                    draft, q = draft[:quota], q[:quota]
+                    draft, q = draft[:budget], q[:budget]
                 if not new:
                     break
         return draft, q
@@ -281,13 +305,13 @@ def test_against_a_transcription(name):
         prompt = h.prompts_of((9,), seed)[0]
         plain = Plain({"target": h.target_params(), **given})
         want = plain.decode(drafter, prompt, 24)
-        loop = DecodeLoop(h.TARGET, drafter)
+        loop = DecodeLoop(h.TARGET, counted(drafter))
         got = h.decode(loop, h.all_params(**given), [prompt], h.sampling_of(1))
         assert got.tokens[0] == want
         forwards = {"target": int(got.stats.rounds[0]), "lm": 0, "lm2": 0}
         for key, state in got.state.drafts.items():
-            if "[" in key:
-                forwards[key.partition("[")[0]] += int(state[0])
+            if key.endswith("#"):
+                forwards[key[:-1]] += int(state[0])
         assert forwards == plain.forwards
         total += forwards["lm"]
     assert total > 10
@@ -331,7 +355,7 @@ def test_lenience_changes_drafts_and_not_the_text():
         loop = DecodeLoop(h.TARGET, drafter)
         got = h.decode(loop, h.all_params(lm=params()["lm"]), PROMPTS, sampling)
         h.assert_identical(got, want)
-        accepted.append(got.stats.drafted[:, drafter.proposers.index("lm[max-gram]") + 1].sum())
+        accepted.append(got.stats.drafted[:, drafter.info.sources.index("lm[max-gram]") + 1].sum())
     assert accepted[1] > accepted[0]
 
 
@@ -344,7 +368,7 @@ def test_lenience_is_for_drafters():
         h.decode(DecodeLoop(h.TARGET, d), given, prompts, sampling).stats.drafted
         for d in (strict, asked)
     ]
-    place = strict.proposers.index("lm[max-gram]") + 1
+    place = strict.info.sources.index("lm[max-gram]") + 1
     assert drafted[1][:, place].sum() > drafted[0][:, place].sum()
 
 
@@ -353,7 +377,7 @@ def test_lenience_is_for_drafters():
 
 def test_origins():
     drafter = three_levels()
-    assert drafter.proposers == (
+    assert drafter.info.sources == (
         *("lm", "lm[lm2]", "lm[lm2[max-gram]]", "lm[max-gram]"),
         *("lm2", "lm2[max-gram]", "max-gram"),
     )
@@ -365,7 +389,7 @@ def test_origins():
     assert 0 <= stats.accepted.sum() + stats.rounds.sum() - emitted <= 5
     assert (stats.accepted <= stats.drafted).all() and (stats.drafted.sum(0)[1:] > 0).all()
     for row, start in enumerate(got.state.prompt_length):
-        origin = stats.origin[row, start : start + len(got.tokens[row])]
+        origin = stats.source[row, start : start + len(got.tokens[row])]
         assert np.bincount(origin, minlength=8)[1:].tolist() == stats.accepted[row, 1:].tolist()
 
 
@@ -373,14 +397,14 @@ def test_origins():
 def test_expansion(rule):
     """The paper's tree: K = [[1, 3], [0, 1]], 8 children of each node that a distribution is behind."""
     cascade = Horizontal((Cascade(LM, (MaxGram(1),), (1,)), MaxGram(3)), (1, 3))
-    assert cascade.depth == 5
+    assert cascade.info.depth == 5
     drafter = Expand(cascade, rule)
     given = {"lm": params()["lm"]}
     check_drafter(drafter, given, h.TARGET, h.target_params())
     sampling = h.sampling_of(5, **MIXED)
     got = h.decode(DecodeLoop(h.TARGET, drafter), h.all_params(**given), PROMPTS, sampling)
     h.assert_identical(got, h.decode(h.plain_loop(), h.all_params(), PROMPTS, sampling))
-    sibling = len(drafter.proposers)
+    sibling = len(drafter.info.sources)
     assert got.stats.accepted[:, sibling].sum() > 0
     if isinstance(rule, Fixed):
         # Siblings of the reviewer's own token and of each it accepted, none of what it did not see.
@@ -396,41 +420,41 @@ def test_sizes_against_enumeration():
     rng = np.random.default_rng(0)
     for _ in range(200):
         some = [sorted(set(rng.integers(0, 5, 3).tolist()) | {4}) for _ in range(2)]
-        quotas, cut = rng.integers(1, 5, 2).tolist(), bool(rng.integers(2))
+        budgets, cut = rng.integers(1, 5, 2).tolist(), bool(rng.integers(2))
         stops = rng.integers(0, 2, 2).astype(bool).tolist()
         ends, latest = set(), [-1, -1]
 
         def walk(
-            turn, count, some=some, quotas=quotas, cut=cut, stops=stops, ends=ends, latest=latest
+            turn, count, some=some, budgets=budgets, cut=cut, stops=stops, ends=ends, latest=latest
         ):
             if turn == 2:
                 ends.add(count)
                 return
-            quota = sum(quotas[: turn + 1])
-            if count >= quota:
+            budget = sum(budgets[: turn + 1])
+            if count >= budget:
                 return walk(turn + 1, count)
             latest[turn] = max(latest[turn], count)
             for size in some[turn]:
                 last = size == 0 or (stops[turn] and size < 4)
-                walk(turn + last, min(count + size, quota) if cut else count + size)
+                walk(turn + last, min(count + size, budget) if cut else count + size)
 
         walk(0, 0)
-        assert turns(some, quotas, stops, cut=cut) == (tuple(latest), tuple(sorted(ends)))
+        assert turns(some, budgets, stops, cut=cut) == (tuple(latest), tuple(sorted(ends)))
 
 
 def test_depths():
     """K = [[2, 10], [0, 10]]: the paper's drafts have 12 to 21 tokens."""
     vicuna = Horizontal((reviewed(10), MaxGram(10)), (2, 10))
-    assert (vicuna.drafters[0].depth, vicuna.depth) == (11, 21)
-    assert dataclasses.replace(vicuna, cut=True).depth == 12
+    assert (vicuna.drafters[0].info.depth, vicuna.info.depth) == (11, 21)
+    assert dataclasses.replace(vicuna, cut=True).info.depth == 12
 
 
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: reviewed(quotas=(0,)), "A quota must be at least 1, got 0"),
-        (lambda: Horizontal((MaxGram(2),), (-3,)), "A quota must be at least 1, got -3"),
-        (lambda: Horizontal((MaxGram(2),), ()), "one quota for each"),
+        (lambda: reviewed(budgets=(0,)), "A budget must be at least 1, got 0"),
+        (lambda: Horizontal((MaxGram(2),), (-3,)), "A budget must be at least 1, got -3"),
+        (lambda: Horizontal((MaxGram(2),), ()), "one budget for each"),
         (lambda: Horizontal((), ()), "at least one, got 0 for 0"),
         (lambda: reviewed(lenience=0.5), "at least 1, got 0.5"),
         (lambda: reviewed(lenience=float("inf")), "finite"),
@@ -444,8 +468,8 @@ def test_depths():
             "'lm\\+' cannot propose in a cascade: it drafts no chain",
         ),
         (lambda: Expand(Horizontal((MaxGram(2),), (2,)), Cape(6)), "it has no distribution"),
-        (lambda: glide_cascade(5, 6), "reviews tokens up to 6 places.*at most 5"),
-        (lambda: glide_cascade(4, 5, 2), "reviews tokens up to 6 places.*at most 5"),
+        (lambda: glide_cascade(5, 6), "verifies tokens up to 6 places.*at most 5"),
+        (lambda: glide_cascade(4, 5, 2), "verifies tokens up to 6 places.*at most 5"),
     ],
 )
 def test_mistakes(make, sentence):
@@ -454,19 +478,19 @@ def test_mistakes(make, sentence):
     assert "\n" not in str(error.value)
 
 
-def glide_cascade(length, depth, quota=1):
+def glide_cascade(length, depth, budget=1):
     model = pair(1)[2]
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, trained_delay=5))
     cascade = Cascade(GliDeDrafter(model, 1), (MaxGram(length),), (length,))
-    assert cascade.depth == depth
-    return Horizontal((cascade,), (quota,))
+    assert cascade.info.depth == depth
+    return Horizontal((cascade,), (budget,))
 
 
 def test_a_delay_that_was_trained_for():
-    assert glide_cascade(4, 5).depth == 5
+    assert glide_cascade(4, 5).info.depth == 5
     inner = glide_cascade(4, 5).drafters
-    assert Horizontal((*inner, MaxGram(8)), (1, 8)).depth == 13
-    assert Horizontal(inner, (5,), cut=True).depth == 5
+    assert Horizontal((*inner, MaxGram(8)), (1, 8)).info.depth == 13
+    assert Horizontal(inner, (5,), cut=True).info.depth == 5
 
 
 # The language of --drafter
@@ -514,9 +538,9 @@ def test_a_list_of_specifications_is_split_outside_of_brackets():
         ("lm[max-gram:10; cut=3]", "'cut' takes no value"),
         ("lm[max-gram:10; lenience=0.5]", "at least 1, got 0.5"),
         ("cascade(lm[max-gram:10]:2; lenience=3)", "The target takes no lenience"),
-        ("max-gram[lm:2]", "'max-gram' cannot review: lm and glide can"),
-        ("cascade(lm[max-gram:10]:0)", "A quota must be at least 1, got 0"),
-        ("cascade(lm[max-gram:10]:-2)", "A quota must be at least 1, got -2"),
+        ("max-gram[lm:2]", "'max-gram' cannot verify: lm and glide can"),
+        ("cascade(lm[max-gram:10]:0)", "A budget must be at least 1, got 0"),
+        ("cascade(lm[max-gram:10]:-2)", "A budget must be at least 1, got -2"),
         ("cascade(lm:2, none)", "'none' drafts nothing"),
         ("cascade(lm:2, csd-vicuna)", "The preset 'csd-vicuna' .*stands alone"),
         ("csd-vicuna:4", "The preset 'csd-vicuna' takes no length"),
@@ -559,12 +583,12 @@ def test_loading(tiny_checkpoints):
     spec = "cascade(lm[lm2[max-gram:3]:1, max-gram:2]:2, lm2[max-gram:3]:2, max-gram:3)+fixed:30"
     loaded = load_drafter(spec, target, drafts=folders)
     assert loaded.spec == spec and set(loaded.params) == {"lm", "lm2"}
-    assert loaded.drafter.depth == depth_of(loaded_spec := parse_drafter(spec))
+    assert loaded.drafter.info.depth == depth_of(loaded_spec := parse_drafter(spec))
     assert loaded_spec.inner[0].name == "lm"
     alone = load_drafter("lm[max-gram]", target)
     assert isinstance(alone.drafter, Cascade) and alone.spec == "lm[max-gram:6]:1"
     several = load_drafter("lm[max-gram:3]:4+cape", target)
-    assert several.drafter.drafter.quotas == (4,) and several.spec == "lm[max-gram:3]:4+cape:29"
+    assert several.drafter.drafter.budgets == (4,) and several.spec == "lm[max-gram:3]:4+cape:29"
     text = [g.token_ids for g in SpeculativeDecoder(target).generate(["ab"], max_new_tokens=12)]
     decoder = SpeculativeDecoder(target, loaded)
     assert [g.token_ids for g in decoder.generate(["ab"], max_new_tokens=12)] == text

@@ -19,10 +19,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax_specdec import DecodeLoop, SpeculativeDecoder, Target, make_generate
 from jax_specdec.core import cache as kv
 from jax_specdec.core import prefill
+from jax_specdec.core.plain import NoDrafter
 from jax_specdec.drafters.glide import GliDeDrafter
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
-from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.expansions.cape import Cape
 from jax_specdec.expansions.dynamic_tree import DynamicTree
 from jax_specdec.expansions.expand import Expand

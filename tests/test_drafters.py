@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_specdec.core.context import TargetView, make_context
 from jax_specdec.core.draft import Text
 from jax_specdec.core.drafter import Drafter
+from jax_specdec.core.plain import NoDrafter
 from jax_specdec.drafters.bigram import Bigram, count_bigrams, successors
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.ngram import longest_suffix_match
-from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.drafters.prompt_lookup import PromptLookup
 from jax_specdec.testing import check_drafter
 
@@ -64,7 +65,11 @@ def copied(text, end, length):
 
 
 def draft(drafter, text, params=None):
-    call = jax.jit(lambda text: drafter.draft(params or {}, {}, text, *[None] * 5)[0])
+    def call(text):
+        sampling = h.sampling_of(text.length.shape[0])
+        ctx = make_context(text, TargetView(None), sampling)
+        return jax.jit(drafter.draft)(params or {}, {}, ctx)[0]
+
     return jax.device_get(call(text))
 
 
@@ -197,35 +202,36 @@ class Broken(Bigram):
     how: str = ""
 
     @property
-    def num_nodes(self):
-        return 64 if self.how == "wide" else self.length
+    def info(self):
+        info = super().info
+        return dataclasses.replace(info, nodes=64) if self.how == "wide" else info
 
     def init(self, batch, capacity):
         states = {"bigram": jnp.zeros((batch,), jnp.int32)}
         return [states] if self.how == "list" else states
 
-    def extend(self, params, states, text, view):
+    def extend(self, params, states, ctx):
         if self.how == "selfish":
             return {"bigram": states["bigram"]}
         if self.how == "retyped":
             return {**states, "bigram": states["bigram"].astype(jnp.float32)}
         return states
 
-    def draft(self, params, states, text, view, sampling, noise, active, room):
-        draft, states = super().draft(params, states, text, view, sampling, noise, active, room)
+    def draft(self, params, states, ctx):
+        draft, states = super().draft(params, states, ctx)
         tokens = draft.tokens
         if self.how == "stateful":  # what was drafted before is never forgotten
             shift = states["bigram"][:, None].at[:, 0].add(0)
             tokens = tokens.at[:, 1:].set((tokens[:, 1:] + shift) % h.VOCAB)
             states = {**states, "bigram": states["bigram"] + 1}
         if self.how == "mixing":
-            others = jnp.where(jnp.all(active), 0, 1)
+            others = jnp.where(jnp.all(ctx.active), 0, 1)
             tokens = tokens.at[:, 1:].set((tokens[:, 1:] + others) % h.VOCAB)
         changes = {
             "rootless": {"tokens": tokens.at[:, 0].set(0)},
             "floats": {"probability": draft.probability.astype(jnp.bfloat16)},
             "narrow": {"tokens": tokens[:, :-1]},
-            "unknown origin": {"origin": draft.origin * 2},
+            "unknown source": {"source": draft.source * 2},
             "outside": {"tokens": tokens.at[:, 1].set(h.VOCAB)},
             "holes": {"valid": draft.valid.at[:, 1].set(False)},
             "half a tree": {"parent": jnp.zeros_like(tokens)},
@@ -238,7 +244,7 @@ class Broken(Bigram):
 @pytest.mark.parametrize(
     ("how", "sentence"),
     [
-        ("wide", "num_nodes < 64"),
+        ("wide", "nodes < 64"),
         ("list", "dictionary of states"),
         ("selfish", "extend must pass on the states of other drafters"),
         ("retyped", "extend must return states of the structure"),
@@ -247,7 +253,7 @@ class Broken(Bigram):
         ("rootless", "node 0 must be the root"),
         ("floats", "Draft.probability must be float32"),
         ("narrow", "Draft.tokens must be int32"),
-        ("unknown origin", "origin of a drafted node"),
+        ("unknown source", "source of a drafted node"),
         ("outside", "in the vocabulary"),
         ("holes", "below an invalid one"),
         ("half a tree", "must all be given"),
@@ -266,11 +272,11 @@ def test_unhashable_drafters_are_refused():
     class Loose(Bigram.__mro__[1]):
         length: int = 2
         name: str = "loose"
-        has_distribution = False
+        info = None
 
         def init(self, batch, capacity): ...
 
-        extend = draft = commit = init
+        reset = extend = draft = commit = init
 
     with pytest.raises(AssertionError, match="hashable"):
         check_drafter(Loose(), {}, h.SMALL, h.small_params())

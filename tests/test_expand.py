@@ -102,7 +102,7 @@ def test_rules_take_what_they_say(name, ties):
     )
     for nodes in (6, 11, 33):
         rule = RULES[name](nodes)
-        draft = jax.device_get(jax.jit(lambda d, rule=rule: rule.widen(d, 2))(drafted))
+        draft = jax.device_get(jax.jit(lambda d, rule=rule: rule.widen(d, text, 2))(drafted))
         assert draft.tokens.shape == (batch, nodes) and draft.top_ids is None
         assert (draft.tokens[:, : depth + 1] == np.asarray(drafted.tokens)).all()
         for b in range(batch):
@@ -124,7 +124,7 @@ def test_rules_take_what_they_say(name, ties):
             assert list(got) == [(d, ids[b, d, r]) for d, r in want]
             for (d, r), i in zip(want, got.values(), strict=True):
                 assert draft.probability[b, i] == probs[b, d, r]
-                assert draft.depth[b, i] == d + 1 and draft.origin[b, i] == 2
+                assert draft.depth[b, i] == d + 1 and draft.source[b, i] == 2
 
 
 def test_select_against_sorting():

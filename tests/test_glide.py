@@ -11,8 +11,8 @@ import pytest
 
 from jax_specdec import DecodeLoop, Decoder, UserError
 from jax_specdec.core import cache as kv
-from jax_specdec.core.drafter import TargetView
-from jax_specdec.core.prng import Noise, shared_noise
+from jax_specdec.core.context import TargetView, last_seen, make_context
+from jax_specdec.core.prng import shared_noise
 from jax_specdec.drafters.glide import GliDeDrafter
 from jax_specdec.expansions.beam_search import BeamSearch
 from jax_specdec.expansions.cape import Cape
@@ -20,13 +20,12 @@ from jax_specdec.expansions.dynamic_tree import DynamicTree
 from jax_specdec.expansions.expand import Expand
 from jax_specdec.expansions.siblings import Fixed, PathProbability
 from jax_specdec.models import RopeConfig, stack_layers
-from jax_specdec.models.glide import CrossAttention, GliDe, glimpse_cache, glimpse_text, last_seen
+from jax_specdec.models.glide import CrossAttention, GliDe, glimpse_text, glimpse_view
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.models.rope import rope_angles
 from jax_specdec.testing import check_drafter
 from jax_specdec.training.config import GliDeRecipe
 from jax_specdec.training.glide import Pair
-from jax_specdec.training.on_policy import Unverified
 
 TEMPERATURES = (0.0, 0.3, 1.0, 1.7)
 
@@ -99,7 +98,7 @@ def test_cross_attention_in_float64(case, stacked):
     )
     per_layer = (lambda a: jnp.asarray(a)) if stacked else (lambda a: tuple(map(jnp.asarray, a)))
     cache = kv.KVCache(per_layer(keys), per_layer(values), jnp.asarray(lengths, jnp.int32))
-    glimpse = glimpse_cache(cache, jnp.asarray(visible), t.windows)
+    glimpse = glimpse_view(TargetView(cache), jnp.asarray(visible), t.windows)
     got = cross.apply({"params": weights}, jnp.asarray(x), angles, lambda q: glimpse(q, 1))
 
     w = jax.tree.map(lambda a: np.asarray(a, np.float64), weights)
@@ -138,7 +137,7 @@ def test_training_sees_what_decoding_sees():
     cache = kv.KVCache(*in_cache, jnp.full((2,), 9, jnp.int32))
     for layer in range(2):
         a = glimpse_text((keys, values), visible, t.windows)(q, layer)
-        b = glimpse_cache(cache, visible, t.windows)(q, layer)
+        b = glimpse_view(TargetView(cache), visible, t.windows)(q, layer)
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert (np.asarray(a)[:, 0] == 0).all()
 
@@ -164,11 +163,11 @@ def test_hidden_states_that_the_loop_keeps_are_the_targets(kind, batch):
     tokens = jnp.asarray(got.text)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     want = np.asarray(target.apply(params, tokens, positions, logits=False).hidden)
-    for row, length in enumerate(got.state.cache.length):
-        held = got.state.cache.hidden[row, :length]
+    for row, length in enumerate(got.state.view.cache.length):
+        held = got.state.view.taps[target.config.num_layers - 1][row, :length]
         np.testing.assert_allclose(held, want[row, :length], rtol=2e-4, atol=2e-4)
     plain = h.decode(h.plain_loop(target=target), h.all_params(target=params), prompts, sampling)
-    assert plain.state.cache.hidden is None
+    assert not plain.state.view.taps
 
 
 def test_shapes_and_sharing():
@@ -227,13 +226,12 @@ def test_drafting_is_the_training_forward_with_the_right_visibility(kind):
     target, _, model, joined = pair(*kind)
     teacher = Pair(model, target, GliDeRecipe())
     hot = h.sampling_of(4, temperature=1.0)
-    rows = jnp.ones((4,), bool), jnp.full((4,), 99, jnp.int32)
 
     @functools.partial(jax.jit, static_argnums=0)
     def draft(drafter, params, state):
         gumbel = shared_noise(state.keys, hot, state.text.length, length + 1, h.VOCAB)
-        noise, view = Noise(gumbel, return_q=True), TargetView(state.cache)
-        return drafter.draft(params, state.drafts, state.text, view, hot, noise, *rows)[0]
+        ctx = make_context(state.text, state.view, hot, gumbel, return_q=True)
+        return drafter.draft(params, state.drafts, ctx)[0]
 
     @jax.jit
     def teach(params, joined, tokens, root):
@@ -328,7 +326,7 @@ def test_contract(kind, rule):
 def test_text_that_the_drafter_writes(length):
     """Every token is the drafter's, predicted as the place in its block says; limits hold."""
     target, params, model, joined = pair(1)
-    loop = Unverified(target, GliDeDrafter(model, length))
+    loop = DecodeLoop(target, GliDeDrafter(model, length), Unverified())
     prompts, limit = h.prompts_of([1, 3, 8, 13]), 18
     sampling = h.sampling_of(4, max_new_tokens=limit)
     got = h.decode(loop, h.all_params(target=params, glide=joined), prompts, sampling)

@@ -16,8 +16,9 @@ from test_sampling import LEVEL, chi_square, exact_law, reference_law, sample
 from jax_specdec import DecodeLoop, Decoder, UserError
 from jax_specdec.core import prng
 from jax_specdec.core.cache import init_cache
-from jax_specdec.core.draft import Text, ancestor_bits
-from jax_specdec.core.drafter import TargetView
+from jax_specdec.core.context import TargetView, make_context
+from jax_specdec.core.draft import Text
+from jax_specdec.core.model import Output
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.neural import NeuralDrafter
@@ -25,7 +26,6 @@ from jax_specdec.expansions.beam_search import BeamSearch
 from jax_specdec.expansions.dynamic_tree import DynamicTree
 from jax_specdec.expansions.expand import Expand
 from jax_specdec.models import stack_layers
-from jax_specdec.models.decoder import Output
 from jax_specdec.testing import check_drafter
 from pallas_kernels import masks
 
@@ -111,13 +111,12 @@ def test_trees_against_plain_python(rule, depth):
 
     @jax.jit
     def draw(params):
-        states, view = drafter.init(rows, WIDTH + depth + 1), TargetView(None)
-        states = drafter.extend(params, states, text, view)
-        args = (sampling, prng.Noise(gumbel), jnp.ones(rows, bool), jnp.full(rows, 9, jnp.int32))
-        return drafter.draft(params, states, text, view, *args)[0]
+        ctx = make_context(text, TargetView(None), sampling, gumbel)
+        states = drafter.extend(params, drafter.init(rows, WIDTH + depth + 1), ctx)
+        return drafter.draft(params, states, ctx)[0]
 
     draft, gumbel = jax.device_get((draw({"lm": h.close_params()}), gumbel))
-    assert draft.tokens.shape[1] == drafter.num_nodes + 1 <= rule.nodes
+    assert draft.tokens.shape[1] == drafter.info.nodes + 1 <= rule.nodes
     for b, prompt in enumerate(prompts):
         law = {name: values[b] for name, values in LAWS.items()}
         want, main = expected_tree(rule, prompt, law, gumbel[b], depth)
@@ -188,24 +187,31 @@ def test_contract(name, length):
 
 
 @dataclasses.dataclass(frozen=True)
-class Markov(NeuralDrafter):
-    """Logits are a row of a table, by the last token alone."""
+class Table:
+    """What a `Markov` drafter reads with: logits are a row of a table, by the last token alone."""
 
+    def apply(self, table, tokens, positions, cache, ancestors=None, *, drafted=None):
+        shape = (1, *tokens.shape, h.SMALL_CONFIG.num_kv_heads, h.SMALL_CONFIG.head_dim)
+        new = tuple(jnp.zeros(shape, jnp.float32))
+        return Output(table[tokens], jnp.zeros((1, 1, 1)), (new, new), {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Markov(NeuralDrafter):
     length: int
     name: str = "markov"
     proposal: Literal["matched", "greedy"] = "matched"
+    stop: None = None
 
     @property
     def body(self):
         return h.SMALL
 
-    def read(self, params, states, text, view):
-        return states[self.name], params[self.name][text.root()][:, None]
+    def reader(self, view):
+        return Table()
 
-    def forward(self, params, cache, view, tokens, positions, drafted=None, ancestors=None):
-        shape = (1, *tokens.shape, h.SMALL_CONFIG.num_kv_heads, h.SMALL_CONFIG.head_dim)
-        new = tuple(jnp.zeros(shape, jnp.float32))
-        return Output(params[self.name][tokens], jnp.zeros((1, 1, 1)), (new, new))
+    def read(self, params, states, ctx):
+        return states[self.name], params[self.name][ctx.text.root()][:, None]
 
 
 @pytest.mark.parametrize("rule", [DynamicTree(6, 2), BeamSearch(7)], ids=["tree", "beam"])
@@ -219,10 +225,10 @@ def test_rejection_with_a_grown_tree_is_exact(rule, kind):
     drafter = Expand(Markov(depth), rule)
     text = Text(jnp.zeros((1, 9), jnp.int32), jnp.full((1,), 5, jnp.int32))
     sampling = h.sampling_of(1, temperature=1.0)
-    noise = prng.Noise(jnp.zeros((1, depth + 1, vocab)), return_q=True)
-    args = (sampling, noise, jnp.ones(1, bool), jnp.full(1, 9, jnp.int32))
+    noise = jnp.zeros((1, depth + 1, vocab))
+    ctx = make_context(text, TargetView(None), sampling, noise, return_q=True)
     params = {"markov": jnp.asarray(table)}
-    draft = drafter.draft(params, drafter.init(1, 16), text, TargetView(None), *args)[0]
+    draft = drafter.draft(params, drafter.init(1, 16), ctx)[0]
     tokens, parent, valid = (np.asarray(x)[0] for x in (draft.tokens, draft.parent, draft.valid))
     chain = tuple(tokens[1 : depth + 1].tolist())
     assert chain[0] == table[0].argmax() and chain[1] == table[chain[0]].argmax()
@@ -307,7 +313,7 @@ def test_levels_of_a_tree_are_one_forward_of_it(layer_loop):
         parent += rng.choice(above, width).tolist()
         level += [depth] * width
     nodes = len(parent)
-    bits = ancestor_bits(jnp.broadcast_to(jnp.asarray(parent, jnp.int32), (batch, nodes)), 3)
+    bits = h.ancestor_bits(jnp.broadcast_to(jnp.asarray(parent, jnp.int32), (batch, nodes)), 3)
     tokens = jnp.asarray(rng.integers(0, h.VOCAB, (batch, nodes)), jnp.int32)
     positions = cache.length[:, None] + jnp.asarray(level, jnp.int32)[None]
     want = decoder.apply(params, tokens, positions, cache, bits)
@@ -323,4 +329,4 @@ def test_levels_of_a_tree_are_one_forward_of_it(layer_loop):
         np.testing.assert_allclose(got.logits, want.logits[:, new], atol=2e-4)
         axis = 2 if stacked else 1
         join = functools.partial(lambda axis, *x: jnp.concatenate(x, axis=axis), axis)
-        done = got.new_kv if done is None else jax.tree.map(join, done, got.new_kv)
+        done = got.new if done is None else jax.tree.map(join, done, got.new)

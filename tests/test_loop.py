@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from jax_specdec import DecodeLoop, Decoder
+from jax_specdec.core.acceptance import Reject
+from jax_specdec.core.plain import NoDrafter
 from jax_specdec.core.processors import History, RepetitionPenalty
 from jax_specdec.core.stats import LENGTH, RUNNING, STOP
 from jax_specdec.drafters.bigram import Bigram
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
-from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.drafters.prompt_lookup import PromptLookup
 from jax_specdec.models import stack_layers
 from jax_specdec.text.stop_strings import stop_automaton
@@ -88,8 +89,8 @@ def check_stats(result, loop):
         place < result.state.text.length[:, None]
     )
     for i in range(1, stats.accepted.shape[1]):
-        assert ((stats.origin == i) & span).sum(axis=1).tolist() == stats.accepted[:, i].tolist()
-    cache = result.state.cache
+        assert ((stats.source == i) & span).sum(axis=1).tolist() == stats.accepted[:, i].tolist()
+    cache = result.state.view.cache
     assert (cache.length == result.state.text.length - 1).all()
 
 
@@ -493,7 +494,7 @@ def test_speculation_with_a_processor(shape, plain):
 @pytest.mark.parametrize("name", ["siblings", "max-gram", "lm itself"])
 def test_reject_runs(name, plain):
     drafter, params = DRAFTERS[name]
-    loop = DecodeLoop(h.TARGET, drafter, rule="reject")
+    loop = DecodeLoop(h.TARGET, drafter, rule=Reject())
     got = h.decode(loop, h.all_params(**params()), h.prompts_of(RAGGED), h.sampling_of(4, **MIXED))
     check_stats(got, loop)
     assert got.tokens[0] == plain.tokens[0], "at temperature 0 the rule is the greedy one"
@@ -503,4 +504,4 @@ def test_reject_runs(name, plain):
 
 
 def test_none_is_the_default_drafter():
-    assert h.plain_loop() == DecodeLoop(h.TARGET, NoDrafter())
+    assert h.plain_loop() == DecodeLoop(h.TARGET, NoDrafter(), margins=True)

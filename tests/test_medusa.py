@@ -22,8 +22,8 @@ from jax_specdec.checkpoints.medusa import (
 )
 from jax_specdec.checkpoints.target_bound import read_own, target_fingerprint
 from jax_specdec.core import acceptance
-from jax_specdec.core.draft import Draft, Text, ancestor_bits, chain
-from jax_specdec.core.drafter import TargetView
+from jax_specdec.core.context import Tapped
+from jax_specdec.core.draft import Draft, Text, chain
 from jax_specdec.core.prefill import read_text
 from jax_specdec.drafters.cascade import Cascade, Horizontal
 from jax_specdec.drafters.lm import LmDrafter
@@ -155,14 +155,14 @@ def test_decoding_reads_what_training_reads():
     tokens, target = jnp.asarray(texts()[:3, :21]), h.small_params()
     laws = all_laws(tokens)
     committed, ahead = np.array([4, 7, 11]), np.array([0, 2, 1])
-    cache = h.SMALL.init_cache(3, 24, hidden=True)
-    cache = jax.jit(lambda *x: read_text(h.SMALL, *x))(
-        target, cache, tokens, jnp.asarray(committed - 1, jnp.int32)
+    tapped = Tapped(h.SMALL, drafter(2).info.taps)
+    view = jax.jit(lambda *x: read_text(tapped, *x))(
+        target, tapped.init_view(target, 3, 24), tokens, jnp.asarray(committed - 1, jnp.int32)
     )
     scores = jax.jit(drafter(2).scores)
     for extra in (0 * ahead, ahead):
         text = Text(tokens, jnp.asarray(committed + extra, jnp.int32))
-        got = jax.nn.log_softmax(scores(trained()[1], text, TargetView(cache)))
+        got = jax.nn.log_softmax(scores(trained()[1], text, view))
         for row, (known, skip) in enumerate(zip(committed, extra, strict=True)):
             for i in range(2):
                 at = known - 2  # of the hidden state that predicted the root
@@ -176,7 +176,7 @@ def test_decoding_reads_what_training_reads():
 @pytest.mark.parametrize("rule", [None, TREE], ids=str)
 def test_contract(rule):
     one = drafter()
-    assert one.reads_hidden and one.has_distribution
+    assert one.info.taps == (h.SMALL.config.num_layers - 1,) and one.info.distribution
     check_drafter(
         one if rule is None else Expand(one, rule),
         {"medusa": trained()[1]},
@@ -215,14 +215,14 @@ def test_identity(kind):
     if kind == "static":
         assert accepted[2] > 0, "nothing beside the chain was ever accepted"
     if kind == "cascade":
-        medusa_alone = made.proposers.index("medusa") + 1
+        medusa_alone = made.info.sources.index("medusa") + 1
         assert drafted[medusa_alone] > 0
 
 
 def test_the_rejection_rule_takes_trees():
     """Its law is enumerated elsewhere; where nothing is random it is plain decoding."""
     sampling, plain = plain_answers()
-    loop = DecodeLoop(h.SMALL, Expand(drafter(3), TREE), "reject")
+    loop = DecodeLoop(h.SMALL, Expand(drafter(3), TREE), acceptance.Reject())
     got = h.decode(loop, params(), h.prompts_of([1, 3, 8, 13]), sampling)
     assert got.tokens[0] == plain.tokens[0]
     assert (got.stats.accepted.sum(axis=0)[1:] > 0).all()
@@ -376,11 +376,15 @@ def test_lossy_typical_in_float64(parents):
     with jax.enable_x64(True):
         parent = jnp.broadcast_to(jnp.asarray(parents, jnp.int32)[None], tokens.shape)
         depth = jnp.broadcast_to(jnp.asarray(depths, jnp.int32)[None], tokens.shape)
-        shape = {"parent": parent, "depth": depth, "ancestors": ancestor_bits(parent, max(depths))}
+        shape = {
+            "parent": parent,
+            "depth": depth,
+            "ancestors": h.ancestor_bits(parent, max(depths)),
+        }
         draft = Draft(
             tokens=jnp.asarray(tokens),
             valid=jnp.asarray(valid),
-            origin=jnp.ones(tokens.shape, jnp.int32),
+            source=jnp.ones(tokens.shape, jnp.int32),
             probability=jnp.ones(tokens.shape, jnp.float32),
             depth_limit=max(depths),
             **({} if len(parents) == 4 else shape),
@@ -405,7 +409,7 @@ def test_lossy_typical_is_not_exact():
     """The control: greedy rows are plain decoding's, sampled ones are longer in fewer rounds and differ."""
     sampling, plain = plain_answers()
     prompts = h.prompts_of([1, 3, 8, 13])
-    loop = DecodeLoop(h.SMALL, Expand(drafter(3), TREE), "lossy-typical")
+    loop = DecodeLoop(h.SMALL, Expand(drafter(3), TREE), acceptance.LossyTypical())
     got = h.decode(loop, params(), prompts, sampling)
     assert got.tokens[0] == plain.tokens[0]
     assert got.tokens[2] != plain.tokens[2] or got.tokens[3] != plain.tokens[3]
@@ -427,9 +431,7 @@ def test_lossy_settings_that_are_refused():
     ):
         with pytest.raises(UserError, match=message):
             acceptance.LossyTypical(**fields)
-    with pytest.raises(UserError, match="Unknown acceptance rule 'typical'"):
-        DecodeLoop(h.SMALL, drafter(2), "typical")  # type: ignore[arg-type]
-    assert DecodeLoop(h.SMALL, drafter(2)).rule == "match"
+    assert DecodeLoop(h.SMALL, drafter(2)).rule == acceptance.Match()
 
 
 # Training
@@ -574,7 +576,7 @@ def test_loading_by_name(target, folder):
     loaded = load_drafter("medusa", target, drafts=drafts)
     assert (loaded.spec, loaded.longest, longest_draft("medusa", folder)) == ("medusa:2", 2, 2)
     loaded = load_drafter("medusa:2+static:7", target, drafts=drafts)
-    assert loaded.drafter.num_nodes == 6
+    assert loaded.drafter.info.nodes == 6
     assert loaded.drafter.rule.paths(loaded.drafter.drafter) == (
         (0,),
         (0, 0),

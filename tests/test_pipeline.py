@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jax_specdec import SpeculativeDecoder, Target, UserError
+from jax_specdec.core.plain import NoDrafter
 from jax_specdec.drafters.lm import LmDrafter
-from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.models import Decoder
 from jax_specdec.specs.build import LoadedDrafter
 

@@ -12,8 +12,9 @@ from scipy import stats
 from jax_specdec import make_generate, make_sampling
 from jax_specdec.core import numerics, prng
 from jax_specdec.core import sampling as laws
+from jax_specdec.core.acceptance import RULES
+from jax_specdec.core.context import TargetView, make_context
 from jax_specdec.core.draft import Text
-from jax_specdec.core.drafter import TargetView
 from jax_specdec.core.processors import RepetitionPenalty
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
@@ -43,7 +44,11 @@ def reference_law(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
     return p / p.sum()
 
 
-law = jax.jit(laws.law)
+@jax.jit
+def law(logits, sampling):
+    return laws.distribution(laws.warp(logits, sampling), sampling)
+
+
 warp = jax.jit(laws.warp)
 
 ROWS = {
@@ -276,13 +281,12 @@ def test_what_is_reported_of_a_draft(rejecting):
     )
     keys = prng.row_keys(sampling, jnp.arange(4, dtype=jnp.int32))
     gumbel = prng.shared_noise(keys, sampling, lengths, 4, h.VOCAB)
-    noise = prng.Noise(gumbel, return_q=rejecting, return_top=True)
-    active, room = jnp.ones(4, bool), jnp.full(4, 9, jnp.int32)
+    ctx = make_context(text, view, sampling, gumbel, return_q=rejecting, return_top=True)
 
     @jax.jit
     def draw(params):
-        states = drafter.extend(params, drafter.init(4, 24), text, view)
-        return drafter.draft(params, states, text, view, sampling, noise, active, room)[0]
+        states = drafter.extend(params, drafter.init(4, 24), ctx)
+        return drafter.draft(params, states, ctx)[0]
 
     draft, gumbel = jax.device_get((draw(params), gumbel))
     assert (draft.q is not None) == rejecting
@@ -361,7 +365,7 @@ def chi_square(counts: np.ndarray, law: np.ndarray) -> float:
 
 def sample(drafter=None, rule="match", ranges=RANGES, shift=0, **drafts):
     """Counts of the first two tokens by case, `[4, V, V]`, from BATCH * ranges generations."""
-    generate = jax.jit(make_generate(h.TARGET, drafter, max_new_tokens=3, rule=rule))
+    generate = jax.jit(make_generate(h.TARGET, drafter, max_new_tokens=3, rule=RULES[rule]()))
     sampling = make_sampling(
         BATCH,
         max_new_tokens=3,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_specdec.core.draft import MAX_NODES, Draft, Text, ancestor_bits, chain, paths, root_only
+from jax_specdec.core.draft import MAX_NODES, Draft, Text, chain, paths, root_only
 from pallas_kernels import masks
 
 pytestmark = pytest.mark.smoke
@@ -31,14 +31,14 @@ def test_bits_and_paths(size):
     for _ in range(4):
         trees.append(h.random_parents(rng, depth, size - 1 - depth))
     parent = jnp.asarray(trees, jnp.int32)
-    bits = ancestor_bits(parent, depth)
+    bits = h.ancestor_bits(parent, depth)
     assert bits.dtype == jnp.int32 and bits.shape == (4, size, -(-size // 32))
     seen = np.asarray(masks.unpack(bits, size))
     levels = [[len(ancestors_of(t, i)) - 1 for i in range(size)] for t in trees]
     draft = Draft(
         tokens=parent,
         valid=parent >= 0,
-        origin=parent,
+        source=parent,
         probability=parent.astype(jnp.float32),
         parent=parent,
         depth=jnp.asarray(levels, jnp.int32),
@@ -60,7 +60,7 @@ def test_root():
     assert TEXT.root().tolist() == [7, 8]
     draft = root_only(TEXT)
     assert draft.tokens.tolist() == [[7], [8]] and draft.valid.all()
-    assert draft.is_chain and draft.depth_limit == 0 and draft.origin.tolist() == [[0], [0]]
+    assert draft.is_chain and draft.depth_limit == 0 and draft.source.tolist() == [[0], [0]]
 
 
 def test_chain():
@@ -69,7 +69,7 @@ def test_chain():
     draft = chain(TEXT, tokens, valid)
     assert draft.tokens.tolist() == [[7, 1, 2, 3], [8, 4, 5, 6]]
     assert draft.valid.tolist() == [[True, True, False, False], [True] * 4]
-    assert draft.origin.tolist() == [[0, 1, 1, 1]] * 2
+    assert draft.source.tolist() == [[0, 1, 1, 1]] * 2
     assert (draft.probability == 1).all() and draft.depth_limit == 3
     assert draft.depths().tolist() == [[0, 1, 2, 3]] and draft.parents().tolist() == [[0, 0, 1, 2]]
     with pytest.raises(ValueError, match="path of a chain"):

@@ -99,12 +99,12 @@ def run(args: argparse.Namespace) -> int:
     settings: dict[str, Any] = {name: _rows(args, records, name) for name in SAMPLING}
     _check(records, settings)
 
-    from jax_specdec.core.acceptance import LossyTypical
+    from jax_specdec.core.acceptance import RULES
     from jax_specdec.pipeline import SpeculativeDecoder
 
-    lossy = LossyTypical(**chosen)
+    rule = RULES[args.rule](**chosen)
     target, drafter = common.load(args)
-    decoder = SpeculativeDecoder(target, drafter, rule=args.rule, lossy=lossy)
+    decoder = SpeculativeDecoder(target, drafter, rule=rule, logprobs=args.logprobs)
     stops = [record.settings.get("stop", tuple(args.stop)) for record in records]
     streams = _Streams(target.tokenizer, stops) if args.stream else None
     answers = decoder.generate(

@@ -69,11 +69,12 @@ def run(args: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
     target, drafter = common.load(args)
-    decoder = SpeculativeDecoder(target, drafter)
     if args.writer == "drafter":
-        from jax_specdec.training.on_policy import Unverified
+        from jax_specdec.training.on_policy import unverified
 
-        decoder = SpeculativeDecoder(target, drafter, loop=Unverified)
+        decoder = SpeculativeDecoder(target, drafter, rule=unverified(drafter.drafter))
+    else:
+        decoder = SpeculativeDecoder(target, drafter)
     todo = records[done:]
     if not todo:
         common.say(f"{out} is complete: {done} documents.")

@@ -1,58 +1,35 @@
 """Acceptance rules: which drafted path becomes text.
 
-Each rule is a pure function of tokens and probabilities in any float dtype plus a thin draw, so that
-its law can be enumerated exactly.
+Each rule is a pure function of tokens and probabilities in any float dtype, so that its distribution can be
+enumerated exactly, and an `Acceptance` object that the loop calls:
 
-* `match` (default): the target's token at every node is fixed by the shared noise, and the walk follows
+* `Match` (default): the target's token at every node is fixed by the shared noise, and the walk follows
   it. Exact for any tree (sample-then-match; the shared noise is the coupling of arXiv 2408.07978).
-* `reject`: speculative sampling of one chain (Leviathan et al., arXiv 2211.17192, Algorithm 1), whose
+* `Reject`: speculative sampling of one chain (Leviathan et al., arXiv 2211.17192, Algorithm 1), whose
   residual draw is then matched against the siblings of the rejected token.
-* `lossy-typical`: typical acceptance (Cai et al., arXiv 2401.10774, section 2.3.1). Not exact: it emits what
+* `LossyTypical`: typical acceptance (Cai et al., arXiv 2401.10774, section 2.3.1). Not exact: it emits what
   the target finds likely enough, whatever it would have said. Nothing chooses it but its own name.
+* `Unverified`: what was drafted becomes text, for training on a drafter's own text.
 """
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 
 from jax_specdec._types import Array, Bool, Float, Int
+from jax_specdec.core import prng
+from jax_specdec.core.context import Context
 from jax_specdec.core.draft import Draft, paths
+from jax_specdec.core.numerics import argmax
+from jax_specdec.core.sampling import distribution
 from jax_specdec.errors import UserError
 from pallas_kernels import masks
 
-Rule = Literal["match", "reject", "lossy-typical"]
-RULES: tuple[Rule, ...] = get_args(Rule)
 
-
-@dataclasses.dataclass(frozen=True)
-class LossyTypical:
-    """What `lossy-typical` finds likely enough: a probability above min(epsilon, delta exp(-H)).
-
-    H is the entropy of the target's law in nats: where many tokens are likely, a less likely one will do.
-
-    Attributes:
-      epsilon: in (0, 1]. delta: above 0; the paper recommends sqrt(epsilon), and its code has these.
-
-    Raises:
-      UserError: values out of range.
-    """
-
-    epsilon: float = 0.09
-    delta: float = 0.3
-
-    def __post_init__(self):
-        if not 0 < self.epsilon <= 1:
-            raise UserError(f"The epsilon of lossy-typical must be in (0, 1], got {self.epsilon}.")
-        if not 0 < self.delta < math.inf:
-            raise UserError(f"The delta of lossy-typical must be above 0, got {self.delta}.")
-
-
-PUBLISHED = LossyTypical()
-
-
-class Verdict(NamedTuple):
+class Verification(NamedTuple):
     """What one round emits.
 
     Attributes:
@@ -66,7 +43,143 @@ class Verdict(NamedTuple):
     tokens: Int[Array, "B Q"]
 
 
-def match(draft: Draft, target: Int[Array, "B T"]) -> Verdict:
+class Acceptance(Protocol):
+    """A rule of acceptance: a frozen dataclass (static under jit).
+
+    Attributes:
+      name: what `--rule` calls it. exact: whether the text is distributed as the target's own.
+      coupled: whether every emitted token is the argmax of the target's scores + the shared noise, so that
+        the text is plain decoding's with the same seed.
+      needs_q: whether drafts must come with the distribution they were drawn from, which makes the noise of
+        drafting another than the target's.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def exact(self) -> bool: ...
+
+    @property
+    def coupled(self) -> bool: ...
+
+    @property
+    def needs_q(self) -> bool: ...
+
+    def __call__(self, ctx: Context, draft: Draft, scores: Float[Array, "B T V"]) -> Verification:
+        """Which path becomes text.
+
+        Args:
+          scores: log-weights of the target's law at every node.
+        """
+        ...
+
+
+def node_noise(ctx: Context, draft: Draft) -> Float[Array, "B T V"]:
+    """The shared noise of each node's own token, by the node's depth."""
+    assert ctx.noise is not None, "there is noise in every round"
+    if draft.is_chain:
+        return ctx.noise[:, : draft.tokens.shape[1]]
+    depth = jnp.broadcast_to(draft.depths(), draft.tokens.shape)
+    return jnp.take_along_axis(ctx.noise, depth[..., None], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """Sample-then-match, see `match`."""
+
+    name = "match"
+    exact = coupled = True
+    needs_q = False
+
+    def __call__(self, ctx, draft, scores):
+        return match(draft, argmax(scores + node_noise(ctx, draft)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reject:
+    """Speculative sampling, see `reject`."""
+
+    name = "reject"
+    exact = needs_q = True
+    coupled = False
+
+    def __call__(self, ctx, draft, scores):
+        start, depth, vocab = ctx.text.length, draft.depth_limit, scores.shape[-1]
+        p = distribution(scores, ctx.law.sampling)
+        bonus = prng.position_noise(ctx.keys, start, depth + 1, vocab, prng.ROLE_BONUS)
+        if depth == 0:  # plain decoding: nothing can be rejected
+            tokens = jnp.argmax(jnp.log(p) + bonus, axis=-1).astype(jnp.int32)
+            return Verification(jnp.zeros_like(start), jnp.zeros_like(tokens), tokens)
+        q = draft.q
+        if q is None:  # a drafter without a distribution is certain of its token
+            q = jax.nn.one_hot(draft.tokens[:, 1 : depth + 1], vocab, dtype=jnp.float32)
+        return reject(
+            draft,
+            p,
+            q,
+            prng.position_uniform(ctx.keys, start, depth, prng.ROLE_ACCEPT),
+            prng.position_noise(ctx.keys, start, depth + 1, vocab, prng.ROLE_RESIDUAL),
+            bonus,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossyTypical:
+    """Accepts what the target finds likely enough: a probability above min(epsilon, delta exp(-H)).
+
+    H is the entropy of the target's distribution in nats: where many tokens are likely, a less likely one
+    will do. See `lossy_typical`.
+
+    Attributes:
+      epsilon: in (0, 1]. delta: above 0; the paper recommends sqrt(epsilon), and its code has these.
+
+    Raises:
+      UserError: values out of range.
+    """
+
+    epsilon: float = 0.09
+    delta: float = 0.3
+
+    name = "lossy-typical"
+    exact = coupled = needs_q = False
+
+    def __post_init__(self):
+        if not 0 < self.epsilon <= 1:
+            raise UserError(f"The epsilon of lossy-typical must be in (0, 1], got {self.epsilon}.")
+        if not 0 < self.delta < math.inf:
+            raise UserError(f"The delta of lossy-typical must be above 0, got {self.delta}.")
+
+    def __call__(self, ctx, draft, scores):
+        token = argmax(scores + node_noise(ctx, draft))
+        return lossy_typical(draft, distribution(scores, ctx.law.sampling), token, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unverified:
+    """Emits what was drafted, draft after draft; the target only reads it. Nothing is lossless here.
+
+    For chains. The last drafted token stands where the target's own would, and is the next root, so that a
+    round emits the draft and no more.
+    """
+
+    name = "unverified"
+    exact = coupled = needs_q = False
+
+    def __call__(self, ctx, draft, scores):
+        del ctx, scores
+        proposed = jnp.sum(draft.valid[:, 1:], axis=1, dtype=jnp.int32)
+        path = jnp.arange(draft.tokens.shape[1], dtype=jnp.int32)[None]
+        tokens = jnp.concatenate([draft.tokens[:, 1:], draft.tokens[:, -1:]], axis=1)
+        path = jnp.broadcast_to(path, tokens.shape)
+        return Verification(jnp.maximum(proposed - 1, 0), path, tokens)
+
+
+MATCH = Match()
+RULES: dict[str, type] = {rule.name: rule for rule in (Match, Reject, LossyTypical)}
+
+
+def match(draft: Draft, target: Int[Array, "B T"]) -> Verification:
     """Accepts the longest path on which every node is the target's token at its parent.
 
     Args:
@@ -77,7 +190,7 @@ def match(draft: Draft, target: Int[Array, "B T"]) -> Verdict:
         agree = draft.valid[:, 1:] & (draft.tokens[:, 1:] == target[:, :-1])
         accepted = jnp.sum(jnp.cumprod(agree.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
         path = jnp.broadcast_to(jnp.arange(nodes, dtype=jnp.int32)[None], target.shape)
-        return Verdict(accepted, path, target)
+        return Verification(accepted, path, target)
     said = jnp.take_along_axis(target, draft.parents(), axis=1)
     accepted = _reached(draft, draft.tokens == said)
     # Siblings with equal tokens would tie; the deepest, then first in chain-first order, wins.
@@ -85,7 +198,7 @@ def match(draft: Draft, target: Int[Array, "B T"]) -> Verdict:
     leaf = jnp.argmax(score, axis=1).astype(jnp.int32)
     path = paths(draft, leaf)
     depth = jnp.take_along_axis(draft.depths(), leaf[:, None], axis=1)[:, 0]
-    return Verdict(depth, path, jnp.take_along_axis(target, path, axis=1))
+    return Verification(depth, path, jnp.take_along_axis(target, path, axis=1))
 
 
 def _reached(draft: Draft, good: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
@@ -105,13 +218,13 @@ def typical_threshold(p: Float[Array, "*s V"], lossy: LossyTypical) -> Float[Arr
 
 def lossy_typical(
     draft: Draft, p: Float[Array, "B T V"], target: Int[Array, "B T"], lossy: LossyTypical
-) -> Verdict:
+) -> Verification:
     """Accepts the longest path of typical tokens, of equally long ones the likeliest. Not exact.
 
     At temperature 0, where p is certain of one token, it is `match`.
 
     Args:
-      p: the target's law after each node. target: its own token there, which is emitted behind the last
+      p: the target's distribution after each node. target: its own token there, which is emitted behind the last
         accepted node.
     """
     if draft.ancestors is None:  # a chain
@@ -121,7 +234,7 @@ def lossy_typical(
         line = jnp.arange(draft.tokens.shape[1], dtype=jnp.int32)[None]
         drafted = jnp.concatenate([draft.tokens[:, 1:], target[:, -1:]], axis=1)
         tokens = jnp.where(line < accepted[:, None], drafted, target)
-        return Verdict(accepted, jnp.broadcast_to(line, target.shape), tokens)
+        return Verification(accepted, jnp.broadcast_to(line, target.shape), tokens)
     parents = jnp.broadcast_to(draft.parents(), draft.tokens.shape)
     vocab = p.shape[-1]
     flat = p.reshape(p.shape[0], -1)
@@ -140,7 +253,7 @@ def lossy_typical(
     drafted = jnp.concatenate([drafted[:, 1:], drafted[:, :1]], axis=1)
     own = jnp.take_along_axis(target, path, axis=1)
     level = jnp.arange(path.shape[1], dtype=jnp.int32)[None]
-    return Verdict(longest[:, 0], path, jnp.where(level < longest, drafted, own))
+    return Verification(longest[:, 0], path, jnp.where(level < longest, drafted, own))
 
 
 def accept_probability(p: Array, q: Array) -> Array:
@@ -167,11 +280,11 @@ def reject(
     uniforms: Float[Array, "B P"],
     residual_noise: Float[Array, "B Q V"],
     bonus_noise: Float[Array, "B Q V"],
-) -> Verdict:
+) -> Verification:
     """Speculative sampling of the main chain, then the residual draw matched against siblings.
 
     Args:
-      p: the target's law after each node. q: the law that chain node d + 1 was drawn from, row d.
+      p: the target's distribution after each node. q: the distribution that chain node d + 1 was drawn from, row d.
       uniforms: in [0, 1), one per chain position. residual_noise, bonus_noise: Gumbel noise per depth,
         from keys that nothing else draws from.
 
@@ -195,7 +308,7 @@ def reject(
     def draw(law: Array, noise: Array) -> Array:
         return jnp.argmax(jnp.log(law) + noise, axis=-1).astype(jnp.int32)
 
-    # Where drafting had ended nothing was rejected, and the target's own law speaks.
+    # Where drafting had ended nothing was rejected, and the target's own distribution decides.
     was_drafted = jnp.take_along_axis(
         jnp.concatenate([drafted, jnp.zeros_like(drafted[:, :1])], axis=1), count[:, None], axis=1
     )
@@ -209,7 +322,7 @@ def reject(
     chain_tokens = jnp.concatenate([drawn, jnp.zeros_like(drawn[:, :1])], axis=1)
     emitted = jnp.where(level == count[:, None], last[:, None], chain_tokens)
     if draft.is_chain:
-        return Verdict(count, path, emitted)
+        return Verification(count, path, emitted)
     node = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     sibling = (
         valid
@@ -223,4 +336,4 @@ def reject(
     after = draw(at(p, leaf), at(bonus_noise, count + 1))
     path = jnp.where(found[:, None] & (level == count[:, None] + 1), leaf[:, None], path)
     emitted = jnp.where(found[:, None] & (level == count[:, None] + 1), after[:, None], emitted)
-    return Verdict(count + found.astype(jnp.int32), path, emitted)
+    return Verification(count + found.astype(jnp.int32), path, emitted)

@@ -7,14 +7,12 @@ Drafts are not written here. Verification receives their keys and values beside 
 from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 import pallas_kernels
-from pallas_kernels import tuning, write_rows
-
-Array = jax.Array
+from jax_specdec._types import Array, Int
+from pallas_kernels import tuning
 
 TILE = 32  # slots; a multiple of the sublanes of every dtype
 
@@ -26,14 +24,11 @@ class KVCache(flax.struct.PyTreeNode):
       k, v: a tuple of L arrays `[B, K, S, D]`, or one stacked array `[L, B, K, S, D]` where layers
         are scanned.
       length: `int32[B]`, committed slots of each row; what lies behind them is garbage.
-      hidden: `[B, S, E]`, the model's last hidden states of the same tokens, where somebody reads them;
-        otherwise None.
     """
 
     k: Any
     v: Any
-    length: Array
-    hidden: Array | None = None
+    length: Int[Array, " B"]
 
     @property
     def stacked(self) -> bool:
@@ -42,6 +37,15 @@ class KVCache(flax.struct.PyTreeNode):
     @property
     def slots(self) -> int:
         return (self.k if self.stacked else self.k[0]).shape[-2]
+
+    def layer(self, index: Any) -> tuple[Array, Array, Any]:
+        """Keys and values of one layer as `tree_attention` reads them: `(k, v, layer)`.
+
+        `[B, K, S, D]` and None, or, where layers are stacked, all of them and the index.
+        """
+        if self.stacked:
+            return self.k, self.v, index
+        return self.k[index], self.v[index], None
 
 
 def init_cache(
@@ -53,9 +57,8 @@ def init_cache(
     dtype: Any,
     *,
     stacked: bool = False,
-    hidden_size: int | None = None,
 ) -> KVCache:
-    """An empty cache, with hidden states where their size is given.
+    """An empty cache.
 
     Args:
       slots: the capacity plus the widest draft, see `commit`. On accelerators they are filled up to whole
@@ -69,8 +72,7 @@ def init_cache(
         k, v = (jnp.zeros((num_layers, *shape), dtype) for _ in range(2))
     else:
         k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)) for _ in range(2))
-    hidden = None if hidden_size is None else jnp.zeros((batch, slots, hidden_size), dtype)
-    return KVCache(k=k, v=v, length=jnp.zeros((batch,), jnp.int32), hidden=hidden)
+    return KVCache(k=k, v=v, length=jnp.zeros((batch,), jnp.int32))
 
 
 def _wait_for(start: Array, after: Array) -> Array:
@@ -83,8 +85,8 @@ def _wait_for(start: Array, after: Array) -> Array:
 def commit(
     cache: KVCache,
     new_kv: tuple[Any, Any],
-    count: Array,
-    path: Array | None = None,
+    count: Int[Array, " B"],
+    path: Int[Array, "B Q"] | None = None,
     *,
     after: Array | None = None,
 ) -> KVCache:
@@ -98,9 +100,9 @@ def commit(
         it is.
       path: `int32[B, P]`, node index at each depth, or None where the draft is a chain, whose path is
         contiguous already.
-      after: the forward's hidden states `[B, T, E]`, which a cache that keeps them needs. Inside a loop
-        the write must wait for the last layer: a layer's new keys are known before its old ones are
-        read, and XLA, free to write first, would copy every cache twice a round.
+      after: the forward's hidden states `[B, T, E]`. Inside a loop the write must wait for the last
+        layer: a layer's new keys are known before its old ones are read, and XLA, free to write first,
+        would copy every cache twice a round.
 
     The slots behind the accepted ones are overwritten with garbage, so a cache needs as many spare
     slots as the draft is wide: `dynamic_update_slice` would clamp, and move the write onto live keys.
@@ -117,9 +119,4 @@ def commit(
     else:
         layers = [write(*layer) for layer in zip(cache.k, cache.v, *new_kv, strict=True)]
         new_k, new_v = (tuple(x) for x in zip(*layers, strict=True))
-    hidden = cache.hidden
-    if hidden is not None:
-        assert after is not None, "a cache with hidden states is given those of the nodes"
-        taken = after if path is None else jnp.take_along_axis(after, path[..., None], axis=1)
-        hidden = write_rows(hidden[:, None], taken[:, None].astype(hidden.dtype), start)[:, 0]
-    return cache.replace(k=new_k, v=new_v, length=cache.length + count, hidden=hidden)
+    return cache.replace(k=new_k, v=new_v, length=cache.length + count)

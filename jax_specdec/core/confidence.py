@@ -1,46 +1,25 @@
-"""What a proposer says of its draft beyond the tokens: children, probabilities, confidence."""
+"""What a drafter says of its draft beyond the tokens: children, probabilities, confidence."""
 
 import jax.numpy as jnp
 from jax import lax
 
 from jax_specdec._types import Array, Float, Int
+from jax_specdec.core.context import Context, Proposal
 from jax_specdec.core.draft import TOP
 from jax_specdec.core.numerics import NEG_INF, largest
-from jax_specdec.core.prng import Noise
-from jax_specdec.core.sampling import Sampling, law_of
-
-
-def perturbed(
-    scores: Float[Array, "B T V"],
-    noise: Noise,
-    depth: Array | int,
-    proposal: str,
-    depths: int = 1,
-) -> Float[Array, "B T V"]:
-    """What tokens at `depth` are the argmax of: warped scores, with the noise unless greedy.
-
-    Under the rejection rule a token must be drawn from the law that is handed over, whatever the
-    proposal.
-
-    Args:
-      depths: 1 for tokens of one depth, T for those of T depths from `depth` on.
-    """
-    if proposal == "greedy" and not noise.return_q:
-        return scores
-    return scores + lax.dynamic_slice_in_dim(noise.gumbel, depth, depths, axis=1)
+from jax_specdec.core.sampling import Sampling, distribution
 
 
 def chain_fields(
     scores: Float[Array, "B P V"],
     tokens: Int[Array, "B P"],
-    sampling: Sampling,
-    noise: Noise,
-    proposal: str,
+    ctx: Context,
+    proposal: Proposal,
 ) -> dict[str, Array]:
-    """The fields of a chain's `Draft` that `noise` asks for.
+    """The fields of a chain's `Draft` that the context asks for.
 
     Args:
-      scores: warped logits at each depth. tokens: what was drafted from them.
+      scores: those of the law at each depth. tokens: what was drafted from them.
 
     Children are ranked by what the token was chosen by. Under the match rule that is scores + noise:
     the target's token will be the best of its own scores + the same noise, so the next best of the
@@ -51,15 +30,16 @@ def chain_fields(
     Probabilities are those of a softmax at temperature 1, of the logits + temperature * noise that the
     ranking amounts to. At temperature 0 this is the max softmax that CaPE calls confidence
     (arXiv 2402.02082, section 4.2); at any other it stays a measure of how far the token is ahead, in
-    the same units as the drafter's errors, which the law's own probability of the token is not: there
+    the same units as the drafter's errors, which the token's probability under the law is not: there
     an unlikely token that the noise made a clear winner will be the target's, too.
     """
     fields: dict[str, Array] = {}
-    if noise.return_q:
-        fields["q"] = law_of(scores, sampling)
-    if noise.return_top:
-        if proposal != "greedy" and not noise.return_q:
-            scores = scores + noise.gumbel[:, : scores.shape[1]]
+    sampling = ctx.law.sampling
+    if ctx.return_q:
+        fields["q"] = distribution(scores, sampling)
+    if ctx.return_top:
+        if not ctx.return_q:
+            scores = ctx.perturbed(scores, 0, proposal, scores.shape[1])
         ids, probs = best_children(scores, tokens, sampling)
         fields["probability"] = probs[..., 0]
         # The children of the last node are not known: its row is empty.

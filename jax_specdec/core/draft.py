@@ -11,7 +11,7 @@ from jax_specdec._types import Array, Bool, Float, Int
 from pallas_kernels import masks
 
 MAX_NODES = 64
-TOP = 8  # ids and probabilities that a proposer with a distribution reports per node
+TOP = 8  # ids and probabilities that a drafter with a distribution reports per node
 
 
 class Text(flax.struct.PyTreeNode):
@@ -36,27 +36,26 @@ class Draft(flax.struct.PyTreeNode):
     Attributes:
       tokens: `int32[B, T]`, the root first.
       valid: `bool[B, T]`; a node below an invalid one is invalid. The root is always valid.
-      origin: `int32[B, T]`, which proposer drafted the node: 0 the root, i the i-th of
-        `Drafter.proposers`.
-      probability: `float32[B, T]`, the proposer's probability of the node, 1 where it has none or
-        `Noise.return_top` was not set.
+      source: `int32[B, T]`, which drafter the node is from: 0 the root, i the i-th of `Info.sources`.
+      probability: `float32[B, T]`, the drafter's probability of the node, 1 where it has none or
+        `Context.return_top` was not set.
       parent, depth: `int32[B, T]`, or None for a chain. The root is its own parent.
       ancestors: `int32[B, T, W]`, or None for a chain: bit j of row i is set iff node j is node i or
         above it.
-      top_ids, top_probs: `[B, T, TOP]`, the best children of each node by its proposer's distribution
-        and their probabilities, or None where no proposer has one, `Noise.return_top` was not set, or
+      top_ids, top_probs: `[B, T, TOP]`, the best children of each node by its drafter's distribution
+        and their probabilities, or None where no drafter has one, `Context.return_top` was not set, or
         the draft is an expansion, which has spent them.
         The chain's own token comes first, the others follow from the most to the least probable. A
         node without a distribution, or whose children are not known, has a row of probability 0. What
-        is ranked, and what the probabilities are of: `drafters.neural.chain_fields`.
-      q: `float32[B, P, V]`, the law each chain token was drawn from, or None. Row d is that of node
+        is ranked, and what the probabilities are of: `confidence.chain_fields`.
+      q: `float32[B, P, V]`, the distribution that each chain token was drawn from, or None. Row d is that of node
         d + 1. Present under the rejection rule only.
       depth_limit: static, P.
     """
 
     tokens: Int[Array, "B T"]
     valid: Bool[Array, "B T"]
-    origin: Int[Array, "B T"]
+    source: Int[Array, "B T"]
     probability: Float[Array, "B T"]
     parent: Int[Array, "B T"] | None = None
     depth: Int[Array, "B T"] | None = None
@@ -82,6 +81,19 @@ class Draft(flax.struct.PyTreeNode):
             return self.parent
         return jnp.maximum(jnp.arange(self.tokens.shape[1], dtype=jnp.int32) - 1, 0)[None]
 
+    def on_path(self) -> Bool[Array, "#B T M"]:
+        """Which drafted nodes (the root left out) lead to each node or are it; see `Context.scores`."""
+        nodes = self.tokens.shape[1]
+        if self.ancestors is None:
+            return on_chain(nodes)
+        return masks.unpack(self.ancestors, nodes)[..., 1:]
+
+
+def on_chain(nodes: int) -> Bool[Array, "1 T M"]:
+    """`Draft.on_path` of a chain of `nodes`, its root included: token j + 1 leads to node i iff j < i."""
+    line = jnp.arange(nodes, dtype=jnp.int32)
+    return (line[None, 1:] <= line[:, None])[None]
+
 
 def root_only(text: Text) -> Draft:
     """The draft of plain decoding: nothing but the root."""
@@ -89,7 +101,7 @@ def root_only(text: Text) -> Draft:
     return Draft(
         tokens=root,
         valid=jnp.ones_like(root, dtype=bool),
-        origin=jnp.zeros_like(root),
+        source=jnp.zeros_like(root),
         probability=jnp.ones(root.shape, jnp.float32),
     )
 
@@ -114,23 +126,53 @@ def chain(
     return Draft(
         tokens=jnp.concatenate([root.tokens, tokens], axis=1),
         valid=jnp.concatenate([root.valid, valid], axis=1),
-        origin=jnp.concatenate([root.origin, jnp.ones((batch, depth), jnp.int32)], axis=1),
+        source=jnp.concatenate([root.source, jnp.ones((batch, depth), jnp.int32)], axis=1),
         probability=jnp.concatenate([root.probability, probability], axis=1),
         depth_limit=depth,
         **fields,
     )
 
 
-def ancestor_bits(parent: Int[Array, "B T"], depth_limit: int) -> Int[Array, "B T W"]:
-    """The ancestor bitmask of a tree given by its parents, root its own parent."""
-    nodes = parent.shape[1]
-    line = jnp.arange(nodes, dtype=jnp.int32)
-    seen = jnp.broadcast_to(line[:, None] == line[None], (parent.shape[0], nodes, nodes))
+def from_parents(
+    text: Text,
+    tokens: Int[Array, "B N"],
+    parent: Int[Array, "B1 N"],
+    valid: Bool[Array, "B N"],
+    depth_limit: int,
+    source: Int[Array, "B1 N"],
+    probability: Float[Array, "B N"] | None = None,
+    **fields,
+) -> Draft:
+    """A tree below the root, from the parent of each of its N nodes.
+
+    Args:
+      parent: node indices, the root's being 0 and the first of `tokens` 1; smaller than the node's own. The
+        main chain comes first: the parent of node d is d - 1 for d up to the depth limit.
+      valid: nodes below an invalid one become invalid.
+    """
+    batch, count = tokens.shape
+    root = root_only(text)
+    parent = jnp.pad(jnp.broadcast_to(parent, tokens.shape), ((0, 0), (1, 0)))
+    line = jnp.arange(count + 1, dtype=jnp.int32)
+    seen = jnp.broadcast_to(line[:, None] == line[None], (batch, count + 1, count + 1))
     current = parent
     for _ in range(depth_limit):
         seen = seen | (current[..., None] == line[None, None])
         current = jnp.take_along_axis(parent, current, axis=1)
-    return masks.pack(seen)
+    valid = jnp.concatenate([root.valid, valid], axis=1)
+    if probability is None:
+        probability = jnp.ones(tokens.shape, jnp.float32)
+    return Draft(
+        tokens=jnp.concatenate([root.tokens, tokens], axis=1),
+        valid=jnp.all(valid[:, None] | ~seen, axis=-1),
+        source=jnp.pad(jnp.broadcast_to(source, tokens.shape), ((0, 0), (1, 0))),
+        probability=jnp.concatenate([root.probability, probability], axis=1),
+        parent=parent,
+        depth=jnp.sum(seen, axis=-1, dtype=jnp.int32) - 1,
+        ancestors=masks.pack(seen),
+        depth_limit=depth_limit,
+        **fields,
+    )
 
 
 def paths(draft: Draft, leaf: Int[Array, " B"]) -> Int[Array, "B Q"]:

@@ -5,164 +5,176 @@ not seen from the text, so rollback is a `min` over lengths, and drafters compos
 each other. States of all drafters live in one dictionary by drafter name.
 """
 
+import dataclasses
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import flax.struct
 import jax.numpy as jnp
 
-from jax_specdec._types import Array, Bool, Int
-from jax_specdec.core.cache import KVCache
-from jax_specdec.core.draft import Draft, Text
-from jax_specdec.core.prng import Noise
-from jax_specdec.core.sampling import Sampling
+from jax_specdec._types import Array, Bool, Float, Int, Params
+from jax_specdec.core.context import Context, Proposal
+from jax_specdec.core.draft import Draft
 
 States = dict[str, Any]
 
 
-class TargetView(flax.struct.PyTreeNode):
-    """Read access to the target: its committed keys and values, and hidden states where asked for.
+@dataclasses.dataclass(frozen=True)
+class ModelUse:
+    """How a drafter uses a model: what a composition of drafters must know of its parts.
 
     Attributes:
-      cache: covers positions `0 .. length - 2` of the text; the root is not in it.
+      name: of its parameters and state. identity: equal for two drafters that may share them.
+      deepest: how far behind the committed text the farthest token lies that it predicts.
+      max_depth: how far it may predict, None for any.
+      verifies: whether it verifies other drafters' tokens, rather than drafting its own.
     """
 
-    cache: KVCache
+    name: str
+    identity: Any
+    deepest: int
+    max_depth: int | None = None
+    verifies: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What composition, verification and tuning need to know of a drafter.
+
+    Attributes:
+      name: key of its parameters and state.
+      nodes: drafted nodes per round, root excluded. depth: the longest drafted path.
+      sizes: how many tokens of the main chain a draft may have, rising; a cascade's buffers are sized by it.
+      sources: names for `Draft.source`, which counts from 1.
+      taps: hidden states of the target that are kept for it (see `Model`).
+      distribution: whether a draft has `top_ids` when `Context.return_top` asks for them.
+      ends_early: whether a draft shorter than the longest says that going on would not pay.
+      ranked: whether a drafted token is the best of its node's `top_ids`. Lenience and a token drawn from q
+        break that.
+      models: the models inside, none for statistical drafters.
+    """
+
+    name: str
+    nodes: int
+    depth: int
+    sizes: tuple[int, ...]
+    sources: tuple[str, ...]
+    taps: tuple[int, ...] = ()
+    distribution: bool = False
+    ends_early: bool = False
+    ranked: bool = True
+    models: tuple[ModelUse, ...] = ()
 
     @property
-    def hidden(self) -> Array | None:
-        """`[B, S, E]`, before the final norm, of the same positions; None unless `reads_hidden`."""
-        return self.cache.hidden
+    def is_chain(self) -> bool:
+        return self.nodes == self.depth
 
 
 class Outcome(NamedTuple):
     """What became of a draft.
 
     Attributes:
-      length: `int32[B]`, the new text length.
-      agreed: `int32[B]`, length of the prefix that the drafter's own main chain shares with the new
-        text.
+      matched: `int32[B]`, length of the prefix that the drafter's own main chain shares with the new text.
       path: `int32[B, P+1]`, accepted node at each depth. accepted: `int32[B]`.
     """
 
-    length: Int[Array, " B"]
-    agreed: Int[Array, " B"]
+    matched: Int[Array, " B"]
     path: Int[Array, "B Q"]
     accepted: Int[Array, " B"]
 
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Proposes token trees.
-
-    Attributes:
-      name: key of its parameters and state.
-      num_nodes: drafted nodes per round, root excluded. depth: the longest drafted path.
-      proposers: names for `Draft.origin`, which counts from 1.
-      reads_hidden: whether the target's hidden states are kept for it.
-      has_distribution: whether a draft has `top_ids` when `Noise.return_top` asks for them.
-    """
+    """Proposes token trees."""
 
     @property
-    def name(self) -> str: ...
-
-    @property
-    def num_nodes(self) -> int: ...
-
-    @property
-    def depth(self) -> int: ...
-
-    @property
-    def proposers(self) -> tuple[str, ...]: ...
-
-    @property
-    def reads_hidden(self) -> bool: ...
-
-    @property
-    def has_distribution(self) -> bool: ...
+    def info(self) -> Info: ...
 
     def init(self, batch: int, capacity: int) -> States:
         """Empty states for `batch` rows of text of at most `capacity` tokens, drafts included."""
         ...
 
-    def extend(
-        self, params: dict[str, Any], states: States, text: Text, view: TargetView
-    ) -> States:
-        """Catches up with the committed text by any lag, in chunks; also reads the prompt."""
+    def reset(self, states: States, rows: Bool[Array, " B"]) -> States:
+        """Forgets the texts of some rows, for new requests in their places."""
         ...
 
-    def draft(
-        self,
-        params: dict[str, Any],
-        states: States,
-        text: Text,
-        view: TargetView,
-        sampling: Sampling,
-        noise: Noise,
-        active: Bool[Array, " B"],
-        room: Int[Array, " B"],
-    ) -> tuple[Draft, States]:
-        """Proposes a tree below each row's root. Rows that are not active may hold anything.
+    def extend(self, params: Params, states: States, ctx: Context) -> States:
+        """Catches up with the committed text by any lag, in chunks; also reads the prompt.
 
         Args:
-          room: tokens the row may still emit; drafting deeper is of no use.
+          ctx: without noise.
         """
         ...
 
-    def commit(self, states: States, outcome: Outcome, view: TargetView) -> States:
-        """Rolls back to what is still true: by default to min(own, agreed)."""
+    def draft(self, params: Params, states: States, ctx: Context) -> tuple[Draft, States]:
+        """Proposes a tree below each row's root. Rows that are not active may hold anything."""
+        ...
+
+    def commit(self, states: States, outcome: Outcome) -> States:
+        """Rolls back to what is still true: by default to min(own, matched)."""
+        ...
+
+
+@runtime_checkable
+class Verifier(Drafter, Protocol):
+    """A drafter that can say what it would have drafted in place of another's tokens."""
+
+    @property
+    def proposal(self) -> Proposal:
+        """How it chooses its own tokens, see `Context.perturbed`."""
+        ...
+
+    def verify(
+        self,
+        params: Params,
+        states: States,
+        ctx: Context,
+        drafted: Int[Array, "B M"],
+        count: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B Q V"], States]:
+        """Reads what another drafter proposed behind the text, in one pass.
+
+        Args:
+          count: how many of `drafted` are proposed. States are those of `init` with M tokens more.
+
+        Returns:
+          The logits after the root and after each drafted token, Q = M + 1, garbage behind `count`; and the
+          states with the text and `count` drafted tokens read.
+        """
         ...
 
 
 class StatelessDrafter:
     """A drafter that reads everything from the text."""
 
-    has_distribution = False
-
-    @property
-    def reads_hidden(self) -> bool:
-        return False
-
     def init(self, batch: int, capacity: int) -> States:
         del batch, capacity
         return {}
 
-    def extend(self, params, states, text, view):
-        del params, text, view
+    def reset(self, states: States, rows: Bool[Array, " B"]) -> States:
+        del rows
         return states
 
-    def commit(self, states, outcome, view):
-        del outcome, view
+    def extend(self, params: Params, states: States, ctx: Context) -> States:
+        del params, ctx
+        return states
+
+    def commit(self, states: States, outcome: Outcome) -> States:
+        del outcome
         return states
 
 
-class ChainDrafter:
-    """A single proposer of one chain: a dataclass with a `name` and a `length` in tokens."""
-
-    name: str
-    length: int
-
-    @property
-    def num_nodes(self) -> int:
-        return self.length
-
-    @property
-    def depth(self) -> int:
-        return self.length
-
-    @property
-    def proposers(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    @property
-    def reads_hidden(self) -> bool:
-        return False
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """How many tokens a draft may have; a cascade's buffers are sized by it."""
-        return (self.length,)
+def chain_info(name: str, length: int, sizes: tuple[int, ...] | None = None, **fields) -> Info:
+    """The `Info` of a single source of chains of `length` tokens."""
+    sizes = (length,) if sizes is None else sizes
+    return Info(name, length, length, sizes, (name,), **fields)
 
 
 def rollback(length: Int[Array, " B"], outcome: Outcome) -> Int[Array, " B"]:
-    """The default commit: what the drafter holds of the agreed prefix."""
-    return jnp.minimum(length, outcome.agreed)
+    """The default commit: what the drafter holds of the matched prefix."""
+    return jnp.minimum(length, outcome.matched)
+
+
+def accepted_prefix(length: Int[Array, " B"], accepted: Int[Array, " B"], depth: int) -> Outcome:
+    """The outcome of a chain of `depth` tokens of which the first `accepted` are kept."""
+    path = jnp.arange(depth + 1, dtype=jnp.int32)[None]
+    path = jnp.broadcast_to(path, (length.shape[0], depth + 1))
+    return Outcome(length + accepted, path, accepted)

@@ -2,54 +2,79 @@
 
 from typing import Any
 
-from jax_specdec._types import Array, Int
-from jax_specdec.core import acceptance
+import jax.numpy as jnp
+from jax import export
+
+from jax_specdec._types import Array, Int, Params
+from jax_specdec.core.acceptance import MATCH, Acceptance
 from jax_specdec.core.draft import Text
+from jax_specdec.core.drafter import Drafter
 from jax_specdec.core.loop import DecodeLoop
-from jax_specdec.core.processors import Processor
+from jax_specdec.core.model import Model
+from jax_specdec.core.plain import NoDrafter
+from jax_specdec.core.processors import Processing, Processor
 from jax_specdec.core.sampling import Sampling
 from jax_specdec.core.stats import Stats
 
 
 def make_generate(
-    target: Any,
-    drafter: Any = None,
+    target: Model,
+    drafter: Drafter | None = None,
     *,
     max_new_tokens: int,
-    rule: acceptance.Rule = "match",
+    rule: Acceptance = MATCH,
     processors: tuple[Processor, ...] = (),
+    logprobs: bool = False,
+    margins: bool = False,
 ):
     """The whole decoding as one pure function, for other people's programs.
 
     Args:
-      target: a `Decoder`, or anything with a `decoder` (a loaded target). drafter: a `Drafter`, or
+      target: a `Model`, or anything with a `decoder` (a loaded target). drafter: a `Drafter`, or
         anything with a `drafter` (a loaded one); None decodes plainly.
-      max_new_tokens: static; the text has room for prompt width + max_new_tokens.
+      max_new_tokens: static; a row emits as many at most, or fewer by its sampling's own limit.
+      rule, processors, logprobs, margins: as in `DecodeLoop`.
 
     Returns:
       `generate(params, tokens int32[B, Lp], lengths int32[B], sampling, request_ids int32[B]) ->
       (Text, Stats)` with `params = {"target": ..., "drafters": {name: ...}}`: jit it, shard it,
-      AOT-compile it or `jax.export` it.
+      AOT-compile it or `jax.export` it. `Text.tokens` is `int32[B, Lp + max_new_tokens]`, 0 behind the
+      length of each row.
     """
-    from jax_specdec.drafters.none import NoDrafter
-
+    whole: Any = drafter
     loop = DecodeLoop(
         getattr(target, "decoder", target),
-        NoDrafter() if drafter is None else getattr(drafter, "drafter", drafter),
+        NoDrafter() if whole is None else getattr(whole, "drafter", whole),
         rule,
         tuple(processors),
+        logprobs,
+        margins,
     )
 
     def generate(
-        params: dict[str, Any],
+        params: Params,
         tokens: Int[Array, "B Lp"],
         lengths: Int[Array, " B"],
         sampling: Sampling,
         request_ids: Int[Array, " B"],
     ) -> tuple[Text, Stats]:
         capacity = tokens.shape[1] + max_new_tokens
+        most = jnp.minimum(sampling.max_new_tokens, max_new_tokens)
+        sampling = sampling.replace(max_new_tokens=most)
         state = loop.start(params, tokens, lengths, sampling, request_ids, capacity=capacity)
         state = loop.run(params, state, capacity)
-        return state.text, state.stats
+        place = jnp.arange(capacity, dtype=jnp.int32)[None]
+        kept = jnp.where(place < state.text.length[:, None], state.text.tokens[:, :capacity], 0)
+        return Text(kept, state.text.length), state.stats
 
     return generate
+
+
+# An exported `generate` is serialised with the types of its arguments and results.
+for _type in (Sampling, Processing, Text, Stats):
+    export.register_pytree_node_serialization(
+        _type,
+        serialized_name=f"jax_specdec.{_type.__name__}",
+        serialize_auxdata=lambda aux: b"",
+        deserialize_auxdata=lambda data: (),
+    )

@@ -1,7 +1,8 @@
-"""The compiled loop: draft, verify, commit, until every row has finished.
+"""The compiled loop: draft, verify, commit, until rows have finished.
 
 `DecodeLoop` is static (a frozen dataclass); everything that holds arrays is in `LoopState`. There is no
-host synchronisation inside a round.
+host synchronisation inside a round. Rows are slots: what becomes of one depends on no other, and `insert`
+puts a new request where an old one has finished.
 """
 
 import dataclasses
@@ -10,22 +11,19 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax import export, lax
+from jax import lax
 
-from jax_specdec._types import Array, Float, Int, UInt
+from jax_specdec._types import Array, Bool, Float, Int, Params, UInt
 from jax_specdec.core import acceptance, numerics, prng
-from jax_specdec.core import cache as kv
-from jax_specdec.core import sampling as laws
+from jax_specdec.core.context import Context, Tapped, TargetView
 from jax_specdec.core.draft import Draft, Text
-from jax_specdec.core.drafter import Drafter, Outcome, States, TargetView
+from jax_specdec.core.drafter import Drafter, Outcome, States
+from jax_specdec.core.law import Law
+from jax_specdec.core.model import Model
 from jax_specdec.core.prefill import read_text
-from jax_specdec.core.prng import Noise
-from jax_specdec.core.processors import History, Processor
+from jax_specdec.core.processors import Processor
 from jax_specdec.core.sampling import Sampling
-from jax_specdec.core.stats import LENGTH, RUNNING, STOP, Stats
-from jax_specdec.errors import UserError
-from jax_specdec.models.decoder import Decoder
-from pallas_kernels import masks
+from jax_specdec.core.stats import FAILED, LENGTH, RUNNING, STOP, Stats, write_window
 
 STRING_COMPLETE = -2  # state of the stop-string automaton
 
@@ -34,9 +32,9 @@ class LoopState(flax.struct.PyTreeNode):
     """Everything a round reads and writes.
 
     Attributes:
-      text: committed tokens. `text.tokens[:, length - 1]` is the root, whose key is not cached yet.
+      text: committed tokens. `text.tokens[:, length - 1]` is the root, which the target has not read yet.
       prompt_length, limit: `int32[B]`; a row ends when its length reaches `limit`.
-      cache: the target's, of length `text.length - 1`.
+      view: the target's cache and taps, of length `text.length - 1`.
       drafts: drafter states by name.
       keys: `uint32[B, 2]`, key data per row. stop_state: `int32[B]`, stop-string automaton.
     """
@@ -44,7 +42,7 @@ class LoopState(flax.struct.PyTreeNode):
     text: Text
     prompt_length: Int[Array, " B"]
     limit: Int[Array, " B"]
-    cache: kv.KVCache
+    view: TargetView
     drafts: States
     keys: UInt[Array, "B 2"]
     sampling: Sampling
@@ -52,17 +50,14 @@ class LoopState(flax.struct.PyTreeNode):
     stats: Stats
 
 
-def write_window(buffer: Array, values: Array, start: Int[Array, " B"]) -> Array:
-    """Writes `values [B, Q]` at `start[b]` of each row of `buffer [B, C]`, which must have room."""
-    return kv.write_rows(buffer[:, None, :, None], values[:, None, :, None], start)[:, 0, :, 0]
-
-
-def _best_two(scores: Float[Array, "B T V"]) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
-    """The argmax, and how far it is ahead of the second best."""
+def _best_two(
+    scores: Float[Array, "B T V"],
+) -> Float[Array, "B T"]:
+    """How far the best score is ahead of the second best."""
     token = numerics.argmax(scores)
     index = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, None]
     second = jnp.max(jnp.where(index == token[..., None], numerics.NEG_INF, scores), axis=-1)
-    return token, jnp.max(scores, axis=-1) - second
+    return jnp.max(scores, axis=-1) - second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,37 +65,35 @@ class DecodeLoop:
     """The speculative decoding loop of one target and one drafter.
 
     Attributes:
-      rule: `match` (any draft, exact, identical to plain decoding with the same seed), `reject`
-        (speculative sampling of a chain, exact in law) or `lossy-typical` (not exact).
-      lossy: what `lossy-typical` accepts.
-      processors: history-dependent logits processors, applied at every node of the tree.
+      rule: which drafted path becomes text.
+      processors: a user's own logits processors, applied at every node of the tree.
+      logprobs, margins: whether `Stats` records them. Each costs a pass over the logits of every round.
     """
 
-    target: Decoder
+    target: Model
     drafter: Drafter
-    rule: acceptance.Rule = "match"
+    rule: acceptance.Acceptance = acceptance.MATCH
     processors: tuple[Processor, ...] = ()
-    lossy: acceptance.LossyTypical = acceptance.PUBLISHED
-
-    def __post_init__(self):
-        if self.rule not in acceptance.RULES:
-            raise UserError(
-                f"Unknown acceptance rule {self.rule!r}; there are {', '.join(acceptance.RULES)}."
-            )
+    logprobs: bool = False
+    margins: bool = False
 
     @property
     def nodes(self) -> int:
         """T, the width of a verification."""
-        return self.drafter.num_nodes + 1
+        return self.drafter.info.nodes + 1
 
     @property
     def window(self) -> int:
         """The most tokens a round can emit: P + 1."""
-        return self.drafter.depth + 1
+        return self.drafter.info.depth + 1
+
+    @property
+    def _tapped(self) -> Tapped:
+        return Tapped(self.target, self.drafter.info.taps)
 
     def start(
         self,
-        params: dict[str, Any],
+        params: Params,
         tokens: Int[Array, "B Lp"],
         lengths: Int[Array, " B"],
         sampling: Sampling,
@@ -112,98 +105,152 @@ class DecodeLoop:
         """Reads the prompts into all caches.
 
         Args:
+          params: `{"target": ..., "drafters": {name: ...}}`.
           tokens: prompts, left-aligned; what lies behind `lengths[b] >= 1` is ignored.
           capacity: static, the most tokens of a row, prompt included.
         """
+        drafts = self.drafter.init(tokens.shape[0], capacity + self.window)
+        return self._start(params, tokens, lengths, sampling, request_ids, capacity, chunk, drafts)
+
+    def _start(
+        self, params, tokens, lengths, sampling, request_ids, capacity, chunk, drafts
+    ) -> LoopState:
+        """`start` with drafter states that have read nothing."""
         batch, width = tokens.shape
         if width > capacity:
             raise ValueError(f"prompts of width {width} do not fit a capacity of {capacity}")
         columns = capacity + self.window
         buffer = jnp.zeros((batch, columns), jnp.int32)
         text = Text(lax.dynamic_update_slice(buffer, tokens, (0, 0)), lengths)
-        cache = self.target.init_cache(
-            batch, capacity + self.nodes, hidden=self.drafter.reads_hidden
-        )
-        cache = read_text(self.target, params["target"], cache, text.tokens, lengths - 1, chunk)
-        drafts = self.drafter.init(batch, columns)
-        drafts = self.drafter.extend(params["drafters"], drafts, text, TargetView(cache))
-        origins = len(self.drafter.proposers) + 1
-        counts = jnp.zeros((batch, origins), jnp.int32)
-        record = jnp.zeros((batch, columns), jnp.float32)
+        view = self._tapped.init_view(params["target"], batch, capacity + self.nodes)
+        view = read_text(self._tapped, params["target"], view, text.tokens, lengths - 1, chunk)
         limit = jnp.minimum(lengths + sampling.max_new_tokens, capacity)
-        stats = Stats(
-            rounds=jnp.zeros((batch,), jnp.int32),
-            drafted=counts,
-            accepted=counts,
-            calls=counts,
-            accepted_per_pos=jnp.zeros((batch, self.drafter.depth), jnp.int32),
-            finish=jnp.where(limit > lengths, RUNNING, LENGTH).astype(jnp.int32),
-            logprobs=record,
-            margins=record,
-            origin=jnp.zeros((batch, columns), jnp.int32),
-        )
-        return LoopState(
+        info = self.drafter.info
+        state = LoopState(
             text=text,
             prompt_length=lengths,
             limit=limit,
-            cache=cache,
+            view=view,
             drafts=drafts,
             keys=prng.row_keys(sampling, request_ids),
             sampling=sampling,
             stop_state=sampling.stop_state,
-            stats=stats,
+            stats=Stats.empty(
+                jnp.where(limit > lengths, RUNNING, LENGTH).astype(jnp.int32),
+                columns,
+                len(info.sources),
+                info.depth,
+                logprobs=self.logprobs,
+                margins=self.margins,
+            ),
+        )
+        ctx = self.context(state, None)
+        return state.replace(drafts=self.drafter.extend(params["drafters"], drafts, ctx))
+
+    def insert(
+        self,
+        params: Params,
+        state: LoopState,
+        row: Int[Array, ""] | int,
+        tokens: Int[Array, "1 Lp"],
+        length: Int[Array, "1"],
+        sampling: Sampling,
+        request_id: Int[Array, "1"],
+        *,
+        chunk: int | None = None,
+    ) -> LoopState:
+        """Puts a new request into a row of a running batch, whatever the row held. Donate `state`.
+
+        The text that comes out is the one of the request in any other row, batch, or at any other time.
+
+        Args:
+          row: may be traced. tokens, length, sampling, request_id: as in `start`, of one row. Its sampling must
+            have the shapes of the batch's; stop strings are looked up in the batch's table.
+        """
+        capacity = state.text.tokens.shape[1] - self.window
+        # Structures that do not have the row as an axis are shared, and pass through whole.
+        axes = self._row_axes(params, state, capacity)
+        sampling = sampling.replace(stop_table=state.sampling.stop_table)
+
+        def take(leaf: Array, axis: int) -> Array:
+            return leaf if axis < 0 else lax.dynamic_slice_in_dim(leaf, row, 1, axis)
+
+        def put(leaf: Array, new: Array, axis: int) -> Array:
+            if axis < 0:
+                return new
+            return lax.dynamic_update_slice_in_dim(leaf, new.astype(leaf.dtype), row, axis)
+
+        drafts = jax.tree.map(take, state.drafts, axes.drafts)
+        drafts = self.drafter.reset(drafts, jnp.ones((1,), bool))
+        fresh = self._start(params, tokens, length, sampling, request_id, capacity, chunk, drafts)
+        return jax.tree.map(put, state, fresh, axes)
+
+    def _row_axes(self, params: Params, state: LoopState, capacity: int) -> Any:
+        """The axis of each leaf of the state that counts rows, -1 where there is none."""
+
+        def shapes(batch: int) -> LoopState:
+            def of_rows(leaf: Array) -> Any:  # of what the caller hands over: rows come first
+                return jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype)
+
+            table = state.sampling.stop_table
+            sampling = jax.tree.map(of_rows, state.sampling).replace(
+                stop_table=jax.ShapeDtypeStruct(table.shape, table.dtype)
+            )
+            rows = of_rows(state.prompt_length)
+            tokens = jax.ShapeDtypeStruct((batch, 1), "int32")
+            return jax.eval_shape(
+                lambda p, *args: self.start(p, *args, capacity=capacity),
+                params,
+                tokens,
+                rows,
+                sampling,
+                rows,
+            )
+
+        def axis(one: Any, two: Any) -> int:
+            apart = [i for i, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if a != b]
+            return apart[0] if apart else -1
+
+        return jax.tree.map(axis, shapes(1), shapes(2))
+
+    def context(
+        self, state: LoopState, noise: Float[Array, "B Q V"] | None, **static: bool
+    ) -> Context:
+        """What the drafter sees of a state.
+
+        Args:
+          static: `return_q`, `return_top`.
+        """
+        return Context(
+            text=state.text,
+            view=state.view,
+            law=Law(state.sampling, state.prompt_length, self.processors),
+            noise=noise,
+            keys=state.keys,
+            active=state.stats.finish == RUNNING,
+            budget=state.limit - state.text.length,
+            **static,
         )
 
-    def _verify(
-        self, state: LoopState, draft: Draft, logits: Array, noise: Array
-    ) -> tuple[acceptance.Verdict, Array]:
-        """The verdict, and the margin of each node's own token, `float32[B, T]`."""
-        scores = laws.warp(logits, state.sampling)
-        if self.rule != "reject":
-            if draft.is_chain:
-                added = noise[:, : scores.shape[1]]
-            else:
-                depth = jnp.broadcast_to(draft.depths(), draft.tokens.shape)
-                added = jnp.take_along_axis(noise, depth[..., None], axis=1)
-            token, margin = _best_two(scores + added)
-            if self.rule == "match":
-                return acceptance.match(draft, token), margin
-            p = laws.law_of(scores, state.sampling)
-            verdict = acceptance.lossy_typical(draft, p, token, self.lossy)
-            return verdict, jnp.full(margin.shape, jnp.inf, jnp.float32)
-        batch, vocab = scores.shape[0], scores.shape[-1]
-        start, depth = state.text.length, self.drafter.depth
-        p = laws.law_of(scores, state.sampling)
-        q = draft.q
-        if q is None:  # a proposer without a distribution is certain of its token
-            q = jax.nn.one_hot(draft.tokens[:, 1 : depth + 1], vocab, dtype=jnp.float32)
-        verdict = acceptance.reject(
-            draft,
-            p,
-            q,
-            prng.position_uniform(state.keys, start, depth, prng.ROLE_ACCEPT),
-            prng.position_noise(state.keys, start, depth + 1, vocab, prng.ROLE_RESIDUAL),
-            prng.position_noise(state.keys, start, depth + 1, vocab, prng.ROLE_BONUS),
+    def noise(self, state: LoopState) -> Float[Array, "B Q V"]:
+        """The noise that drafting and verification share in one round."""
+        role = prng.ROLE_DRAFT if self.rule.needs_q else prng.ROLE_MATCH
+        return prng.shared_noise(
+            state.keys,
+            state.sampling,
+            state.text.length,
+            self.window,
+            self.target.vocab_size,
+            role,
         )
-        return verdict, jnp.full((batch, scores.shape[1]), jnp.inf, jnp.float32)
-
-    def _process(self, state: LoopState, draft: Draft, logits: Array) -> Array:
-        """Runs the processors, each node with the history that leads to it."""
-        if not self.processors:
-            return logits
-        nodes = draft.tokens.shape[1]
-        bits = masks.chain(nodes)[None] if draft.ancestors is None else draft.ancestors
-        on_path = jnp.broadcast_to(masks.unpack(bits, nodes), (draft.tokens.shape[0], nodes, nodes))
-        history = History(
-            state.text.tokens, state.text.length, state.prompt_length, draft.tokens, on_path
-        )
-        for processor in self.processors:
-            logits = processor(logits, history)
-        return logits
 
     def _cut(
-        self, state: LoopState, emitted: Array, count: Array, active: Array
-    ) -> tuple[Array, Array, Array]:
+        self,
+        state: LoopState,
+        emitted: Int[Array, "B Q"],
+        count: Int[Array, " B"],
+        active: Bool[Array, " B"],
+    ) -> tuple[Int[Array, " B"], Int[Array, " B"], Int[Array, " B"]]:
         """Ends rows at the first stop token, stop string or length limit inside the block.
 
         Returns `(count, finish, stop_state)`, the tokens that become text (the one that ends a row
@@ -212,7 +259,7 @@ class DecodeLoop:
         sampling, finish = state.sampling, state.stats.finish
         place = jnp.arange(self.window, dtype=jnp.int32)[None]
         stops = jnp.any(emitted[..., None] == sampling.stop_ids[:, None], axis=-1)
-        automaton = state.stop_state
+        automaton, trail = state.stop_state, emitted
         if sampling.stop_table.shape[0]:
             table = sampling.stop_table
 
@@ -228,125 +275,97 @@ class DecodeLoop:
         stops = stops & (place < count[:, None])
         stopped = jnp.any(stops, axis=1)
         count = jnp.where(stopped, jnp.argmax(stops, axis=1).astype(jnp.int32) + 1, count)
-        room = state.limit - state.text.length
-        stopped = stopped & (count <= room)
-        count = jnp.where(active, jnp.minimum(count, room), 0)
+        budget = state.limit - state.text.length
+        stopped = stopped & (count <= budget)
+        count = jnp.where(active, jnp.minimum(count, budget), 0)
         if sampling.stop_table.shape[0]:
             last = jnp.maximum(count - 1, 0)[:, None]
             reached = jnp.take_along_axis(trail, last, axis=1)[:, 0]
-            automaton = jnp.where(active, reached, automaton)
-        ended = jnp.where(stopped, STOP, jnp.where(count >= room, LENGTH, RUNNING))
+            automaton = jnp.where(active & (count > 0), reached, automaton)
+        ended = jnp.where(stopped, STOP, jnp.where(count >= budget, LENGTH, RUNNING))
         return count, jnp.where(active, ended, finish).astype(jnp.int32), automaton
 
-    def round(self, params: dict[str, Any], state: LoopState) -> LoopState:
+    def round(self, params: Params, state: LoopState) -> LoopState:
         """Draft, verify, commit: every running row emits at least one token."""
-        text, sampling, stats = state.text, state.sampling, state.stats
-        active = stats.finish == RUNNING
-        room = state.limit - text.length
-        view = TargetView(state.cache)
-        role = prng.ROLE_DRAFT if self.rule == "reject" else prng.ROLE_MATCH
-        noise = prng.shared_noise(
-            state.keys, sampling, text.length, self.window, self.target.config.vocab_size, role
-        )
-        draft, drafts = self.drafter.draft(
-            params["drafters"],
-            state.drafts,
-            text,
-            view,
-            sampling,
-            Noise(noise, return_q=self.rule == "reject"),
-            active,
-            room,
-        )
+        text = state.text
+        ctx = self.context(state, self.noise(state), return_q=self.rule.needs_q)
+        active = ctx.active
+        with jax.named_scope("draft"):
+            draft, drafts = self.drafter.draft(params["drafters"], state.drafts, ctx)
         depths = draft.depths()
-        draft = draft.replace(valid=draft.valid & (depths <= room[:, None]))
-        out = self.target.apply(
-            params["target"],
-            draft.tokens,
-            text.length[:, None] - 1 + depths,
-            state.cache,
-            draft.ancestors,
-        )
-        assert out.logits is not None
-        logits = self._process(state, draft, out.logits)
-        verdict, margin = self._verify(state, draft, logits, noise)
+        draft = draft.replace(valid=draft.valid & (depths <= ctx.budget[:, None]))
+        with jax.named_scope("verify"):
+            positions = jnp.broadcast_to(text.length[:, None] - 1 + depths, draft.tokens.shape)
+            out = self._tapped.apply(
+                params["target"], draft.tokens, positions, state.view, draft.ancestors
+            )
+            assert out.logits is not None
+            scores = ctx.scores(out.logits, draft.tokens[:, 1:], draft.on_path())
+            verified = self.rule(ctx, draft, scores)
+        margin, sound = self._examine(ctx, draft, scores)
 
-        emitted, path = verdict.tokens, verdict.path
-        count, finish, stop_state = self._cut(state, emitted, verdict.accepted + 1, active)
         place = jnp.arange(self.window, dtype=jnp.int32)[None]
-        own = place == verdict.accepted[:, None]  # the target's own token
-        drafted_at = jnp.minimum(place + 1, self.window - 1)
-        origin = jnp.take_along_axis(
-            draft.origin, jnp.take_along_axis(path, jnp.broadcast_to(drafted_at, path.shape), 1), 1
-        )
-        origin = jnp.where(own, 0, origin)
-        accepted = jnp.minimum(verdict.accepted, count)  # counted up to where the text was cut
-        landed = (place < accepted[:, None]) & active[:, None]
-        proposed = draft.valid & active[:, None] & (draft.origin > 0)
-        log_z = jax.nn.logsumexp(out.logits, axis=-1)  # [B, T]
-        vocab = out.logits.shape[-1]
-        logit = jnp.take_along_axis(
-            out.logits.reshape(out.logits.shape[0], -1), path * vocab + emitted, axis=1
-        )
-        logprob = logit - jnp.take_along_axis(log_z, path, axis=1)
-
-        def by_origin(origins: Array, mask: Array) -> Array:
-            label = jnp.arange(stats.drafted.shape[1], dtype=jnp.int32)[None, None]
-            hit = (origins[..., None] == label) & mask[..., None]
-            return jnp.sum(hit, axis=1, dtype=jnp.int32)
-
-        drafted = by_origin(draft.origin, proposed)
-        new_length = text.length + count
-        new_stats = stats.replace(
-            rounds=stats.rounds + active.astype(jnp.int32),
-            drafted=stats.drafted + drafted,
-            calls=stats.calls + (drafted > 0).astype(jnp.int32),
-            accepted=stats.accepted + by_origin(origin, landed),
-            accepted_per_pos=stats.accepted_per_pos
-            + landed[:, : self.drafter.depth].astype(jnp.int32),
-            finish=finish,
-            logprobs=write_window(stats.logprobs, logprob, text.length),
-            margins=write_window(
-                stats.margins, jnp.take_along_axis(margin, path, axis=1), text.length
-            ),
-            origin=write_window(stats.origin, origin, text.length),
-        )
-        on_chain = (path == place) & (place >= 1) & (place <= accepted[:, None])
-        outcome = Outcome(
-            length=new_length,
-            agreed=text.length + jnp.sum(on_chain, axis=1, dtype=jnp.int32),
-            path=path,
-            accepted=accepted,
-        )
-        taken = None if draft.is_chain else path
-        cache = kv.commit(state.cache, out.new_kv, count, taken, after=out.hidden)
+        inside = place <= verified.accepted[:, None]
+        failed = jnp.any(inside & ~jnp.take_along_axis(sound, verified.path, axis=1), axis=1)
+        count = jnp.where(failed, 0, verified.accepted + 1)
+        count, finish, stop_state = self._cut(state, verified.tokens, count, active)
+        finish = jnp.where(failed & active, FAILED, finish)
+        accepted = jnp.minimum(verified.accepted, count)  # counted up to where the text was cut
+        on_chain = (verified.path == place) & (place >= 1) & (place <= accepted[:, None])
+        matched = text.length + jnp.sum(on_chain, axis=1, dtype=jnp.int32)
+        with jax.named_scope("commit"):
+            path = None if draft.is_chain else verified.path
+            view = self._tapped.commit(state.view, out, count, path)
+            drafts = self.drafter.commit(drafts, Outcome(matched, verified.path, accepted))
         return state.replace(
-            text=Text(write_window(text.tokens, emitted, text.length), new_length),
-            cache=cache,
-            drafts=self.drafter.commit(drafts, outcome, TargetView(cache)),
+            text=Text(write_window(text.tokens, verified.tokens, text.length), text.length + count),
+            view=view,
+            drafts=drafts,
             stop_state=stop_state,
-            stats=new_stats,
+            stats=state.stats.record(
+                draft, verified, accepted, finish, text.length, active, out.logits, margin
+            ),
         )
 
-    def run(self, params: dict[str, Any], state: LoopState, rounds: Array | int) -> LoopState:
-        """Rounds until every row has finished, at most `rounds` of them. Donate `state`."""
+    def _examine(
+        self, ctx: Context, draft: Draft, scores: Float[Array, "B T V"]
+    ) -> tuple[Float[Array, "B T"] | None, Bool[Array, "B T"]]:
+        """The margin of each node's own token where it is recorded, and which nodes have one.
+
+        A node has no token of its own where a score is NaN or infinite, or all tokens are forbidden.
+        """
+        if self.rule.coupled:  # the rule took the maximum of this sum, too
+            scores = scores + acceptance.node_noise(ctx, draft)
+        sound = jnp.isfinite(jnp.max(scores, axis=-1))
+        if not self.margins:
+            return None, sound
+        margin = _best_two(scores)
+        if not self.rule.coupled:  # a drawn token is no argmax
+            greedy = ctx.law.sampling.temperature == 0
+            margin = jnp.where(greedy[:, None], margin, jnp.inf)
+        return margin, sound
+
+    def run(
+        self,
+        params: Params,
+        state: LoopState,
+        rounds: Int[Array, ""] | int,
+        until: Int[Array, ""] | int | None = None,
+    ) -> LoopState:
+        """Rounds until `until` rows are not running, by default all, at most `rounds` of them.
+
+        Donate `state`.
+        """
+        rows = state.text.length.shape[0] if until is None else until
 
         def going(carry):
             done, state = carry
-            return jnp.any(state.stats.finish == RUNNING) & (done < rounds)
+            running = state.stats.finish == RUNNING
+            ended = jnp.sum(~running, dtype=jnp.int32)
+            return jnp.any(running) & (ended < rows) & (done < rounds)
 
         def step(carry):
             done, state = carry
             return done + 1, self.round(params, state)
 
         return lax.while_loop(going, step, (jnp.int32(0), state))[1]
-
-
-# An exported `generate` is serialised with the types of its arguments and results.
-for _type in (Sampling, Text, Stats):
-    export.register_pytree_node_serialization(
-        _type,
-        serialized_name=f"jax_specdec.{_type.__name__}",
-        serialize_auxdata=lambda aux: b"",
-        deserialize_auxdata=lambda data: (),
-    )

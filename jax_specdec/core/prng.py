@@ -1,12 +1,17 @@
 """PRNG keys of rows and positions, and the noise that drafting and verification share."""
 
-import flax.struct
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jax_specdec._types import Array, Float, Int, UInt
 from jax_specdec.core.sampling import Sampling
+
+# Named everywhere: the default generator may be another one (rbg is usual on TPU), whose draws under vmap
+# depend on the batch, and texts would no longer be those of plain decoding.
+IMPL = "threefry2x32"
 
 # Roles of random bits (rejection rule). Each draws from a key of its own: a uniform shared by drafting
 # and accepting is biased.
@@ -17,7 +22,7 @@ def row_keys(sampling: Sampling, request_ids: Int[Array, " B"]) -> UInt[Array, "
     """Key data of each row: its seed folded with its request id, or its own seed alone."""
 
     def one(seed, own, request):
-        key = jax.random.key(seed)
+        key = jax.random.key(seed, impl=IMPL)
         folded = jax.random.fold_in(key, request)
         return jnp.where(own, jax.random.key_data(key), jax.random.key_data(folded))
 
@@ -33,12 +38,11 @@ def position_noise(
 ) -> Float[Array, "B P V"]:
     """Gumbel noise of the `depth` positions from `start[b]` on; a function of (key, role, position)."""
 
-    def one(key_data, position):
-        key = jax.random.fold_in(jax.random.wrap_key_data(key_data), role)
-        return jax.random.gumbel(jax.random.fold_in(key, position), (vocab,), jnp.float32)
+    def one(key: Array) -> Array:
+        # The mode "low" never draws tokens rarer than e^-16.
+        return jax.random.gumbel(key, (vocab,), jnp.float32, mode="high")
 
-    positions = start[:, None] + jnp.arange(depth, dtype=jnp.int32)[None]
-    return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(keys, positions)
+    return _by_position(one, keys, start, depth, role)
 
 
 def position_uniform(
@@ -46,28 +50,23 @@ def position_uniform(
 ) -> Float[Array, "B P"]:
     """Uniforms in [0, 1) of the `depth` positions from `start[b]` on."""
 
+    return _by_position(
+        lambda key: jax.random.uniform(key, (), jnp.float32), keys, start, depth, role
+    )
+
+
+def _by_position(
+    draw: Callable[[Array], Array], keys: UInt[Array, "B 2"], start: Int[Array, " B"], depth, role
+) -> Array:
+    """`draw` with the key of each of the `depth` positions from `start[b]` on."""
+
     def one(key_data, position):
-        key = jax.random.fold_in(jax.random.wrap_key_data(key_data), role)
-        return jax.random.uniform(jax.random.fold_in(key, position), (), jnp.float32)
+        key = jax.random.fold_in(jax.random.wrap_key_data(key_data, impl=IMPL), role)
+        return draw(jax.random.fold_in(key, position))
 
     positions = start[:, None] + jnp.arange(depth, dtype=jnp.int32)[None]
-    return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(keys, positions)
-
-
-class Noise(flax.struct.PyTreeNode):
-    """The noise that drafting and verification share in one round.
-
-    Attributes:
-      gumbel: `float32[B, P+1, V]`; entry d is added to the scores at depth d, that is for the token at
-        position `length + d`. Zero in rows at temperature 0.
-      return_q: static; the proposer must hand over the law it drew from (rejection rule).
-      return_top: static; a proposer with a distribution must report its probability of every node and
-        the best children. They cost passes over the vocabulary, so only who reads them asks.
-    """
-
-    gumbel: Float[Array, "B Q V"]
-    return_q: bool = flax.struct.field(pytree_node=False, default=False)
-    return_top: bool = flax.struct.field(pytree_node=False, default=False)
+    with jax.threefry_partitionable(True):  # the same bits whatever the process is set to
+        return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(keys, positions)
 
 
 def shared_noise(

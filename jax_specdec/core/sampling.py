@@ -1,11 +1,12 @@
-"""Sampling laws: temperature, top-k, top-p, min-p per row, processors per node, and the shared noise.
+"""Temperature, top-k, top-p and min-p, one value per row, and what else a request asks for.
 
-The law of a node is `softmax(warp(logits))`; at temperature 0 it is the argmax. Warping is applied to
-the target and to proposals alike. Thresholds are found by bisection over the 32-bit patterns of the
+The distribution of a node is `softmax(warp(logits))`; at temperature 0 it is the argmax. Warping is applied
+to the target and to proposals alike. Thresholds are found by bisection over the 32-bit patterns of the
 floats, which is exact and needs no sort.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -15,9 +16,8 @@ from jax import lax
 
 from jax_specdec._types import Array, Bool, Float, Int, UInt
 from jax_specdec.core.numerics import NEG_INF, _largest_threshold, _order_key, argmax
-from jax_specdec.errors import UserError
-
-PerRow = float | Sequence[float] | np.ndarray  # one value for all rows, or one for each
+from jax_specdec.core.processors import Processing, make_processing
+from jax_specdec.core.rows import PerRow, per_row
 
 
 class Sampling(flax.struct.PyTreeNode):
@@ -33,6 +33,7 @@ class Sampling(flax.struct.PyTreeNode):
       stop_state: `int32[B]`, the row's start state in the stop-string automaton, -1 for none.
       stop_table: `int32[A, V]`, the automaton's next state, -2 where a stop string is complete; A is 0
         where no row has stop strings.
+      processing: penalties, bias and forbidden words, or None where no row has any.
     """
 
     temperature: Float[Array, " B"]
@@ -45,6 +46,7 @@ class Sampling(flax.struct.PyTreeNode):
     stop_ids: Int[Array, "B n"]
     stop_state: Int[Array, " B"]
     stop_table: Int[Array, "A V"]
+    processing: Processing | None = None
 
 
 def make_sampling(
@@ -60,43 +62,41 @@ def make_sampling(
     stop_ids: Sequence[int] | np.ndarray = (),
     stop_state: PerRow = -1,
     stop_table: np.ndarray | None = None,
+    repetition_penalty: PerRow = 1.0,
+    presence_penalty: PerRow = 0.0,
+    frequency_penalty: PerRow = 0.0,
+    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] = (),
+    min_new_tokens: PerRow = 0,
+    bad_words: Sequence[Any] = (),
 ) -> Sampling:
     """Host values, scalars or one per row, to checked arrays.
+
+    Args:
+      repetition_penalty and what follows: see `processors.make_processing`.
 
     Raises:
       UserError: a value outside its range, NaN included, with the value.
     """
 
-    def rows(name: str, value, dtype, legal: Callable, expected: str) -> Array:
-        array = np.broadcast_to(np.asarray(value), (batch,))
-        for item in array.tolist():
-            # In the array's dtype, too: 1e39 is infinite in float32, and 1e-50 is 0.
-            with np.errstate(over="ignore"):
-                if not (legal(item) and legal(dtype(item))):
-                    raise UserError(f"{name} must be {expected}, got {item}.")
-        return jax.device_put(array.astype(dtype))  # jnp.asarray compiles a copy for each shape
+    def rows(name: str, value: PerRow, dtype: Any, legal: Any, expected: str) -> Array:
+        return per_row(name, value, batch, dtype, legal, expected)
 
     stops = np.asarray(stop_ids, np.int32)
     stops = np.broadcast_to(stops, (batch, stops.shape[-1]))
+    own = np.asarray(own_seed, bool)
     return Sampling(
         temperature=rows(
-            "temperature",
-            temperature,
-            np.float32,
-            lambda t: 0 <= t < np.inf,
-            "finite and at least 0",
+            "temperature", temperature, "f4", lambda t: 0 <= t < np.inf, "finite and at least 0"
         ),
-        top_k=rows(
-            "top_k", top_k, np.int32, lambda k: 0 <= k < 2**31, "0 (off) or a positive count"
-        ),
-        top_p=rows("top_p", top_p, np.float32, lambda p: 0 < p <= 1, "in (0, 1]"),
-        min_p=rows("min_p", min_p, np.float32, lambda p: 0 <= p <= 1, "in [0, 1]"),
-        seed=rows("seed", seed, np.uint32, lambda s: 0 <= s < 2**32, "in [0, 2^32)"),
-        own_seed=jax.device_put(np.broadcast_to(np.asarray(own_seed, bool), (batch,))),
+        top_k=rows("top_k", top_k, "i4", lambda k: 0 <= k < 2**31, "0 (off) or a positive count"),
+        top_p=rows("top_p", top_p, "f4", lambda p: 0 < p <= 1, "in (0, 1]"),
+        min_p=rows("min_p", min_p, "f4", lambda p: 0 <= p <= 1, "in [0, 1]"),
+        seed=rows("seed", seed, "u4", lambda s: 0 <= s < 2**32, "in [0, 2^32)"),
+        own_seed=jax.device_put(np.broadcast_to(own, (batch,))),
         max_new_tokens=rows(
             "max_new_tokens",
             max_new_tokens,
-            np.int32,
+            "i4",
             # The prompt's length is added to it in int32.
             lambda n: 1 <= n < 2**30,
             "at least 1 and below 2^30",
@@ -105,6 +105,15 @@ def make_sampling(
         stop_state=jax.device_put(np.broadcast_to(np.asarray(stop_state, np.int32), (batch,))),
         stop_table=jax.device_put(
             np.zeros((0, 1), np.int32) if stop_table is None else np.asarray(stop_table, np.int32)
+        ),
+        processing=make_processing(
+            batch,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            min_new_tokens=min_new_tokens,
+            bad_words=bad_words,
         ),
     )
 
@@ -140,9 +149,9 @@ def _min_p(scores: Float[Array, "B T V"], min_p: Float[Array, " B"]) -> Float[Ar
 
 
 def warp(logits: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T V"]:
-    """Log-weights of the sampling law: temperature, then top-k, top-p, min-p.
+    """Log-weights of the distribution: temperature, then top-k, top-p, min-p.
 
-    Tokens outside the law are -inf. Ties at a threshold are all kept. Rows at temperature 0 keep their
+    Tokens that are filtered out are -inf. Ties at a threshold are all kept. Rows at temperature 0 keep their
     logits: only their argmax matters. Work that no row asks for is skipped at run time.
     """
     hot = sampling.temperature > 0
@@ -164,13 +173,8 @@ def warp(logits: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T
     return jnp.where(hot[:, None, None], warped, logits)
 
 
-def law(logits: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T V"]:
-    """Probabilities of the sampling law; one-hot at temperature 0."""
-    return law_of(warp(logits, sampling), sampling)
-
-
-def law_of(warped: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T V"]:
-    """`law`, from logits that are warped already."""
-    soft = jax.nn.softmax(warped, axis=-1)
-    best = jax.nn.one_hot(argmax(warped), warped.shape[-1], dtype=soft.dtype)
+def distribution(scores: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B T V"]:
+    """Probabilities from warped logits; one-hot at temperature 0."""
+    soft = jax.nn.softmax(scores, axis=-1)
+    best = jax.nn.one_hot(argmax(scores), scores.shape[-1], dtype=soft.dtype)
     return jnp.where((sampling.temperature > 0)[:, None, None], soft, best)

@@ -1,13 +1,16 @@
 """What a run counts."""
 
 import flax.struct
+import jax
+import jax.numpy as jnp
 
-from jax_specdec._types import Array, Float, Int
+from jax_specdec._types import Array, Bool, Float, Int
+from jax_specdec.core.acceptance import Verification
+from jax_specdec.core.draft import Draft
+from pallas_kernels import write_rows
 
-RUNNING, STOP, LENGTH = 0, 1, 2
-
-
-FINISH_REASONS = {RUNNING: None, STOP: "stop", LENGTH: "length"}
+RUNNING, STOP, LENGTH, FAILED = range(4)
+FINISH_REASONS = {RUNNING: None, STOP: "stop", LENGTH: "length", FAILED: "failed"}
 
 
 class Stats(flax.struct.PyTreeNode):
@@ -15,14 +18,15 @@ class Stats(flax.struct.PyTreeNode):
 
     Attributes:
       rounds: `int32[B]`, target forwards while the row was running (prefill apart).
-      drafted, accepted: `int32[B, O+1]`, tokens by proposer; column 0 is unused.
-      calls: `int32[B, O+1]`, rounds in which the proposer drafted for the row.
+      drafted, accepted: `int32[B, O+1]`, tokens by source; column 0 is unused.
+      calls: `int32[B, O+1]`, rounds in which the source drafted for the row.
       accepted_per_pos: `int32[B, P]`, how often the draft's token at depth d + 1 was accepted.
-      finish: `int32[B]`: RUNNING, STOP or LENGTH.
-      logprobs: `float32[B, C]`, the target's log-probability (nats, before temperature and filters) of
-        each emitted token. margins: `float32[B, C]`, by how much the emitted token's score beat the
-        second best. Both are indexed as the text; prompt positions hold 0.
-      origin: `int32[B, C]`, proposer of each emitted token, 0 the target.
+      finish: `int32[B]`: RUNNING, STOP, LENGTH, or FAILED where the scores were not finite.
+      source: `int32[B, C]`, source of each emitted token, 0 the target. Indexed as the text.
+      logprobs: `float32[B, C]`, the target's log-probability (nats, before processors, temperature and
+        filters) of each emitted token, or None where they are not recorded. Prompt positions hold 0.
+      margins: `float32[B, C]`, by how much the emitted token's score beat the second best, infinite where it
+        was drawn otherwise; or None.
     """
 
     rounds: Int[Array, " B"]
@@ -31,6 +35,92 @@ class Stats(flax.struct.PyTreeNode):
     calls: Int[Array, "B O"]
     accepted_per_pos: Int[Array, "B P"]
     finish: Int[Array, " B"]
-    logprobs: Float[Array, "B C"]
-    margins: Float[Array, "B C"]
-    origin: Int[Array, "B C"]
+    source: Int[Array, "B C"]
+    logprobs: Float[Array, "B C"] | None
+    margins: Float[Array, "B C"] | None
+
+    @classmethod
+    def empty(
+        cls,
+        finish: Int[Array, " B"],
+        columns: int,
+        sources: int,
+        depth: int,
+        *,
+        logprobs: bool,
+        margins: bool,
+    ) -> "Stats":
+        """Nothing counted yet, for texts of `columns` tokens."""
+        batch = finish.shape[0]
+        counts = jnp.zeros((batch, sources + 1), jnp.int32)
+        record = jnp.zeros((batch, columns), jnp.float32)
+        return cls(
+            rounds=jnp.zeros((batch,), jnp.int32),
+            drafted=counts,
+            accepted=counts,
+            calls=counts,
+            accepted_per_pos=jnp.zeros((batch, depth), jnp.int32),
+            finish=finish,
+            source=jnp.zeros((batch, columns), jnp.int32),
+            logprobs=record if logprobs else None,
+            margins=record if margins else None,
+        )
+
+    def record(
+        self,
+        draft: Draft,
+        verified: Verification,
+        accepted: Int[Array, " B"],
+        finish: Int[Array, " B"],
+        start: Int[Array, " B"],
+        active: Bool[Array, " B"],
+        logits: Float[Array, "B T V"],
+        margin: Float[Array, "B T"] | None,
+    ) -> "Stats":
+        """The counts with one more round in them.
+
+        Args:
+          accepted: drafted tokens that became text. start: length of the text before the round.
+          logits: the target's, unprocessed. margin: of each node's own token, None unless recorded.
+        """
+        path, window = verified.path, verified.path.shape[1]
+        place = jnp.arange(window, dtype=jnp.int32)[None]
+        # The token emitted at place d is node path[d + 1], or the target's own behind the accepted ones.
+        node = jnp.take_along_axis(path, jnp.broadcast_to(_next(place, window), path.shape), axis=1)
+        source = jnp.take_along_axis(draft.source, node, axis=1)
+        source = jnp.where(place == verified.accepted[:, None], 0, source)
+        landed = (place < accepted[:, None]) & active[:, None]
+        drafted = self._by_source(draft.source, draft.valid & active[:, None] & (draft.source > 0))
+        logprobs, margins = self.logprobs, self.margins
+        if logprobs is not None:
+            said = logits.reshape(logits.shape[0], -1)
+            said = jnp.take_along_axis(said, path * logits.shape[-1] + verified.tokens, axis=1)
+            total = jax.nn.logsumexp(logits, axis=-1)
+            said = said - jnp.take_along_axis(total, path, axis=1)
+            logprobs = write_window(logprobs, said, start)
+        if margins is not None and margin is not None:
+            margins = write_window(margins, jnp.take_along_axis(margin, path, axis=1), start)
+        return self.replace(
+            rounds=self.rounds + active.astype(jnp.int32),
+            drafted=self.drafted + drafted,
+            calls=self.calls + (drafted > 0).astype(jnp.int32),
+            accepted=self.accepted + self._by_source(source, landed),
+            accepted_per_pos=self.accepted_per_pos + landed[:, :-1].astype(jnp.int32),
+            finish=finish,
+            source=write_window(self.source, source, start),
+            logprobs=logprobs,
+            margins=margins,
+        )
+
+    def _by_source(self, source: Array, mask: Array) -> Int[Array, "B O"]:
+        label = jnp.arange(self.drafted.shape[1], dtype=jnp.int32)[None, None]
+        return jnp.sum((source[..., None] == label) & mask[..., None], axis=1, dtype=jnp.int32)
+
+
+def _next(place: Array, window: int) -> Array:
+    return jnp.minimum(place + 1, window - 1)
+
+
+def write_window(buffer: Array, values: Array, start: Int[Array, " B"]) -> Array:
+    """Writes `values [B, Q]` at `start[b]` of each row of `buffer [B, C]`, which must have room."""
+    return write_rows(buffer[:, None, :, None], values[:, None, :, None], start)[:, 0, :, 0]

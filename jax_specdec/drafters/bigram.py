@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from jax_specdec._types import Array, Int
 from jax_specdec.core.draft import chain
-from jax_specdec.core.drafter import ChainDrafter, StatelessDrafter
+from jax_specdec.core.drafter import StatelessDrafter, chain_info
 from jax_specdec.errors import UserError
 
 
@@ -49,16 +49,19 @@ def count_bigrams(documents: Iterable[np.ndarray], vocab_size: int) -> np.ndarra
 
 
 @dataclasses.dataclass(frozen=True)
-class Bigram(ChainDrafter, StatelessDrafter):
+class Bigram(StatelessDrafter):
     """A chain of most frequent successors; its parameter is a table `int32[V]`."""
 
     length: int
     name: str = "bigram"
 
-    def draft(self, params, states, text, view, sampling, noise, active, room):
-        del view, sampling, noise, active, room
-        tokens = successors(params[self.name], text.root(), self.length)
-        return chain(text, tokens), states
+    @property
+    def info(self):
+        return chain_info(self.name, self.length)
+
+    def draft(self, params, states, ctx):
+        tokens = successors(params[self.name], ctx.text.root(), self.length)
+        return chain(ctx.text, tokens), states
 
 
 BIGRAM_FILE = "bigram.safetensors"

@@ -1,10 +1,10 @@
-"""Cascades: drafters that propose one after the other, and drafters that review what others proposed.
+"""Cascades: drafters that propose one after the other, and drafters that verify what others proposed.
 
 Cascade speculative drafting (Chen et al., arXiv 2312.11462, Algorithm 1), for any drafters of chains:
 
-* `Horizontal(drafters, quotas)` lets the first drafter propose until its quota is filled, then the next:
+* `Horizontal(drafters, budgets)` lets the first drafter propose until its budget is spent, then the next:
   strong and slow ones where a token is likely to count, fast ones where it is not.
-* `Cascade(reviewer, drafters, quotas)` has such a draft reviewed by a neural drafter, in one pass: what it
+* `Cascade(verifier, drafters, budgets)` has such a draft verified by another drafter, in one pass: what it
   would have drafted itself is kept, and its own next token put behind it.
 
 Both are drafters, so they nest: the paper's K matrix is a `Horizontal` of cascades. The recursion is
@@ -12,28 +12,32 @@ unrolled when the program is traced, every drafter is called in a `lax.while_loo
 batch lacks tokens, and rows differ in all they do.
 
 Inside, a drafter is handed the committed text with all that was drafted so far behind it, and `commit`
-tells it what became of its draft. It must not do more then than roll back to `Outcome.agreed`, since later
+tells it what became of its draft. It must not do more then than roll back to `Outcome.matched`, since later
 it hears of drafts that are not its own.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jax_specdec._types import Array, Bool, Float, Int
-from jax_specdec.core.confidence import chain_fields, confidences, perturbed
-from jax_specdec.core.draft import MAX_NODES, TOP, Text, chain
-from jax_specdec.core.drafter import Drafter, Outcome, States
+from jax_specdec.core.confidence import chain_fields, confidences
+from jax_specdec.core.context import Context
+from jax_specdec.core.draft import MAX_NODES, TOP, Text, chain, on_chain
+from jax_specdec.core.drafter import (
+    Drafter,
+    Info,
+    ModelUse,
+    States,
+    Verifier,
+    accepted_prefix,
+)
 from jax_specdec.core.numerics import argmax
-from jax_specdec.core.prng import Noise
-from jax_specdec.core.sampling import warp
-from jax_specdec.drafters.neural import NeuralDrafter
+from jax_specdec.drafters.cascade_sizes import turns
 from jax_specdec.errors import UserError
 
 
@@ -41,34 +45,33 @@ class Composed:
     """What drafters that are made of drafters share: they hold no state that is not their parts'."""
 
     @property
-    def parts(self) -> dict[str, Drafter]:
-        """The drafters that hold states, by name."""
+    def parts(self) -> tuple[Drafter, ...]:
         raise NotImplementedError
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        raise NotImplementedError
-
-    @property
-    def depth(self) -> int:
-        return max(self.sizes)
-
-    @property
-    def num_nodes(self) -> int:
-        return self.depth
-
-    @property
-    def reads_hidden(self) -> bool:
-        return any(part.reads_hidden for part in self.parts.values())
-
-    def extend(self, params, states, text, view):
-        for part in self.parts.values():
-            states = part.extend(params, states, text, view)
+    def init(self, batch, capacity):
+        states: States = {}
+        for part in self.parts:
+            states = _larger(states, part.init(batch, capacity))
         return states
 
-    def commit(self, states, outcome, view):
-        for part in self.parts.values():
-            states = part.commit(states, outcome, view)
+    def reset(self, states, rows):
+        for part in self.parts:
+            states = part.reset(states, rows)
+        return states
+
+    def extend(self, params, states, ctx):
+        seen: set[str] = set()
+        for part in self.parts:
+            names = {use.name for use in part.info.models}
+            if names and names <= seen:  # the same models again: each reads the text once
+                continue
+            seen |= names
+            states = part.extend(params, states, ctx)
+        return states
+
+    def commit(self, states, outcome):
+        for part in self.parts:
+            states = part.commit(states, outcome)
         return states
 
 
@@ -77,94 +80,93 @@ class Horizontal(Composed):
     """Drafters that propose one chain, each in its turn.
 
     Attributes:
-      quotas: tokens that each drafter adds to what is wanted. Turn c ends for a row when its draft has
-        `quotas[0] + ... + quotas[c]` tokens, whoever proposed them, or when the drafter finds none or
+      budgets: tokens that each drafter adds to what is wanted. Turn c ends for a row when its draft has
+        `budgets[0] + ... + budgets[c]` tokens, whoever proposed them, or when the drafter finds none or
         ends a draft early, being unsure.
-      cut: whether what exceeds the quota so far is dropped. As published it is kept.
+      cut: whether what exceeds the budget so far is dropped. As published it is kept.
 
     Raises:
-      UserError: no drafters, a quota below 1, a draft that may exceed the node limit, a drafter of trees,
+      UserError: no drafters, a budget below 1, a draft that may exceed the node limit, a drafter of trees,
         one name for two models, or a drafter that would be asked for tokens further ahead than it was
         trained for.
     """
 
     drafters: tuple[Drafter, ...]
-    quotas: tuple[int, ...]
+    budgets: tuple[int, ...]
     cut: bool = False
 
     def __post_init__(self):
-        if not self.drafters or len(self.drafters) != len(self.quotas):
+        if not self.drafters or len(self.drafters) != len(self.budgets):
             raise UserError(
-                f"A cascade takes one quota for each of its drafters, at least one, got "
-                f"{len(self.quotas)} for {len(self.drafters)}."
+                f"A cascade takes one budget for each of its drafters, at least one, got "
+                f"{len(self.budgets)} for {len(self.drafters)}."
             )
-        for quota in self.quotas:
-            if quota < 1:
-                raise UserError(f"A quota must be at least 1, got {quota}.")
+        for budget in self.budgets:
+            if budget < 1:
+                raise UserError(f"A budget must be at least 1, got {budget}.")
         for drafter in self.drafters:
-            if drafter.num_nodes != drafter.depth or not drafter.depth:
+            if not drafter.info.is_chain or not drafter.info.depth:
                 raise UserError(
-                    f"The drafter {drafter.name!r} cannot propose in a cascade: it drafts no chain."
+                    f"The drafter {drafter.info.name!r} cannot propose in a cascade: it drafts no chain."
                 )
-        _check(self)
+        _check(self.info)
 
     @property
-    def name(self) -> str:
-        return ",".join(drafter.name for drafter in self.drafters)
+    def parts(self):
+        return self.drafters
+
+    @property
+    def info(self) -> Info:
+        return self._info
 
     @functools.cached_property
-    def _turns(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return turns(
-            [_sizes(drafter) for drafter in self.drafters],
-            self.quotas,
-            [_stops(drafter) for drafter in self.drafters],
+    def _info(self) -> Info:
+        infos = [drafter.info for drafter in self.drafters]
+        latest, sizes = turns(
+            [info.sizes for info in infos],
+            self.budgets,
+            [info.ends_early for info in infos],
             cut=self.cut,
         )
+        models, budget = [], 0
+        for info, more, before in zip(infos, self.budgets, latest, strict=True):
+            budget += more
+            if before >= 0:  # it is called with so many tokens drafted before
+                most = budget if self.cut else MAX_NODES
+                models += [_further(use, before, most) for use in info.models]
+        depth = max(sizes)
+        return Info(
+            name=",".join(info.name for info in infos),
+            nodes=depth,
+            depth=depth,
+            sizes=sizes,
+            sources=tuple(dict.fromkeys(name for info in infos for name in info.sources)),
+            taps=_taps(infos),
+            distribution=any(info.distribution for info in infos),
+            ranked=all(info.ranked for info in infos),
+            models=tuple(models),
+        )
 
-    @property
-    def sizes(self):
-        return self._turns[1]
-
-    @property
-    def proposers(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for d in self.drafters for name in d.proposers))
-
-    @property
-    def has_distribution(self) -> bool:
-        return any(drafter.has_distribution for drafter in self.drafters)
-
-    @functools.cached_property
-    def parts(self):
-        return {k: v for drafter in self.drafters for k, v in _parts(drafter).items()}
-
-    def init(self, batch, capacity):
-        states: States = {}
-        for drafter in self.drafters:
-            states = _larger(states, drafter.init(batch, capacity))
-        return states
-
-    def draft(self, params, states, text, view, sampling, noise, active, room):
-        batch, depth = text.length.shape[0], self.depth
-        top = min(TOP, noise.gumbel.shape[-1])
+    def draft(self, params, states, ctx):
+        text, batch, depth = ctx.text, ctx.text.length.shape[0], self.info.depth
+        assert ctx.noise is not None, "there is noise in every round"
+        top = min(TOP, ctx.noise.shape[-1])
         fields = {
-            "origin": jnp.zeros((batch, depth), jnp.int32),
+            "source": jnp.zeros((batch, depth), jnp.int32),
             "probability": jnp.ones((batch, depth), jnp.float32),
         }
-        described = noise.return_top and self.has_distribution
-        if described:
+        if ctx.return_top and self.info.distribution:
             fields["top_ids"] = jnp.zeros((batch, depth, top), jnp.int32)
             fields["top_probs"] = jnp.zeros((batch, depth, top), jnp.float32)
         count = jnp.zeros((batch,), jnp.int32)
-        carry, quota = (states, text.tokens, count, fields), 0
-        for drafter, more in zip(self.drafters, self.quotas, strict=True):
-            quota += more
-            carry = self._turn(
-                drafter, quota, carry, params, text, view, sampling, noise, active, room
-            )
+        carry, budget = (states, text.tokens, count, fields), 0
+        for drafter, more in zip(self.drafters, self.budgets, strict=True):
+            budget += more
+            carry = self._turn(drafter, budget, carry, params, ctx.replace(return_q=False))
         states, tokens, count, fields = carry
         line = jnp.arange(depth, dtype=jnp.int32)[None]
         place = jnp.minimum(text.length[:, None] + line, tokens.shape[1] - 1)
-        origin = fields.pop("origin")
+        source = fields.pop("source")
         for name in ("top_ids", "top_probs"):  # the children of the last node are not known
             if name in fields:
                 fields[name] = jnp.pad(fields[name], ((0, 0), (0, 1), (0, 0)))
@@ -174,13 +176,19 @@ class Horizontal(Composed):
             valid=line < count[:, None],
             **fields,
         )
-        return draft.replace(origin=draft.origin.at[:, 1:].set(origin)), states
+        return draft.replace(source=draft.source.at[:, 1:].set(source)), states
 
-    def _turn(self, drafter, quota: int, carry, params, text, view, sampling, noise, active, room):
-        """Calls one drafter until every row has `quota` tokens, or the drafter has none for it."""
-        wanted = jnp.where(active, jnp.minimum(quota, room), 0)
-        label = [0, *(self.proposers.index(name) + 1 for name in drafter.proposers)]
-        noise = noise.replace(return_q=False)
+    def _turn(self, drafter: Drafter, budget: int, carry, params, ctx: Context):
+        """Calls one drafter until every row has `budget` tokens, or the drafter has none for it.
+
+        Args:
+          carry: states; `int32[B, C]` the text with the draft behind it; `int32[B]` drafted tokens; what is
+            known of each, `[B, P, ...]` by field of `Draft`.
+        """
+        text, info, noise = ctx.text, drafter.info, ctx.noise
+        assert noise is not None, "there is noise in every round"
+        wanted = jnp.where(ctx.active, jnp.minimum(budget, ctx.budget), 0)
+        label = [0, *(self.info.sources.index(name) + 1 for name in info.sources)]
 
         def lacking(carry):
             (_, _, count, _), going = carry
@@ -188,245 +196,183 @@ class Horizontal(Composed):
 
         def call(carry):
             (states, tokens, count, fields), going = carry
-            need = lacking(carry)
-            length = text.length + count
-            draft, states = drafter.draft(
-                params,
-                states,
-                Text(tokens, length),
-                view,
-                sampling,
-                _ahead(noise, count, drafter.depth + 1),
-                need,
-                room - count,
+            need, length = lacking(carry), text.length + count
+            here = ctx.replace(
+                text=Text(tokens, length),
+                noise=_ahead(noise, count, info.depth + 1),
+                active=need,
+                budget=ctx.budget - count,
             )
+            draft, states = drafter.draft(params, states, here)
             found = jnp.sum(draft.valid[:, 1:], axis=1, dtype=jnp.int32)
-            done = found < (drafter.depth if _stops(drafter) else 1)
+            done = found < (info.depth if info.ends_early else 1)
             if self.cut:
-                found = jnp.minimum(found, quota - count)
+                found = jnp.minimum(found, budget - count)
             found = jnp.where(need, found, 0)
             new = {
-                "origin": jnp.take(jnp.asarray(label, jnp.int32), draft.origin[:, 1:]),
+                "source": jnp.take(jnp.asarray(label, jnp.int32), draft.source[:, 1:]),
                 "probability": draft.probability[:, 1:],
             }
-            if "top_ids" in fields and draft.top_ids is not None:
+            if "top_ids" in fields and draft.top_ids is not None and draft.top_probs is not None:
                 new |= {"top_ids": draft.top_ids[:, :-1], "top_probs": draft.top_probs[:, :-1]}
             fields = {
                 name: _write(old, new[name], count, found) if name in new else old
                 for name, old in fields.items()
             }
             tokens = _write(tokens, draft.tokens[:, 1:], length, found)
-            states = drafter.commit(states, _accepted(length, found, drafter.depth), view)
+            states = drafter.commit(states, accepted_prefix(length, found, info.depth))
             return (states, tokens, count + found, fields), going & ~done
 
-        going = jnp.ones_like(active)
+        going = jnp.ones_like(ctx.active)
         return lax.while_loop(lambda c: jnp.any(lacking(c)), call, (carry, going))[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cascade(Composed):
-    """A neural drafter that reviews what other drafters propose, and so drafts without generating.
+    """A drafter that verifies what other drafters propose, and so drafts without generating.
 
-    Without lenience it drafts what the reviewer alone would: its own tokens under the shared noise decide.
-    Tokens that the target reviews are exact whatever the lenience, see `acceptance`.
+    Without lenience it drafts what the verifier alone would: its own tokens under the shared noise decide.
+    Tokens that the target verifies are exact whatever the lenience, see `acceptance`.
 
-    The first of `proposers` is the reviewer, for its own tokens; the others are who proposed what it
+    The first of the sources is the verifier, for its own tokens; the others are who proposed what it
     accepted, `lm[max-gram]` for instance.
 
     Attributes:
-      reviewer: its own draft length plays no part.
-      drafters, quotas, cut: the `Horizontal` draft that it reviews.
-      lenience: l >= 1. A token that is not the reviewer's own is accepted all the same if the reviewer's
-        probability of it is above the proposer's divided by l. Probabilities are those of
-        `neural.chain_fields`, at temperature 1 and under the noise, so that lenience means the same at
+      verifier: its own draft length plays no part.
+      drafters, budgets, cut: the `Horizontal` draft that it verifies.
+      lenience: l >= 1. A token that is not the verifier's own is accepted all the same if the verifier's
+        probability of it is above the proposing drafter's divided by l. Probabilities are those of
+        `confidence.chain_fields`, at temperature 1 and under the noise, so that lenience means the same at
         every temperature.
-      copies: whether lenience holds for tokens that no distribution is behind, too, whose proposer
+      copies: whether lenience holds for tokens that no distribution is behind, too, whose drafter
         counts as certain. None: only if no drafter has one, so that nothing else can be meant. The paper
         says no (appendix B), its code does.
 
     Raises:
-      UserError: as `Horizontal`, or a lenience below 1.
+      UserError: as `Horizontal`, a lenience below 1, or a verifier that cannot verify.
     """
 
-    reviewer: NeuralDrafter
+    verifier: Verifier
     drafters: tuple[Drafter, ...]
-    quotas: tuple[int, ...]
+    budgets: tuple[int, ...]
     lenience: float = 1.0
     copies: bool | None = None
     cut: bool = False
 
-    has_distribution = True
-
     def __post_init__(self):
+        if not isinstance(self.verifier, Verifier):
+            name = self.verifier.info.name
+            raise UserError(f"The drafter {name!r} cannot verify what others propose.")
         if not 1 <= self.lenience < math.inf:
             raise UserError(f"A lenience must be finite and at least 1, got {self.lenience:g}.")
-        _check(self)
+        _check(self.info)
 
     @functools.cached_property
     def inner(self) -> Horizontal:
-        """The draft that is reviewed."""
-        return Horizontal(self.drafters, self.quotas, self.cut)
+        """The draft that is verified."""
+        return Horizontal(self.drafters, self.budgets, self.cut)
 
     @property
-    def name(self) -> str:
-        """Its state is `int32[B]`, how many reviews it made for each row."""
-        return f"{self.reviewer.name}[{self.inner.name}]"
+    def parts(self):
+        return (self.verifier, self.inner)
 
     @property
-    def sizes(self):
-        return tuple(range(1, self.inner.depth + 2))
-
-    @property
-    def proposers(self) -> tuple[str, ...]:
-        name = self.reviewer.name
-        return (name, *(f"{name}[{inner}]" for inner in self.inner.proposers))
+    def info(self) -> Info:
+        return self._info
 
     @functools.cached_property
-    def parts(self):
-        return {self.reviewer.name: self.reviewer, **self.inner.parts}
+    def _info(self) -> Info:
+        own, inner = self.verifier.info, self.inner.info
+        depth = inner.depth + 1
+        verifying = [dataclasses.replace(use, deepest=depth, verifies=True) for use in own.models]
+        return Info(
+            name=f"{own.name}[{inner.name}]",
+            nodes=depth,
+            depth=depth,
+            sizes=tuple(range(1, depth + 1)),
+            sources=(own.name, *(f"{own.name}[{name}]" for name in inner.sources)),
+            taps=_taps((own, inner)),
+            distribution=own.distribution,
+            ranked=own.ranked and self.lenience == 1,
+            models=(*verifying, *inner.models),
+        )
 
     def init(self, batch, capacity):
         states = self.inner.init(batch, capacity)
-        states = _larger(states, self.reviewer.init(batch, capacity + self.inner.depth))
-        return {**states, self.name: jnp.zeros((batch,), jnp.int32)}
+        return _larger(states, self.verifier.init(batch, capacity + self.inner.info.depth))
 
-    def draft(self, params, states, text, view, sampling, noise, active, room):
-        lenient, name = self.lenience > 1, self.reviewer.name
-        noise = noise.replace(return_q=False)
-        wide = noise.replace(return_top=lenient)
-        # The reviewer adds a token of its own.
-        proposed, states = self.inner.draft(
-            params, states, text, view, sampling, wide, active, room - 1
-        )
+    def draft(self, params, states, ctx):
+        lenient, text, depth = self.lenience > 1, ctx.text, self.info.depth
+        sampling = ctx.law.sampling
+        own_ctx = ctx.replace(return_q=False)
+        # The verifier adds a token of its own.
+        inner_ctx = own_ctx.replace(return_top=lenient, budget=ctx.budget - 1)
+        proposed, states = self.inner.draft(params, states, inner_ctx)
         drafted, valid = proposed.tokens[:, 1:], proposed.valid[:, 1:]
         count = jnp.sum(valid, axis=1, dtype=jnp.int32)
-        cache, logits = self.reviewer.review(params, states, text, drafted, count, view)
-        raw = warp(logits, sampling)
-        scores = perturbed(raw, noise, 0, self.reviewer.proposal, raw.shape[1])
+        logits, states = self.verifier.verify(params, states, ctx, drafted, count)
+        raw = ctx.scores(logits, drafted, on_chain(depth))
+        proposal = self.verifier.proposal
+        scores = own_ctx.perturbed(raw, 0, proposal, depth)
         own = argmax(scores)
         agree = drafted == own[:, :-1]
         if lenient:
             said = jnp.take_along_axis(scores[:, :-1], drafted[..., None], axis=-1)
             chance = confidences(scores[:, :-1], said, sampling)[..., 0]
             near = chance * self.lenience > proposed.probability[:, 1:]
-            copies = not self.inner.has_distribution if self.copies is None else self.copies
+            copies = not self.inner.info.distribution if self.copies is None else self.copies
             if not copies:
-                near = near & _has_law(proposed.top_probs, valid)
+                near = near & _has_distribution(proposed.top_probs, valid)
             agree = agree | near
-        agree = valid & agree & active[:, None]
+        agree = valid & agree & ctx.active[:, None]
         accepted = jnp.sum(jnp.cumprod(agree.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
+        states = self.commit(states, accepted_prefix(text.length, accepted, depth))
 
-        cache = cache.replace(length=text.length + accepted)
-        states = self.inner.commit(states, _accepted(text.length, accepted, self.depth, 1), view)
-        reviews = states[self.name] + active.astype(jnp.int32)
-        states = {**states, name: self.reviewer.kept(cache, view), self.name: reviews}
-
-        line = jnp.arange(self.depth, dtype=jnp.int32)[None]
+        line = jnp.arange(depth, dtype=jnp.int32)[None]
         end = ((0, 0), (0, 1))
         before, real = line < accepted[:, None], line <= accepted[:, None]
         tokens = jnp.where(before, jnp.pad(drafted, end), own)
-        fields: dict[str, Any] = {}
-        if noise.return_top:
-            fields = chain_fields(raw, tokens, sampling, noise, self.reviewer.proposal)
-            # Behind its own token the reviewer has read another one.
+        fields: dict[str, Array] = {}
+        if ctx.return_top:
+            fields = chain_fields(raw, tokens, own_ctx, proposal)
+            # Behind its own token the verifier has read another one.
             rows = jnp.pad(real, end)[..., None]
             fields["top_probs"] = jnp.where(rows, fields["top_probs"], 0)
         draft = chain(text, tokens, valid=real, **fields)
-        origin = jnp.where(before, jnp.pad(proposed.origin[:, 1:], end) + 1, 1)
-        return draft.replace(origin=draft.origin.at[:, 1:].set(origin)), states
+        source = jnp.where(before, jnp.pad(proposed.source[:, 1:], end) + 1, 1)
+        return draft.replace(source=draft.source.at[:, 1:].set(source)), states
 
 
-def turns(
-    sizes: Sequence[Sequence[int]], quotas: Sequence[int], stops: Sequence[bool], *, cut: bool
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What can happen in a `Horizontal` of drafters whose drafts have these sizes.
-
-    Args:
-      stops: whether a draft that is shorter than the drafter's longest ends its turn; one of no token
-        always does.
-
-    Returns:
-      Per drafter, the most tokens before one of its calls, -1 if it is never called; and the sizes that
-      the whole draft may have.
-    """
-    counts, latest, quota = {0}, [], 0
-    for some, more, stop in zip(sizes, quotas, stops, strict=True):
-        quota += more
-        ended = {n for n in counts if n >= quota}
-        waiting = sorted(counts - ended)
-        called: set[int] = set()
-        while waiting:
-            n = waiting.pop()
-            if n in called:
-                continue
-            called.add(n)
-            for size in some:
-                new = min(n + size, quota) if cut else n + size
-                if size == 0 or new >= quota or (stop and size < max(some)):
-                    ended.add(new)
-                else:
-                    waiting.append(new)
-        counts = ended
-        latest.append(max(called, default=-1))
-    return tuple(latest), tuple(sorted(counts))
+def _further(use: ModelUse, before: int, most: int) -> ModelUse:
+    """The use of a model that is called with `before` tokens drafted, when tokens behind `most` are dropped."""
+    return dataclasses.replace(use, deepest=min(before + use.deepest, most))
 
 
-def _sizes(drafter: Any) -> tuple[int, ...]:
-    return getattr(drafter, "sizes", tuple(range(drafter.depth + 1)))
+def _taps(infos) -> tuple[int, ...]:
+    return tuple(sorted({tap for info in infos for tap in info.taps}))
 
 
-def _stops(drafter: Any) -> bool:
-    """Whether it ends drafts that it is unsure of."""
-    return getattr(drafter, "stop", None) is not None
-
-
-def _parts(drafter: Drafter) -> dict[str, Drafter]:
-    return drafter.parts if isinstance(drafter, Composed) else {drafter.name: drafter}
-
-
-def _models(drafter: Any, before: int, limit: int) -> Iterator[tuple[Any, int, bool]]:
-    """Drafters with a model, how far behind the text their tokens lie at most, and whether they review.
-
-    Args:
-      before: tokens drafted before. limit: tokens further behind are dropped.
-    """
-    if isinstance(drafter, Cascade):
-        yield drafter.reviewer, min(before + drafter.depth, limit), True
-        yield from _models(drafter.inner, before, limit)
-    elif isinstance(drafter, Horizontal):
-        quota = 0
-        for part, more, latest in zip(
-            drafter.drafters, drafter.quotas, drafter._turns[0], strict=True
-        ):
-            quota += more
-            if latest >= 0:
-                end = min(limit, before + quota) if drafter.cut else limit
-                yield from _models(part, before + latest, end)
-    elif hasattr(drafter, "reach"):
-        yield drafter, min(before + drafter.depth, limit), False
-
-
-def _check(drafter: Horizontal | Cascade) -> None:
+def _check(info: Info) -> None:
     """What must hold of a whole nesting, and is checked at each of its levels."""
-    if drafter.depth >= MAX_NODES:
+    if info.depth >= MAX_NODES:
         raise UserError(
-            f"This cascade may draft {drafter.depth} tokens at once, and a draft has at most "
-            f"{MAX_NODES - 1}: lower its quotas and lengths, or cut."
+            f"This cascade may draft {info.depth} tokens at once, and a draft has at most "
+            f"{MAX_NODES - 1}: lower its budgets and lengths, or cut."
         )
-    bodies: dict[str, Any] = {}
-    for part, end, reviews in _models(drafter, 0, MAX_NODES):
-        if bodies.setdefault(part.name, part.body) != part.body:
-            raise UserError(f"Two drafters of this cascade are named {part.name!r}: rename one.")
-        if part.reach is not None and end > part.reach:
-            what = "reviews tokens" if reviews else "drafts"
+    identities: dict[str, object] = {}
+    for use in info.models:
+        if identities.setdefault(use.name, use.identity) != use.identity:
+            raise UserError(f"Two drafters of this cascade are named {use.name!r}: rename one.")
+        if use.max_depth is not None and use.deepest > use.max_depth:
+            what = "verifies tokens" if use.verifies else "drafts"
             raise UserError(
-                f"In this cascade {part.name!r} {what} up to {end} places behind the text, its own next "
-                f"token included, and it was trained for at most {part.reach}: lower the quotas and "
-                "lengths, or cut."
+                f"In this cascade {use.name!r} {what} up to {use.deepest} places behind the text, its own "
+                f"next token included, and it was trained for at most {use.max_depth}: lower the budgets "
+                "and lengths, or cut."
             )
 
 
-def _has_law(top_probs: Array | None, valid: Bool[Array, "B M"]) -> Bool[Array, "B M"]:
+def _has_distribution(top_probs: Array | None, valid: Bool[Array, "B M"]) -> Bool[Array, "B M"]:
     """Which tokens a distribution is behind."""
     if top_probs is None:
         return jnp.zeros_like(valid)
@@ -436,18 +382,20 @@ def _has_law(top_probs: Array | None, valid: Bool[Array, "B M"]) -> Bool[Array, 
 def _larger(states: States, more: States) -> States:
     """Both, of a name that is in both the larger state: a cascade asks for slots of its own."""
 
-    def size(state: Any) -> int:
+    def size(state) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(state))
 
     kept = {k: v for k, v in more.items() if k not in states or size(v) > size(states[k])}
     return {**states, **kept}
 
 
-def _ahead(noise: Noise, count: Int[Array, " B"], steps: int) -> Noise:
+def _ahead(
+    noise: Float[Array, "B Q V"], count: Int[Array, " B"], steps: int
+) -> Float[Array, "B R V"]:
     """The noise of the positions from `count` tokens further on."""
     place = count[:, None] + jnp.arange(steps, dtype=jnp.int32)[None]
-    place = jnp.minimum(place, noise.gumbel.shape[1] - 1)[..., None]
-    return noise.replace(gumbel=jnp.take_along_axis(noise.gumbel, place, axis=1))
+    place = jnp.minimum(place, noise.shape[1] - 1)[..., None]
+    return jnp.take_along_axis(noise, place, axis=1)
 
 
 def _write(
@@ -460,12 +408,3 @@ def _write(
     place = jnp.clip(place, 0, new.shape[1] - 1).reshape(*place.shape, *trailing)
     values = jnp.take_along_axis(new, place, axis=1)
     return jnp.where(here.reshape(*here.shape, *trailing), values, old)
-
-
-def _accepted(
-    length: Int[Array, " B"], accepted: Int[Array, " B"], depth: int, own: int = 0
-) -> Outcome:
-    """The outcome of a draft of which the first `accepted` tokens are kept, and `own` others follow."""
-    path = jnp.arange(depth + 1, dtype=jnp.int32)[None]
-    path = jnp.broadcast_to(path, (length.shape[0], depth + 1))
-    return Outcome(length + accepted + own, length + accepted, path, accepted)

@@ -6,18 +6,19 @@ drafted (the i-th token of a draft is predicted at delay i).
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 
 from jax_specdec._types import Array, Params
-from jax_specdec.core import cache as kv
-from jax_specdec.core.drafter import TargetView
+from jax_specdec.core.cache import KVCache
+from jax_specdec.core.context import Proposal, TargetView
+from jax_specdec.core.model import Output
 from jax_specdec.drafters.early_exit import Stop
-from jax_specdec.drafters.neural import CATCH_UP, NeuralDrafter
+from jax_specdec.drafters.neural import PENDING, NeuralDrafter
 from jax_specdec.errors import UserError
-from jax_specdec.models.decoder import Output
-from jax_specdec.models.glide import GliDe, glimpse_cache, last_seen
+from jax_specdec.models.decoder import Decoder
+from jax_specdec.models.glide import GliDe, glimpse_view
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +36,15 @@ class GliDeDrafter(NeuralDrafter):
     model: GliDe
     length: int
     name: str = "glide"
-    proposal: Literal["matched", "greedy"] = "matched"
+    proposal: Proposal = "matched"
     stop: Stop | None = None
 
     def __post_init__(self):
-        if self.reach is not None and self.length > self.reach:
+        if self.max_depth is not None and self.length > self.max_depth:
             raise UserError(
                 f"Token {self.length} of a draft is predicted {self.length} places behind the last key of "
                 f"the target that is known, and this GliDe drafter was trained for at most "
-                f"{self.reach}: draft {self.reach} tokens or fewer."
+                f"{self.max_depth}: draft {self.max_depth} tokens or fewer."
             )
 
     @property
@@ -58,62 +59,95 @@ class GliDeDrafter(NeuralDrafter):
         return not c.hidden_input and (c.num_layers == 1 or not c.cross_attention)
 
     @property
-    def reads_hidden(self) -> bool:
-        return self.model.config.hidden_input
+    def taps(self):
+        return (self.model.target.num_layers - 1,) if self.model.config.hidden_input else ()
 
     @property
-    def reach(self):
+    def max_depth(self):
         config = self.model.config
         return config.trained_delay if config.sees_target else None
 
     @property
     def body(self):
-        return self.model.decoder
+        return GliDeReader(self.model, None)
 
     @property
-    def catch_up(self):
-        return CATCH_UP if self.keeps_drafts else max(CATCH_UP, self.length + 1)
+    def pending(self):
+        return PENDING if self.keeps_drafts else max(PENDING, self.length + 1)
 
     def reader(self, view):
-        return _Reader(self.model, view)
+        return GliDeReader(self.model, view)
 
-    def kept(self, cache, view):
+    def settle(self, cache, ctx):
         if self.keeps_drafts:
             return cache
-        committed = view.cache.length + 1  # in a cascade the text holds drafts, too
+        committed = ctx.view.length + 1  # in a cascade the text holds drafts, too
         return cache.replace(length=jnp.minimum(cache.length, committed))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Reader:
-    """`GliDe` beside the target's committed tokens, as a `neural.Model`."""
+@dataclasses.dataclass(frozen=True)
+class GliDeReader:
+    """`GliDe` beside the target's committed tokens: a `Model` whose cache is the self-attention's.
+
+    Attributes:
+      view: None where only the cache is handled.
+    """
 
     model: GliDe
-    view: TargetView
+    view: TargetView | None = dataclasses.field(compare=False)
+
+    @property
+    def decoder(self) -> Decoder:
+        """What its own cache belongs to."""
+        return self.model.decoder
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.target.vocab_size
+
+    def init_cache(self, batch: int, slots: int) -> KVCache:
+        return self.decoder.init_cache(batch, slots)
+
+    def commit(self, cache, output, count, path=None) -> KVCache:
+        return self.decoder.commit(cache, output, count, path)
+
+    def rollback(self, cache, length) -> KVCache:
+        return self.decoder.rollback(cache, length)
+
+    def blank(self, batch: int, nodes: int) -> tuple[Any, Any]:
+        return self.decoder.blank(batch, nodes)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        return self.decoder.windows
+
+    def axes(self):
+        """Those of its decoder; the cross-attention's are the target's (see `GliDe`)."""
+        return self.decoder.axes()
 
     def apply(
         self,
         params: Params,
         tokens: Array,
         positions: Array,
-        cache: kv.KVCache,
+        cache: KVCache,
         ancestors: Array | None = None,
         *,
         drafted: tuple[Any, Any] | None = None,
+        taps: tuple[int, ...] = (),
         logits: bool = True,
     ) -> Output:
-        known = self.view.cache.length
-        visible = jnp.minimum(positions, known[:, None])
-        glimpse = glimpse_cache(self.view.cache, visible, self.model.target.windows)
+        assert self.view is not None and not taps, "a drafter reads beside a target"
+        view, model = self.view, self.model
+        visible = jnp.minimum(positions, view.length[:, None])
         hidden = None
-        if self.model.config.hidden_input:
-            assert self.view.hidden is not None, "the loop keeps them for such a drafter"
-            hidden = last_seen(self.view.hidden, visible)
-        return self.model.apply(
+        if model.config.hidden_input:
+            hidden = view.tap(model.target.num_layers - 1, visible)
+        return model.apply(
             params,
             tokens,
             positions,
-            glimpse,
+            glimpse_view(view, visible, model.target.windows),
             cache,
             ancestors,
             hidden=hidden,

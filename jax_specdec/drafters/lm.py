@@ -1,11 +1,11 @@
-"""`lm`: a smaller decoder with the target's vocabulary drafts a chain, token by token."""
+"""`lm`: a smaller model with the target's vocabulary drafts a chain, token by token."""
 
 import dataclasses
-from typing import Literal
 
+from jax_specdec.core.context import Proposal
+from jax_specdec.core.model import Model
 from jax_specdec.drafters.early_exit import Stop
 from jax_specdec.drafters.neural import NeuralDrafter
-from jax_specdec.models.decoder import Decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,10 +16,10 @@ class LmDrafter(NeuralDrafter):
       length: tokens per draft.
     """
 
-    decoder: Decoder
+    decoder: Model
     length: int
     name: str = "lm"
-    proposal: Literal["matched", "greedy"] = "matched"
+    proposal: Proposal = "matched"
     stop: Stop | None = None
 
     @property

@@ -5,13 +5,13 @@ import dataclasses
 import jax.numpy as jnp
 
 from jax_specdec.core.draft import chain
-from jax_specdec.core.drafter import ChainDrafter, StatelessDrafter
+from jax_specdec.core.drafter import StatelessDrafter, chain_info
 from jax_specdec.drafters.bigram import successors
 from jax_specdec.drafters.ngram import Ties, longest_suffix_match
 
 
 @dataclasses.dataclass(frozen=True)
-class MaxGram(ChainDrafter, StatelessDrafter):
+class MaxGram(StatelessDrafter):
     """Max-Gram (arXiv 2312.11462, section 3 and appendix A), in a clean form.
 
     The haystack is the text itself, matches end before its last token, the copy extends itself past
@@ -32,11 +32,12 @@ class MaxGram(ChainDrafter, StatelessDrafter):
     fill: str | None = None
 
     @property
-    def sizes(self):
-        return (0, self.length) if self.fill is None else (self.length,)
+    def info(self):
+        sizes = (0, self.length) if self.fill is None else (self.length,)
+        return chain_info(self.name, self.length, sizes)
 
-    def draft(self, params, states, text, view, sampling, noise, active, room):
-        del view, sampling, noise, active, room
+    def draft(self, params, states, ctx):
+        text = ctx.text
         match, end = longest_suffix_match(
             text, min_match=self.min_match, max_match=self.max_match, ties=self.ties
         )

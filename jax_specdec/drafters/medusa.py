@@ -5,28 +5,27 @@ target's cache holds, and head k says what comes k places behind the root. There
 nothing to read: a draft is a function of that hidden state and the noise.
 
 What a head says does not depend on the tokens before it, so the candidates of a depth are the same below
-every node, and a tree of them (`drafters.static_tree`) costs no more than a chain.
+every node, and a tree of them (`expansions.static_tree`) costs no more than a chain.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
-from jax_specdec._types import Array, Float
-from jax_specdec.core.confidence import chain_fields, perturbed
+from jax_specdec._types import Array, Float, Int
+from jax_specdec.core.confidence import chain_fields
+from jax_specdec.core.context import Context, Proposal, TargetView
 from jax_specdec.core.draft import Text, chain
-from jax_specdec.core.drafter import ChainDrafter, StatelessDrafter, TargetView
+from jax_specdec.core.drafter import ModelUse, StatelessDrafter, chain_info
 from jax_specdec.core.numerics import argmax
-from jax_specdec.core.sampling import warp
 from jax_specdec.errors import UserError
-from jax_specdec.models.glide import last_seen
 from jax_specdec.models.medusa import Medusa
 
 
 @dataclasses.dataclass(frozen=True)
-class MedusaDrafter(StatelessDrafter, ChainDrafter):
+class MedusaDrafter(StatelessDrafter):
     """A drafter of Medusa heads.
 
     Attributes:
@@ -44,52 +43,69 @@ class MedusaDrafter(StatelessDrafter, ChainDrafter):
     length: int
     name: str = "medusa"
     accuracies: tuple[tuple[float, ...], ...] = ()
-    proposal: Literal["matched", "greedy"] = "matched"
-
-    has_distribution = True
+    proposal: Proposal = "matched"
 
     def __post_init__(self):
-        if self.length > self.reach:
+        if self.length > self.max_depth:
             raise UserError(
-                f"This Medusa drafter has {self.reach} heads, one for each token of a draft, and was asked "
-                f"for {self.length}: draft {self.reach} tokens or fewer."
+                f"This Medusa drafter has {self.max_depth} heads, one for each token of a draft, and was asked "
+                f"for {self.length}: draft {self.max_depth} tokens or fewer."
             )
 
     @property
-    def reads_hidden(self) -> bool:
-        return True
-
-    @property
-    def body(self) -> Medusa:
-        """What tells drafters of one name apart."""
-        return self.model
-
-    @property
-    def reach(self) -> int:
+    def max_depth(self) -> int:
         """How many places behind the last committed token it may predict."""
         return self.model.config.num_heads
 
+    @property
+    def _tap(self) -> int:
+        return self.model.target.num_layers - 1
+
+    @property
+    def info(self):
+        use = ModelUse(self.name, self.model, self.length, self.max_depth)
+        return chain_info(
+            self.name, self.length, taps=(self._tap,), distribution=True, models=(use,)
+        )
+
     def scores(self, params: Any, text: Text, view: TargetView) -> Float[Array, "B P V"]:
         """What the heads say of the next `length` tokens of a text."""
-        known = view.cache.length[:, None]
-        assert view.hidden is not None, "the loop keeps them for such a drafter"
-        hidden = last_seen(view.hidden, known)  # 0 where the root is the first token
+        known = view.length[:, None]
+        hidden = view.tap(self._tap, known)  # 0 where the root is the first token
         # In a cascade others have drafted behind the committed text; those places' heads are passed over.
         ahead = text.length[:, None] - 1 - known
 
         def further() -> Array:
             head = ahead + jnp.arange(self.length, dtype=jnp.int32)[None]
-            head = jnp.minimum(head, self.reach - 1)[..., None]
-            return jnp.take_along_axis(self.model.first(params, hidden, self.reach), head, axis=1)
+            head = jnp.minimum(head, self.max_depth - 1)[..., None]
+            return jnp.take_along_axis(
+                self.model.first(params, hidden, self.max_depth), head, axis=1
+            )
 
         def nearest() -> Array:
             return self.model.first(params, hidden, self.length)
 
         return lax.cond(jnp.any(ahead > 0), further, nearest)
 
-    def draft(self, params, states, text, view, sampling, noise, active, room):
-        del active, room
-        scores = warp(self.scores(params[self.name], text, view), sampling)
-        tokens = argmax(perturbed(scores, noise, 0, self.proposal, scores.shape[1]))
-        fields = chain_fields(scores, tokens, sampling, noise, self.proposal)
-        return chain(text, tokens, **fields), states
+    def draft(self, params, states, ctx):
+        logits = self.scores(params[self.name], ctx.text, ctx.view)
+        if ctx.law.has_history:
+            scores, tokens = self._one_by_one(logits, ctx)
+        else:
+            scores = ctx.scores(logits)
+            tokens = argmax(ctx.perturbed(scores, 0, self.proposal, self.length))
+        fields = chain_fields(scores, tokens, ctx, self.proposal)
+        return chain(ctx.text, tokens, **fields), states
+
+    def _one_by_one(
+        self, logits: Float[Array, "B P V"], ctx: Context
+    ) -> tuple[Float[Array, "B P V"], Int[Array, "B P"]]:
+        """Scores and tokens, each with those before it in its history."""
+        scores, tokens = [], jnp.zeros((logits.shape[0], self.length), jnp.int32)
+        line = jnp.arange(self.length, dtype=jnp.int32)[None, None]
+        for depth in range(self.length):
+            here = ctx.scores(logits[:, depth : depth + 1], tokens, line < depth)
+            token = argmax(ctx.perturbed(here, depth, self.proposal))
+            tokens = tokens.at[:, depth].set(token[:, 0])
+            scores.append(here)
+        return jnp.concatenate(scores, axis=1), tokens

@@ -5,12 +5,12 @@ import dataclasses
 import jax.numpy as jnp
 
 from jax_specdec.core.draft import chain
-from jax_specdec.core.drafter import ChainDrafter, StatelessDrafter
+from jax_specdec.core.drafter import StatelessDrafter, chain_info
 from jax_specdec.drafters.ngram import longest_suffix_match
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptLookup(ChainDrafter, StatelessDrafter):
+class PromptLookup(StatelessDrafter):
     """Prompt-lookup decoding (Saxena, 2023), as transformers' `prompt_lookup_num_tokens`.
 
     The longest n-gram of at most `max_ngram` tokens decides, the earliest occurrence wins, and the copy
@@ -23,11 +23,12 @@ class PromptLookup(ChainDrafter, StatelessDrafter):
     min_ngram: int = 1
 
     @property
-    def sizes(self):
-        return tuple(range(self.length + 1))
+    def info(self):
+        return chain_info(self.name, self.length, tuple(range(self.length + 1)))
 
-    def draft(self, params, states, text, view, sampling, noise, active, room):
-        del params, view, sampling, noise, active, room
+    def draft(self, params, states, ctx):
+        del params
+        text = ctx.text
         match, end = longest_suffix_match(
             text, min_match=self.min_ngram, max_match=self.max_ngram, ties="earliest"
         )

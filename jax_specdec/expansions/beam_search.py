@@ -5,11 +5,11 @@ import dataclasses
 import jax.numpy as jnp
 
 from jax_specdec.core.draft import TOP
-from jax_specdec.expansions.grown import Growth
+from jax_specdec.expansions.grown import GrownTree
 
 
 @dataclasses.dataclass(frozen=True)
-class BeamSearch(Growth):
+class BeamSearch(GrownTree):
     """Beam search, every beam of every depth verified: as many beams as the budget holds."""
 
     def budgets(self, depth):

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_specdec._types import Array, Float, Int
-from jax_specdec.expansions.siblings import Comb
+from jax_specdec.expansions.siblings import LeafSiblings
 
 
 @dataclasses.dataclass(frozen=True)
-class Cape(Comb):
+class Cape(LeafSiblings):
     """Confidence-aware proposal expansion (arXiv 2402.02082, section 4.2).
 
     The surer the drafter is of a token, the fewer siblings it gets: 7, 5, 3 or 1 where the confidence

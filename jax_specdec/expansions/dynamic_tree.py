@@ -6,12 +6,12 @@ import jax.numpy as jnp
 
 from jax_specdec.core.draft import TOP
 from jax_specdec.errors import UserError
-from jax_specdec.expansions.grown import Growth
+from jax_specdec.expansions.grown import GrownTree
 from jax_specdec.expansions.select import select
 
 
 @dataclasses.dataclass(frozen=True)
-class DynamicTree(Growth):
+class DynamicTree(GrownTree):
     """EAGLE-2's tree: expand the most probable nodes of each depth, verify the most probable of all.
 
     A node's probability is the product of those on its path, so that whatever is chosen, its parent is

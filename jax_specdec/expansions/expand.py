@@ -3,8 +3,10 @@
 import dataclasses
 from typing import Any
 
+from jax_specdec._types import Params
+from jax_specdec.core.context import Context
 from jax_specdec.core.draft import MAX_NODES, Draft
-from jax_specdec.core.drafter import Drafter
+from jax_specdec.core.drafter import Drafter, Info, Outcome, States
 from jax_specdec.errors import UserError
 
 
@@ -52,25 +54,24 @@ class Rule:
         del depth
         return self.nodes
 
-    def init(self, drafter: Drafter, batch: int, capacity: int) -> dict[str, Any]:
+    def init(self, drafter: Any, batch: int, capacity: int) -> States:
         return drafter.init(batch, capacity)
 
     def draft(
-        self, drafter: Any, params, states, text, view, sampling, noise, active, room
-    ) -> tuple[Draft, dict[str, Any]]:
+        self, drafter: Any, params: Params, states: States, ctx: Context
+    ) -> tuple[Draft, States]:
         """`Drafter.draft` of the expansion."""
         raise NotImplementedError
 
-    def commit(self, drafter: Any, states, outcome, view) -> dict[str, Any]:
-        return drafter.commit(states, outcome, view)
+    def commit(self, drafter: Any, states: States, outcome: Outcome) -> States:
+        return drafter.commit(states, outcome)
 
 
 @dataclasses.dataclass(frozen=True)
 class Expand:
     """A drafter whose drafts a rule widens.
 
-    Order of the nodes: the root, the drafter's main chain, then all others, whose origin is the
-    proposer `sibling`.
+    Order of the nodes: the root, the drafter's main chain, then all others, whose source is `sibling`.
 
     Raises:
       UserError: a budget that does not fit the chain, or a drafter that the rule cannot widen: one that
@@ -79,42 +80,33 @@ class Expand:
 
     drafter: Drafter
     rule: Rule
-    has_distribution = False  # it is spent
 
     def __post_init__(self):
         self.rule.check(self.drafter)
-        self.rule.fit(self.drafter.depth)
+        self.rule.fit(self.drafter.info.depth)
 
     @property
-    def name(self) -> str:
-        return f"{self.drafter.name}+"
-
-    @property
-    def num_nodes(self) -> int:
-        return self.rule.size(self.drafter.depth) - 1
-
-    @property
-    def depth(self) -> int:
-        return self.drafter.depth
-
-    @property
-    def proposers(self) -> tuple[str, ...]:
-        return (*self.drafter.proposers, "sibling")
-
-    @property
-    def reads_hidden(self) -> bool:
-        return self.drafter.reads_hidden
+    def info(self) -> Info:
+        inner = self.drafter.info
+        return dataclasses.replace(
+            inner,
+            name=f"{inner.name}+",
+            nodes=self.rule.size(inner.depth) - 1,
+            sources=(*inner.sources, "sibling"),
+            distribution=False,  # it is spent
+        )
 
     def init(self, batch, capacity):
         return self.rule.init(self.drafter, batch, capacity)
 
-    def extend(self, params, states, text, view):
-        return self.drafter.extend(params, states, text, view)
+    def reset(self, states, rows):
+        return self.drafter.reset(states, rows)
 
-    def draft(self, params, states, text, view, sampling, noise, active, room):
-        return self.rule.draft(
-            self.drafter, params, states, text, view, sampling, noise, active, room
-        )
+    def extend(self, params, states, ctx):
+        return self.drafter.extend(params, states, ctx)
 
-    def commit(self, states, outcome, view):
-        return self.rule.commit(self.drafter, states, outcome, view)
+    def draft(self, params, states, ctx):
+        return self.rule.draft(self.drafter, params, states, ctx)
+
+    def commit(self, states, outcome):
+        return self.rule.commit(self.drafter, states, outcome)

@@ -2,7 +2,7 @@
 
 At each depth the drafter reads the most probable nodes of that depth in one forward pass, and their
 children are the candidates of the next. The drafter's cache is not touched: keys and values of the
-nodes lie beside it until the verdict, and `commit` moves those on the accepted path into it, so that
+nodes lie beside it until they are verified, and `commit` moves those on the accepted path into it, so that
 the next round begins as after a chain.
 
 * `DynamicTree`: of all candidates the most probable are verified (EAGLE-2, arXiv 2406.16858, section 4).
@@ -14,30 +14,57 @@ In both the drafter's main chain is kept whatever its probability, so that node 
 expansion never accepts less than its chain.
 """
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_specdec._types import Array, Float, Int
-from jax_specdec.core import cache as kv
-from jax_specdec.core.confidence import best_children, perturbed
-from jax_specdec.core.draft import Draft, Text, ancestor_bits, root_only
-from jax_specdec.core.drafter import Drafter
+from jax_specdec._types import Array, Float, Int, Params
+from jax_specdec.core.confidence import best_children
+from jax_specdec.core.context import Context, Proposal, TargetView
+from jax_specdec.core.draft import Draft, Text, from_parents
+from jax_specdec.core.drafter import Drafter, States
+from jax_specdec.core.model import Model, Output
 from jax_specdec.core.numerics import argmax
-from jax_specdec.core.prng import Noise
-from jax_specdec.core.sampling import Sampling, warp
-from jax_specdec.drafters.neural import NeuralDrafter
 from jax_specdec.errors import UserError
 from jax_specdec.expansions.expand import Rule
 from jax_specdec.expansions.select import select
 from pallas_kernels import masks
 
 
-@dataclasses.dataclass(frozen=True)
-class Grown:
+@runtime_checkable
+class TreeModel(Model, Protocol):
+    """A model that reads tree nodes beside others that are in no cache yet, as `models.Decoder` does."""
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Per layer, the sliding window, or None; a tree can be grown where none has one."""
+        ...
+
+    def blank(self, batch: int, nodes: int) -> Any:
+        """`Output.new` of `nodes` nodes, all 0."""
+        ...
+
+
+@runtime_checkable
+class Grower(Drafter, Protocol):
+    """A drafter that can read branches, as `drafters.neural.NeuralDrafter` does."""
+
+    @property
+    def proposal(self) -> Proposal: ...
+
+    @property
+    def body(self) -> Any: ...
+
+    def reader(self, view: TargetView) -> Any: ...
+
+    def read(
+        self, params: Params, states: States, ctx: Context
+    ) -> tuple[Any, Float[Array, "B 1 V"]]: ...
+
+
+class Grown(NamedTuple):
     """Candidates of every depth, C = width * children of each; candidate 0 of each is the main chain.
 
     Attributes:
@@ -53,7 +80,7 @@ class Grown:
     new_kv: Any
 
 
-class Growth(Rule):
+class GrownTree(Rule):
     """A rule that grows a tree over a neural drafter.
 
     For the match rule. Under the rejection rule it is exact, too, its tokens being certain, but there
@@ -73,59 +100,62 @@ class Growth(Rule):
         raise NotImplementedError
 
     def check(self, drafter):
-        if not isinstance(drafter, NeuralDrafter):
+        name = drafter.info.name
+        if not isinstance(drafter, Grower) or not isinstance(drafter.body, TreeModel):
+            raise UserError(f"The drafter {name!r} cannot grow trees: it is not a neural one.")
+        if any(drafter.body.windows):
             raise UserError(
-                f"The drafter {drafter.name!r} cannot grow trees: it is not a neural one."
-            )
-        if any(drafter.body.config.windows):
-            raise UserError(
-                f"The drafter {drafter.name!r} has layers with a sliding window, which cannot grow trees: "
+                f"The drafter {name!r} has layers with a sliding window, which cannot grow trees: "
                 "expand it by cape, fixed or path."
+            )
+        if drafter.info.ends_early:
+            raise UserError(
+                f"The drafter {name!r} ends drafts early, and a tree grows to its full depth: expand it by "
+                "cape, fixed or path, or leave out its threshold."
             )
 
     def init(self, drafter, batch, capacity):
-        assert isinstance(drafter, NeuralDrafter)
-        width, _ = self.shape(drafter.depth)
-        new_kv = drafter.body.blank(batch, width * max(drafter.depth - 1, 1))
-        slot = jnp.zeros((batch, self.size(drafter.depth)), jnp.int32)
+        depth = drafter.info.depth
+        width, _ = self.shape(depth)
+        new_kv = drafter.body.blank(batch, width * max(depth - 1, 1))
+        slot = jnp.zeros((batch, self.size(depth)), jnp.int32)
         return {**drafter.init(batch, capacity), _key(drafter): (new_kv, slot)}
 
-    def draft(self, drafter, params, states, text, view, sampling, noise, active, room):
-        del active, room
-        cache, logits = drafter.read(params, states, text, view)
-        new_kv = states[_key(drafter)][0]
-        grown = self.grow(drafter, params, cache, new_kv, logits, text, view, sampling, noise)
-        draft, slot = self.assemble(drafter, grown, text)
-        return draft, {**states, drafter.name: cache, _key(drafter): (grown.new_kv, slot)}
+    def draft(self, drafter, params, states, ctx):
+        cache, logits = drafter.read(params, states, ctx)
+        grown = self.grow(drafter, params, cache, states[_key(drafter)][0], logits, ctx)
+        draft, slot = self.assemble(drafter, grown, ctx.text)
+        new = {drafter.info.name: cache, _key(drafter): (grown.new_kv, slot)}
+        return draft, {**states, **new}
 
     def grow(
         self,
-        drafter: NeuralDrafter,
-        params: dict[str, Any],
-        cache: kv.KVCache,
+        drafter: Grower,
+        params: Params,
+        cache: Any,
         new_kv: Any,
         logits: Float[Array, "B 1 V"],
-        text: Text,
-        view: Any,
-        sampling: Sampling,
-        noise: Noise,
+        ctx: Context,
     ) -> Grown:
         """Reads and expands depth after depth, from the logits after the root."""
-        width, children = self.shape(drafter.depth)
-        batch, steps = logits.shape[0], drafter.depth - 1
+        limit = drafter.info.depth
+        width, children = self.shape(limit)
+        batch, steps = logits.shape[0], limit - 1
         slots = width * max(steps, 1)
         candidates = width * children
+        reader, weights = drafter.reader(ctx.view), params[drafter.info.name]
+        sampling, start = ctx.law.sampling, ctx.text.length[:, None] - 1
 
-        def expand(logits, value, depth):
-            scores = warp(logits, sampling)
-            if not noise.return_q:  # no law is handed over, so that nothing need be drawn from it
-                scores = perturbed(scores, noise, depth, drafter.proposal)
+        def expand(logits, value, depth, drafted=None, on_path=None):
+            scores = ctx.scores(logits, drafted, on_path)
+            if not ctx.return_q:  # nothing need be drawn from a distribution that is handed over
+                scores = ctx.perturbed(scores, depth, drafter.proposal)
             ids, probs = best_children(scores, argmax(scores), sampling, children)
             value = value[..., None] + jnp.log(probs)
             return ids.reshape(batch, -1), value.reshape(batch, -1)
 
         def step(carry, depth):
-            tokens, value, seen, new_kv = carry
+            tokens, value, seen, drafted, new_kv = carry
             read = widest(value, width)
             parent = read // children
             # Whom a node sees: whom its parent saw, and the parent. Those of depth 1 see none.
@@ -134,32 +164,37 @@ class Growth(Rule):
             line = jnp.arange(slots, dtype=jnp.int32)[None, None]
             seen = before | ((line == slot[..., None]) & (depth > 1))
             itself = jnp.broadcast_to(jnp.eye(width, dtype=bool)[None], (batch, width, width))
-            out = drafter.forward(
-                params,
+            token = jnp.take_along_axis(tokens, read, axis=1)
+            out = reader.apply(
+                weights,
+                token,
+                jnp.broadcast_to(start + depth, read.shape),
                 cache,
-                view,
-                jnp.take_along_axis(tokens, read, axis=1),
-                jnp.broadcast_to(text.length[:, None] - 1 + depth, read.shape),
-                new_kv,
                 masks.pack(jnp.concatenate([seen, itself], axis=-1)),
+                drafted=new_kv,
             )
+            first = (depth - 1) * width
             new_kv = jax.tree.map(
                 lambda old, new: lax.dynamic_update_slice_in_dim(
-                    old, new.astype(old.dtype), (depth - 1) * width, axis=old.ndim - 3
+                    old, new.astype(old.dtype), first, axis=old.ndim - 3
                 ),
                 new_kv,
-                out.new_kv,
+                out.new,
             )
+            drafted = lax.dynamic_update_slice_in_dim(drafted, token, first, axis=1)
+            own = line == first + jnp.arange(width, dtype=jnp.int32)[None, :, None]
             path = jnp.take_along_axis(value, read, axis=1)
-            following = expand(out.logits, path, depth)
-            return (*following, seen, new_kv), (*following, read)
+            following = expand(out.logits, path, depth, drafted, seen | own)
+            return (*following, seen, drafted, new_kv), (*following, read)
 
         tokens, value = expand(logits, jnp.zeros((batch, 1), jnp.float32), 0)
         pad = ((0, 0), (0, candidates - children))
         tokens, value = jnp.pad(tokens, pad), jnp.pad(value, pad, constant_values=-jnp.inf)
         seen = jnp.zeros((batch, width, slots), bool)
-        depth = jnp.arange(1, drafter.depth, dtype=jnp.int32)
-        (_, last, _, new_kv), rest = lax.scan(step, (tokens, value, seen, new_kv), depth)
+        drafted = jnp.zeros((batch, slots), jnp.int32)
+        depth = jnp.arange(1, limit, dtype=jnp.int32)
+        carry = (tokens, value, seen, drafted, new_kv)
+        (_, last, _, _, new_kv), rest = lax.scan(step, carry, depth)
         rest_tokens, rest_value, rest_read = (jnp.swapaxes(x, 0, 1) for x in rest)
         return Grown(
             tokens=jnp.concatenate([tokens[:, None], rest_tokens], axis=1),
@@ -172,7 +207,7 @@ class Growth(Rule):
         self, drafter: Drafter, grown: Grown, text: Text
     ) -> tuple[Draft, Int[Array, "B T"]]:
         """The draft, and where each node's keys and values lie in `grown.new_kv`, -1 for nowhere."""
-        width, children = self.shape(drafter.depth)
+        width, children = self.shape(drafter.info.depth)
         batch, depth, candidates = grown.tokens.shape
         others, some = self.chosen(grown)
         chain = jnp.arange(depth, dtype=jnp.int32)[None] * candidates
@@ -201,34 +236,28 @@ class Growth(Rule):
         slot = level[..., None] * width + jnp.arange(width, dtype=jnp.int32)[None, None]
         slot = jnp.max(jnp.where(hit, slot, -1), axis=2)
 
-        root = root_only(text)
-        zero = jnp.zeros_like(root.tokens)
-        parent = jnp.concatenate([zero, parent], axis=1)
         is_chain = jnp.arange(node.shape[1], dtype=jnp.int32)[None] < depth
-        draft = Draft(
-            tokens=jnp.concatenate([root.tokens, of(grown.tokens)], axis=1),
-            valid=jnp.concatenate([root.valid, valid], axis=1),
-            origin=jnp.concatenate(
-                [root.origin, jnp.broadcast_to(jnp.where(is_chain, 1, 2), node.shape)], axis=1
-            ),
-            probability=jnp.concatenate([root.probability, probability], axis=1),
+        draft = from_parents(
+            text,
+            tokens=of(grown.tokens),
             parent=parent,
-            depth=jnp.concatenate([zero, jnp.where(valid, level + 1, 1)], axis=1),
-            ancestors=ancestor_bits(parent, depth),
+            valid=valid,
             depth_limit=depth,
+            source=jnp.where(is_chain, 1, 2),
+            probability=probability,
         )
-        return draft, jnp.concatenate([zero - 1, slot], axis=1)
+        return draft, jnp.pad(slot, ((0, 0), (1, 0)), constant_values=-1)
 
-    def commit(self, drafter, states, outcome, view):
-        del view
-        cache, (new_kv, slot) = states[drafter.name], states[_key(drafter)]
+    def commit(self, drafter, states, outcome):
+        name = drafter.info.name
+        cache, (new_kv, slot) = states[name], states[_key(drafter)]
         slot = jnp.take_along_axis(slot, outcome.path[:, 1:], axis=1)  # [B, P]
-        level = jnp.arange(1, drafter.depth + 1, dtype=jnp.int32)[None]
+        level = jnp.arange(1, drafter.info.depth + 1, dtype=jnp.int32)[None]
         # Only the last accepted node may not have been read; it is caught up with, as a chain's is.
         held = (slot >= 0) & (level <= outcome.accepted[:, None])
         count = jnp.sum(jnp.cumprod(held.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
-        cache = kv.commit(cache, new_kv, count, jnp.maximum(slot, 0))
-        return {**states, drafter.name: cache}
+        read = Output(None, cast(Any, None), new_kv, {})
+        return {**states, name: drafter.body.commit(cache, read, count, jnp.maximum(slot, 0))}
 
 
 def widest(value: Float[Array, "B C"], width: int) -> Int[Array, "B width"]:
@@ -237,4 +266,4 @@ def widest(value: Float[Array, "B C"], width: int) -> Int[Array, "B width"]:
 
 
 def _key(drafter: Drafter) -> str:
-    return f"{drafter.name}+"
+    return f"{drafter.info.name}+"

@@ -11,18 +11,28 @@ import functools
 import heapq
 import math
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 
 from jax_specdec._types import Array
-from jax_specdec.core.draft import MAX_NODES, TOP, Draft, ancestor_bits
-from jax_specdec.drafters.medusa import MedusaDrafter
+from jax_specdec.core.draft import MAX_NODES, TOP, Draft, Text, from_parents
+from jax_specdec.core.drafter import Drafter
 from jax_specdec.errors import UserError
 from jax_specdec.expansions.expand import Rule
-from pallas_kernels import masks
 
 Path = tuple[int, ...]
+
+
+@runtime_checkable
+class Independent(Drafter, Protocol):
+    """A drafter whose candidates at one depth are the same whatever the tokens before them."""
+
+    @property
+    def accuracies(self) -> tuple[tuple[float, ...], ...]:
+        """Per depth, how often its i-th best candidate is the target's token; empty if never measured."""
+        ...
 
 
 @functools.cache
@@ -74,67 +84,57 @@ class StaticTree(Rule):
     """
 
     def check(self, drafter):
-        if not isinstance(drafter, MedusaDrafter):
+        info = drafter.info
+        if not isinstance(drafter, Independent):
             raise UserError(
-                f"The drafter {drafter.name!r} has no static tree: only medusa has one, whose candidates do not "
-                "depend on each other."
+                f"The drafter {info.name!r} has no static tree: only one whose candidates do not depend on each "
+                "other has, as medusa."
             )
-        if len(drafter.accuracies) < drafter.length:
+        if len(drafter.accuracies) < info.depth:
             raise UserError(
                 "A static tree is chosen by the measured accuracies of the heads, which this Medusa checkpoint "
                 "lacks: measure them with `jax-specdec train medusa --init DIR --calibrate`."
             )
-        ranks = [len(some) for some in drafter.accuracies[: drafter.length]]
+        ranks = [len(some) for some in drafter.accuracies[: info.depth]]
         if self.nodes - 1 > full_size(ranks):
             raise UserError(
-                f"A tree of {drafter.length} heads with {ranks[0]} candidates each has {full_size(ranks) + 1} "
+                f"A tree of {info.depth} heads with {ranks[0]} candidates each has {full_size(ranks) + 1} "
                 f"nodes with its root, fewer than {self.nodes}."
             )
 
     def budgets(self, depth):
         return depth + 2, min(1 + full_size((TOP,) * depth), MAX_NODES)
 
-    def paths(self, drafter: MedusaDrafter) -> tuple[Path, ...]:
+    def paths(self, drafter: Independent) -> tuple[Path, ...]:
         """The nodes of the tree, the root left out."""
-        depth = drafter.length
+        depth = drafter.info.depth
         return choose_tree(drafter.accuracies[:depth], self.nodes - 1 - depth)
 
-    def draft(self, drafter, params, states, text, view, sampling, noise, active, room):
-        wide = noise.replace(return_top=True)
-        draft, states = drafter.draft(params, states, text, view, sampling, wide, active, room)
-        return self.widen(draft, self.paths(drafter)), states
+    def draft(self, drafter, params, states, ctx):
+        draft, states = drafter.draft(params, states, ctx.replace(return_top=True))
+        return self.widen(draft, ctx.text, self.paths(drafter)), states
 
-    def widen(self, draft: Draft, paths: tuple[Path, ...]) -> Draft:
+    def widen(self, draft: Draft, text: Text, paths: tuple[Path, ...]) -> Draft:
         """The tree of `paths` from a chain that reports its best children; all but the chain is a sibling."""
         assert draft.top_ids is not None and draft.top_probs is not None
         batch, depth = draft.tokens.shape[0], draft.depth_limit
         index = {path: i for i, path in enumerate(((), *paths))}
-        parents = np.asarray([0, *(index[path[:-1]] for path in paths)], np.int32)
         level = np.asarray([len(path) - 1 for path in paths], np.int32)
         place = level * draft.top_ids.shape[-1] + np.asarray([path[-1] for path in paths], np.int32)
 
         def nodes(of_children: Array) -> Array:
             return jnp.take(of_children[:, :depth].reshape(batch, -1), jnp.asarray(place), axis=1)
 
-        def everywhere(row: np.ndarray) -> Array:
-            return jnp.broadcast_to(jnp.asarray(row)[None], (batch, len(row)))
-
-        above = ancestor_bits(jnp.asarray(parents)[None], depth)
         probs = nodes(draft.top_probs)
-        # A node without probability is invalid, and so is all below it.
-        possible = jnp.concatenate([draft.valid, probs[:, depth:] > 0], axis=1)
-        valid = jnp.all((above & ~masks.pack(possible[:, None])) == 0, axis=-1)
-        line = np.arange(len(parents))
-        return draft.replace(
-            tokens=jnp.concatenate([draft.tokens[:, :1], nodes(draft.top_ids)], axis=1),
-            valid=valid,
-            origin=everywhere(
-                np.where(line == 0, 0, np.where(line <= depth, 1, 2)).astype(np.int32)
-            ),
-            probability=jnp.concatenate([draft.probability[:, :1], probs], axis=1),
-            parent=everywhere(parents),
-            depth=everywhere(np.concatenate([[0], level + 1]).astype(np.int32)),
-            ancestors=jnp.broadcast_to(above, (batch, *above.shape[1:])),
-            top_ids=None,
-            top_probs=None,
+        source = np.where(np.arange(len(paths)) < depth, 1, 2).astype(np.int32)
+        return from_parents(
+            text,
+            tokens=nodes(draft.top_ids),
+            parent=jnp.asarray([[index[path[:-1]] for path in paths]], jnp.int32),
+            # A node without probability is invalid, and so is all below it.
+            valid=jnp.concatenate([draft.valid[:, 1:], probs[:, depth:] > 0], axis=1),
+            depth_limit=depth,
+            source=jnp.asarray(source)[None],
+            probability=probs,
+            q=draft.q,
         )

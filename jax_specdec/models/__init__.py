@@ -1,13 +1,12 @@
 """The target: a Llama-family decoder, and its Hugging Face configuration."""
 
 from jax_specdec.models.config import ModelConfig, RopeConfig
-from jax_specdec.models.decoder import Decoder, Output, stack_layers, unstack_layers
+from jax_specdec.models.decoder import Decoder, stack_layers, unstack_layers
 from jax_specdec.models.hf import config_from_hf, config_to_hf
 
 __all__ = [
     "Decoder",
     "ModelConfig",
-    "Output",
     "RopeConfig",
     "config_from_hf",
     "config_to_hf",

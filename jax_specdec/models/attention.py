@@ -10,12 +10,19 @@ from jax_specdec.models.layers import precision_of
 from pallas_kernels import masks, tree_attention
 
 
-def causal_attention(q: Array, k: Array, v: Array, window: int | None) -> Array:
+def causal_attention(
+    q: Array, k: Array, v: Array, window: int | None, ancestors: Array | None = None
+) -> Array:
     """Attention of whole sequences with nothing cached, for training.
 
     Args:
       q: `[B, T, N, D]`. k, v: `[B, T, K, D]`. window: sliding window in tokens, or None.
+      ancestors: `int32[B, T, ceil(T/32)]`, who sees whom in a tree; not with a window.
     """
+    if ancestors is not None:
+        if window is not None:
+            raise ValueError("a tree without a cache cannot be read by layers with a window")
+        return masked_attention(q, k, v, masks.unpack(ancestors, q.shape[1]))
     i = jnp.arange(q.shape[1], dtype=jnp.int32)
     keep = i[:, None] >= i[None, :]
     if window is not None:

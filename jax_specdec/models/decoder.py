@@ -14,20 +14,36 @@ one matrix (`qkv`, `gate_up`).
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_specdec._types import Array, Params
-from jax_specdec.core.cache import KVCache, init_cache
+from jax_specdec._types import Array, Int, Params
+from jax_specdec.core import cache as kv
+from jax_specdec.core.cache import KVCache
+from jax_specdec.core.model import Output
 from jax_specdec.models.attention import causal_attention, grown_attention
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.layers import Block, rms_norm, unembed
 from jax_specdec.models.rope import rope_angles
 from pallas_kernels import tree_attention
+
+# Logical axes of a layer's parameters; `Block` says what each of them is.
+LAYER_AXES: dict[str, tuple[str | None, ...]] = {
+    "attention_norm": ("embed",),
+    "qkv": ("embed", "heads"),
+    "qkv_bias": ("heads",),
+    "q_norm": (None,),
+    "k_norm": (None,),
+    "out": ("heads", "embed"),
+    "out_bias": ("embed",),
+    "mlp_norm": ("embed",),
+    "gate_up": ("embed", "mlp"),
+    "down": ("mlp", "embed"),
+}
 
 
 class Between(Protocol):
@@ -36,24 +52,12 @@ class Between(Protocol):
     def __call__(self, weights: Params, x: Array, *, index: Any) -> Array: ...
 
 
-class Output(NamedTuple):
-    """What one forward pass returns.
-
-    Attributes:
-      logits: `float32[B, T, V]`, or None where they were not asked for.
-      hidden: `[B, T, E]`, the last hidden state before the final norm.
-      new_kv: keys and values of the T new tokens, `(k, v)`, each a tuple of L arrays `[B, T, K, D]` or
-        one stacked array `[L, B, T, K, D]`.
-    """
-
-    logits: Array | None
-    hidden: Array
-    new_kv: tuple[Any, Any]
-
-
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """The decoder of a `ModelConfig`: `init` and `apply`, no state.
+    """The decoder of a `ModelConfig`, a `core.model.Model`: pure functions, no state.
+
+    `Output.new` is `(k, v)` of the new tokens, each a tuple of L arrays `[B, T, K, D]` or one stacked array
+    `[L, B, T, K, D]`.
 
     Attributes:
       dtype: of parameters, activations and cache.
@@ -72,8 +76,17 @@ class Decoder:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         if self.layer_loop == "scan":
             object.__setattr__(self, "stacked_cache", True)
-        if self.layer_loop == "scan" and len(set(self.config.windows)) > 1:
+        if self.layer_loop == "scan" and len(set(self.windows)) > 1:
             raise ValueError("layers with different sliding windows cannot be scanned: use unroll")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Per layer, the sliding window in tokens, or None."""
+        return self.config.windows
 
     def init(self, key: Array) -> Params:
         """Fresh parameters: normal(0.02), residual outputs scaled down with depth."""
@@ -89,14 +102,10 @@ class Decoder:
             params["head"] = normal(keys[-2], (c.hidden_size, c.vocab_size), self.dtype)
         return stack_layers(params) if self.layer_loop == "scan" else params
 
-    def init_cache(self, batch: int, slots: int, *, hidden: bool = False) -> KVCache:
-        """An empty cache in the form that `apply` reads; `slots` as in `cache.init_cache`.
-
-        Args:
-          hidden: whether it holds hidden states, too.
-        """
+    def init_cache(self, batch: int, slots: int) -> KVCache:
+        """An empty cache in the form that `apply` reads; `slots` as in `cache.init_cache`."""
         c = self.config
-        return init_cache(
+        return kv.init_cache(
             c.num_layers,
             batch,
             c.num_kv_heads,
@@ -104,11 +113,24 @@ class Decoder:
             c.head_dim,
             self.dtype,
             stacked=self.stacked_cache,
-            hidden_size=c.hidden_size if hidden else None,
         )
 
+    def commit(
+        self,
+        cache: KVCache,
+        output: Output,
+        count: Int[Array, " B"],
+        path: Int[Array, "B Q"] | None = None,
+    ) -> KVCache:
+        """Appends the accepted path of new tokens to the cache, see `cache.commit`."""
+        return kv.commit(cache, output.new, count, path, after=output.hidden)
+
+    def rollback(self, cache: KVCache, length: Int[Array, " B"]) -> KVCache:
+        """What lies behind a length is garbage: nothing is moved."""
+        return cache.replace(length=length)
+
     def blank(self, batch: int, nodes: int) -> tuple[Any, Any]:
-        """Keys and values of `nodes` tree nodes, all 0, in the form of `Output.new_kv`."""
+        """Keys and values of `nodes` tree nodes, all 0, in the form of `Output.new`."""
         c = self.config
         shape = (batch, nodes, c.num_kv_heads, c.head_dim)
         zeros: Any = (jnp.zeros(shape, self.dtype),) * c.num_layers
@@ -132,6 +154,7 @@ class Decoder:
         ancestors: Array | None = None,
         *,
         drafted: tuple[Any, Any] | None = None,
+        taps: tuple[int, ...] = (),
         logits: bool = True,
         remat: bool = False,
     ) -> Output:
@@ -143,15 +166,16 @@ class Decoder:
           ancestors: `int32[B, T, ceil(T/32)]`, bit j of row i set iff node j is node i or above it;
             None where the new tokens are a chain.
           drafted: keys and values of M tree nodes that were read before and are in no cache, in the
-            form of `Output.new_kv`. `ancestors` is then `int32[B, T, ceil((M+T)/32)]`, over these
+            form of `Output.new`. `ancestors` is then `int32[B, T, ceil((M+T)/32)]`, over these
             nodes and the new ones. Not for layers with a sliding window.
+          taps: hidden states to return, see `core.model.Model`.
           logits: False skips the head (prefill). remat: recompute layers in the backward pass.
         """
         x = jnp.take(params["embed"], tokens, axis=0)
-        x, new_kv = self.layers(
-            params, x, positions, cache, ancestors, drafted=drafted, remat=remat
+        x, new_kv, tapped = self.layers(
+            params, x, positions, cache, ancestors, drafted=drafted, taps=taps, remat=remat
         )
-        return Output(self.head(params, x) if logits else None, x, new_kv)
+        return Output(self.head(params, x) if logits else None, x, new_kv, tapped)
 
     def layers(
         self,
@@ -163,32 +187,33 @@ class Decoder:
         *,
         drafted: tuple[Any, Any] | None = None,
         between: Between | None = None,
+        taps: tuple[int, ...] = (),
         remat: bool = False,
-    ) -> tuple[Array, tuple[Any, Any]]:
-        """All layers: `x [B, T, E]` -> the hidden states before the final norm, and `Output.new_kv`.
+    ) -> tuple[Array, tuple[Any, Any], dict[int, Array]]:
+        """All layers: `x [B, T, E]` -> the hidden states before the final norm, `Output.new`, the taps.
 
         Args:
-          drafted: see `apply`.
+          drafted, taps: see `apply`.
           between: a branch between attention and MLP of each layer, given the layer's weights.
         """
         c = self.config
+        if any(not -1 <= tap < c.num_layers for tap in taps):
+            raise ValueError(f"taps {taps} are not among -1 to {c.num_layers - 1}")
+        tapped = {tap: x for tap in taps}
         angles = rope_angles(c.rope, c.head_dim, positions)
         block = Block(c, self.dtype)
 
         def layer(weights: Params, x: Array, index: Any, window: int | None) -> Any:
             def attend(q: Array, k: Array, v: Array) -> Array:
                 if cache is None:
-                    return causal_attention(q, k, v, window)
-                old_k, old_v = (
-                    (cache.k, cache.v) if cache.stacked else (cache.k[index], cache.v[index])
-                )
+                    return causal_attention(q, k, v, window, ancestors)
+                old_k, old_v, at = cache.layer(index)
                 if drafted is not None:
                     if window is not None or ancestors is None:
                         raise ValueError(
                             "drafted nodes need ancestors, and layers without a window"
                         )
                     k_drafted, v_drafted = drafted[0][index], drafted[1][index]
-                    at = index if cache.stacked else None
                     return grown_attention(
                         q, k, v, k_drafted, v_drafted, old_k, old_v, cache.length, ancestors, at
                     )
@@ -200,7 +225,7 @@ class Decoder:
                     old_v,
                     cache.length,
                     ancestors,
-                    layer=index if cache.stacked else None,
+                    layer=at,
                     window=window,
                 )
                 return cast(Array, out)  # a pair only with return_lse
@@ -215,21 +240,53 @@ class Decoder:
             layer = jax.checkpoint(layer, static_argnums=(3,) if scan else (2, 3))
         if scan:
 
-            def step(x, item):
+            def step(carry, item):
+                x, tapped = carry
                 index, weights = item
-                return layer(weights, x, index, c.windows[0])
+                x, new = layer(weights, x, index, c.windows[0])
+                tapped = {t: jnp.where(index == t, x, old) for t, old in tapped.items()}
+                return (x, tapped), new
 
             index = jnp.arange(c.num_layers, dtype=jnp.int32)
-            x, new_kv = lax.scan(step, x, (index, params["layers"]))
+            (x, tapped), new_kv = lax.scan(step, (x, tapped), (index, params["layers"]))
         else:
             collected = []
             for index, weights in enumerate(params["layers"]):
-                x, kv = layer(weights, x, index, c.windows[index])
-                collected.append(kv)
+                x, new = layer(weights, x, index, c.windows[index])
+                collected.append(new)
+                if index in tapped:
+                    tapped[index] = x
             new_kv = (tuple(k for k, _ in collected), tuple(v for _, v in collected))
             if self.stacked_cache:
                 new_kv = (jnp.stack(new_kv[0]), jnp.stack(new_kv[1]))
-        return x, new_kv
+        return x, new_kv, tapped
+
+    def axes(self) -> tuple[Params, KVCache]:
+        """Logical axis names of parameters and cache, see `core.model.Model`."""
+        layer = {name: names for name, names in LAYER_AXES.items() if self._has(name)}
+        vector = ("embed",)
+        params: Params = {"embed": ("vocab", "embed"), "norm": vector}
+        if not self.config.tied_head:
+            params["head"] = ("embed", "vocab")
+        slot = ("batch", "kv_heads", "slots", None)
+        cached: Any = (slot,) * self.config.num_layers
+        if self.stacked_cache:
+            cached = ("layer", *slot)
+        if self.layer_loop == "scan":
+            params["layers"] = {name: ("layer", *names) for name, names in layer.items()}
+        else:
+            params["layers"] = (layer,) * self.config.num_layers
+        return params, KVCache(cached, cached, ("batch",))  # type: ignore[arg-type]
+
+    def _has(self, name: str) -> bool:
+        c = self.config
+        flags = {
+            "qkv_bias": c.qkv_bias,
+            "out_bias": c.out_bias,
+            "q_norm": c.qk_norm,
+            "k_norm": c.qk_norm,
+        }
+        return flags.get(name, True)
 
     def head(self, params: Params, hidden: Array) -> Array:
         """`hidden [B, T, E]` before the final norm -> `float32[B, T, V]`."""

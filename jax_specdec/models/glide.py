@@ -25,9 +25,11 @@ import jax.numpy as jnp
 
 from jax_specdec._types import Array, Params
 from jax_specdec.core.cache import KVCache
+from jax_specdec.core.context import TargetView
+from jax_specdec.core.model import Output
 from jax_specdec.models.attention import masked_attention
 from jax_specdec.models.config import ModelConfig
-from jax_specdec.models.decoder import Decoder, Output
+from jax_specdec.models.decoder import Decoder
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.models.layers import matmul, rms_norm, unembed
 from jax_specdec.models.rope import apply_rope, rope_angles
@@ -40,7 +42,7 @@ class Glimpse(Protocol):
     def __call__(self, q: Array, layer: int) -> Array: ...
 
 
-def glimpse_cache(cache: KVCache, visible: Array, windows: tuple[int | None, ...]) -> Glimpse:
+def glimpse_view(view: TargetView, visible: Array, windows: tuple[int | None, ...]) -> Glimpse:
     """Attention to the target's cache, read in place.
 
     Args:
@@ -49,15 +51,14 @@ def glimpse_cache(cache: KVCache, visible: Array, windows: tuple[int | None, ...
     """
 
     def attend(q: Array, layer: int) -> Array:
-        k, v = (cache.k, cache.v) if cache.stacked else (cache.k[layer], cache.v[layer])
-        at = layer if cache.stacked else None
+        k, v, at = view.kv(layer)
         out = tree_attention(
             q.astype(k.dtype),
             None,
             None,
             k,
             v,
-            cache.length,
+            view.length,
             layer=at,
             window=windows[layer],
             visible=visible,
@@ -71,7 +72,7 @@ def glimpse_text(kv: tuple[Any, Any], visible: Array, windows: tuple[int | None,
     """Attention to the keys of a whole text that the target has just read, for training.
 
     Args:
-      kv: the target's `Output.new_kv`. visible, windows: as in `glimpse_cache`.
+      kv: the target's `Output.new`. visible, windows: as in `glimpse_view`.
     """
     keys, values = kv
 
@@ -86,16 +87,6 @@ def glimpse_text(kv: tuple[Any, Any], visible: Array, windows: tuple[int | None,
         return jnp.where((visible > 0)[..., None, None], out, jnp.zeros((), q.dtype))
 
     return attend
-
-
-def last_seen(hidden: Array, visible: Array) -> Array:
-    """The target's hidden state at the last position that each query sees, `[B, T, E]`; 0 for none.
-
-    Args:
-      hidden: `[B, S, E]`. visible: `int32[B, T]`, each query sees the positions before it.
-    """
-    last = jnp.take_along_axis(hidden, jnp.maximum(visible - 1, 0)[..., None], axis=1)
-    return jnp.where((visible > 0)[..., None], last, jnp.zeros((), hidden.dtype))
 
 
 class CrossAttention(nn.Module):
@@ -216,7 +207,7 @@ class GliDe:
         Args:
           params: as `join` returns them. tokens, positions: `int32[B, T]`.
           glimpse: how the target's keys are read; None without cross-attention.
-          hidden: `[B, T, Et]`, what `last_seen` returns, where the target's hidden state is an input.
+          hidden: `[B, T, Et]`, the target's at the last position that each token sees, where the target's hidden state is an input.
           cache, ancestors, drafted: of the self-attention, as in `Decoder.apply`.
         """
         x = jnp.take(params["embed"], tokens, axis=0).astype(self.dtype)
@@ -235,7 +226,7 @@ class GliDe:
             attend = functools.partial(glimpse, layer=read[index])
             return cast(Array, cross.apply({"params": weights["cross"]}, x, angles, attend))
 
-        x, new_kv = self.decoder.layers(
+        x, new_kv, _ = self.decoder.layers(
             params,
             x,
             positions,
@@ -245,7 +236,7 @@ class GliDe:
             between=between if self.config.cross_attention else None,
             remat=remat,
         )
-        return Output(self.head(params, x) if logits else None, x, new_kv)
+        return Output(self.head(params, x) if logits else None, x, new_kv, {})
 
     def head(self, params: Params, hidden: Array) -> Array:
         """`hidden [B, T, E]` before the final norm -> `float32[B, T, V]`."""

@@ -15,6 +15,7 @@ from jax_specdec.checkpoints.targets import Target, load_target
 from jax_specdec.checkpoints.vocabulary import check_vocabulary
 from jax_specdec.core.draft import MAX_NODES
 from jax_specdec.core.drafter import Drafter
+from jax_specdec.core.plain import NoDrafter
 from jax_specdec.drafters.bigram import Bigram, load_bigram
 from jax_specdec.drafters.cascade import Cascade, Horizontal
 from jax_specdec.drafters.early_exit import Stop
@@ -22,14 +23,13 @@ from jax_specdec.drafters.glide import GliDeDrafter
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.medusa import MedusaDrafter
-from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.drafters.prompt_lookup import PromptLookup
 from jax_specdec.errors import UserError
 from jax_specdec.expansions.beam_search import BeamSearch
 from jax_specdec.expansions.cape import Cape
 from jax_specdec.expansions.dynamic_tree import DynamicTree
 from jax_specdec.expansions.expand import Expand, Rule
-from jax_specdec.expansions.grown import Growth
+from jax_specdec.expansions.grown import GrownTree
 from jax_specdec.expansions.siblings import Fixed, PathProbability
 from jax_specdec.expansions.static_tree import StaticTree
 from jax_specdec.specs.defaults import FALLBACK_LENGTHS, _measured
@@ -79,7 +79,7 @@ def parse_drafter(text: str) -> Spec:
     if length is not None and length >= MAX_NODES:
         raise UserError(
             f"This cascade may draft {length} tokens at once, and a draft has at most {MAX_NODES - 1}: "
-            "lower its quotas and lengths, or cut."
+            "lower its budgets and lengths, or cut."
         )
     if spec.rule is None:
         return spec
@@ -110,7 +110,7 @@ def rules_for(kind: str) -> tuple[str, ...]:
         return ()
 
     def fits(rule: type[Rule]) -> bool:
-        if issubclass(rule, Growth):
+        if issubclass(rule, GrownTree):
             return kind in REVIEWERS
         return rule is not StaticTree or kind == "medusa"
 
@@ -122,7 +122,7 @@ def _check_lengths(spec: Spec) -> None:
     if spec.name == "none" and length is not None:
         raise UserError("The drafter 'none' drafts nothing and takes no length.")
     if spec.inner and length is not None and length < 1:
-        raise UserError(f"A quota must be at least 1, got {length}.")
+        raise UserError(f"A budget must be at least 1, got {length}.")
     if length is not None and not 1 <= length < MAX_NODES:
         raise UserError(f"A draft length must be in 1..{MAX_NODES - 1}, got {length}.")
     if spec.lenience < 1:
@@ -262,23 +262,23 @@ def load_drafter(
     if whole.inner and quota > 1:  # several reviews for one draft
         drafter = Horizontal((drafter,), (quota,))
     if whole.rule is not None:
-        drafter = Expand(drafter, expand(whole.rule, drafter.depth, whole.nodes))
+        drafter = Expand(drafter, expand(whole.rule, drafter.info.depth, whole.nodes))
     longest = longest_draft(whole.name, Path((drafts or {}).get(whole.name, home / whole.name)))
     return LoadedDrafter(drafter, params, str(whole), longest)
 
 
-def _warn_of_larger(reviewer: Drafter, inner: tuple[Drafter, ...], params: dict[str, Any]) -> None:
-    """Warns of drafters that cost more than the one that reviews what they draft."""
+def _warn_of_larger(verifier: Drafter, inner: tuple[Drafter, ...], params: dict[str, Any]) -> None:
+    """Warns of drafters that cost more than the one that verifies what they draft."""
 
     def size(name: str) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(params.get(name, ())))
 
-    for drafter in inner:
-        name = drafter.reviewer.name if isinstance(drafter, Cascade) else drafter.name
-        if size(name) > size(reviewer.name):
+    own = verifier.info.name
+    for name in dict.fromkeys(use.name for drafter in inner for use in drafter.info.models):
+        if size(name) > size(own):
             warnings.warn(
-                f"The drafter {name!r} has {size(name):,} parameters, and {reviewer.name!r}, which reviews "
-                f"it, {size(reviewer.name):,}: such a cascade can hardly pay.",
+                f"The drafter {name!r} has {size(name):,} parameters, and {own!r}, which verifies it, "
+                f"{size(own):,}: such a cascade can hardly pay.",
                 stacklevel=3,
             )
 

@@ -227,7 +227,7 @@ class _Build(lark.Transformer):
             return spec._replace(**review)
         if kind not in REVIEWERS:
             raise UserError(
-                f"The drafter {name!r} cannot review: {' and '.join(REVIEWERS)} can, as in lm[{name}:4]."
+                f"The drafter {name!r} cannot verify: {' and '.join(REVIEWERS)} can, as in lm[{name}:4]."
             )
         inner, options = review
         return spec._replace(inner=_drafting(inner), **options)

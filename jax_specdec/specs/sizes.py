@@ -3,7 +3,7 @@
 from typing import Any
 
 from jax_specdec.drafters.bigram import Bigram
-from jax_specdec.drafters.cascade import turns
+from jax_specdec.drafters.cascade_sizes import turns
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.prompt_lookup import PromptLookup
 from jax_specdec.specs.language import CASCADE, Spec
@@ -21,7 +21,7 @@ def _sizes_of(spec: Spec) -> tuple[int, ...]:
         return turns([_reviewed(spec)], [spec.length or 1], [False], cut=False)[1]
     if spec.stop is not None:
         return tuple(range(1, (spec.length or 0) + 1))
-    return _statistical(spec).sizes if spec.length else ()
+    return _statistical(spec).info.sizes if spec.length else ()
 
 
 def _reviewed(spec: Spec) -> tuple[int, ...]:

@@ -15,8 +15,9 @@ import numpy as np
 from jax import lax
 
 from jax_specdec._types import Array, Params
+from jax_specdec.core.context import last_seen
 from jax_specdec.models.decoder import Decoder
-from jax_specdec.models.glide import GliDe, glimpse_text, last_seen
+from jax_specdec.models.glide import GliDe, glimpse_text
 from jax_specdec.training import losses, trainer
 from jax_specdec.training.config import GliDeRecipe, TrainConfig
 from jax_specdec.training.data import Documents

@@ -13,7 +13,7 @@ class Reading(NamedTuple):
     """What the target made of a batch of texts `[B, T+1]`, their last tokens left out.
 
     Attributes:
-      kv, hidden: as `Output.new_kv` and `Output.hidden`.
+      kv, hidden: as `Output.new` and `Output.hidden`.
       log_p: log-probabilities `float32[B, T, V]` of the token after each input.
     """
 
@@ -27,7 +27,7 @@ def read(target: Decoder, target_params: Params, tokens: Array) -> Reading:
     inputs = tokens[:, :-1]
     out = target.apply(target_params, inputs, positions(inputs))
     assert out.logits is not None
-    return Reading(out.new_kv, out.hidden, jax.nn.log_softmax(out.logits, axis=-1))
+    return Reading(out.new, out.hidden, jax.nn.log_softmax(out.logits, axis=-1))
 
 
 def positions(tokens: Array) -> Array:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jax_specdec.expansions.siblings import Comb
+from jax_specdec.expansions.siblings import LeafSiblings
 from jax_specdec.tuning.replay import Record, acceptance
 
 
@@ -46,7 +46,7 @@ class Costs:
         """The draft length with the highest predicted speed; 0 where drafting does not pay."""
         return max(range(len(acceptance) + 1), key=lambda g: self.speedup(acceptance, g))
 
-    def best_expansion(self, found: Record, rule: type[Comb]) -> tuple[float, int, int]:
+    def best_expansion(self, found: Record, rule: type[LeafSiblings]) -> tuple[float, int, int]:
         """`(predicted speed, draft length, nodes)` of the best comb over measured widths and lengths."""
         return max(
             (self.speedup(acceptance(found, g, rule(nodes)), g, nodes), g, nodes)

@@ -13,25 +13,28 @@ from jax import lax
 
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.draft import Text, chain
-from jax_specdec.core.drafter import ChainDrafter, Outcome, StatelessDrafter, TargetView
+from jax_specdec.core.drafter import StatelessDrafter, accepted_prefix, chain_info
 from jax_specdec.core.loop import DecodeLoop
-from jax_specdec.core.prng import Noise, shared_noise
+from jax_specdec.core.plain import NoDrafter
 from jax_specdec.core.sampling import make_sampling
-from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.errors import UserError
 from jax_specdec.generation import Generation
 from jax_specdec.specs.build import LoadedDrafter
 
 
 @dataclasses.dataclass(frozen=True)
-class _Repeat(ChainDrafter, StatelessDrafter):
+class _Repeat(StatelessDrafter):
     """Proposes the root again and again: costs nothing, so that a round is its verification."""
 
     length: int
-    name: str = "repeat"
 
-    def draft(self, params, states, text, view, sampling, noise, active, room):
-        del params, view, sampling, noise, active, room
+    @property
+    def info(self):
+        return chain_info("repeat", self.length)
+
+    def draft(self, params, states, ctx):
+        del params
+        text = ctx.text
         tokens = jnp.broadcast_to(text.root()[:, None], (text.length.shape[0], self.length))
         return chain(text, tokens), states
 
@@ -139,32 +142,22 @@ def _run(loop: DecodeLoop, params: Any, state: Any, rounds: jax.Array) -> Any:
 def _drafts_only(loop: DecodeLoop, rounds: int, drafting: bool, params: Any, state: Any) -> Any:
     """Rounds without verification that advance by two tokens, or only the reading between them."""
 
+    target, drafter = loop.target, loop.drafter
+
     def step(_, carry):
         drafts, text, total = carry
-        # As if the target had read the text: a drafter may ask how far behind it is.
-        view = TargetView(state.cache.replace(length=text.length - 1))
         length = _after_reading(text.length, params["target"], jnp.minimum(total, 0))
         if not drafting:
             return drafts, Text(text.tokens, length + 2), total + jnp.max(length)
-        text = Text(text.tokens, length)
-        vocab = loop.target.config.vocab_size
-        noise = shared_noise(state.keys, state.sampling, text.length, loop.window, vocab)
-        draft, drafts = loop.drafter.draft(
-            params["drafters"],
-            drafts,
-            text,
-            view,
-            state.sampling,
-            Noise(noise),
-            jnp.ones(text.length.shape, bool),
-            jnp.full(text.length.shape, 1 << 20, jnp.int32),
-        )
-        one = jnp.ones_like(text.length)
-        path = jnp.zeros((one.shape[0], loop.window), jnp.int32)
-        outcome = Outcome(text.length + 2, text.length + 1, path, one)
-        drafts = loop.drafter.commit(drafts, outcome, view)
+        # As if the target had read the text: a drafter may ask how far behind it is.
+        cache = target.rollback(state.view.cache, length - 1)
+        now = state.replace(text=Text(text.tokens, length), view=state.view.replace(cache=cache))
+        ctx = loop.context(now, loop.noise(now))
+        draft, drafts = drafter.draft(params["drafters"], drafts, ctx)
+        one = jnp.ones_like(length)
+        drafts = drafter.commit(drafts, accepted_prefix(length, one, drafter.info.depth))
         total = total + jnp.sum(draft.tokens, dtype=jnp.int32)
-        return drafts, Text(text.tokens, text.length + 2), total
+        return drafts, Text(text.tokens, length + 2), total
 
     return lax.fori_loop(0, rounds, step, (state.drafts, state.text, jnp.int32(0)))
 

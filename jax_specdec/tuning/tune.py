@@ -8,7 +8,7 @@ import jax
 
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.errors import UserError
-from jax_specdec.expansions.siblings import Comb
+from jax_specdec.expansions.siblings import LeafSiblings
 from jax_specdec.generation import Generation
 from jax_specdec.pipeline import SpeculativeDecoder
 from jax_specdec.specs.build import RULES, LoadedDrafter, parse_drafter
@@ -30,7 +30,7 @@ class _Choice(NamedTuple):
 
 
 def _grows(spec: Spec) -> bool:
-    return spec.rule is not None and not issubclass(RULES[spec.rule], Comb)
+    return spec.rule is not None and not issubclass(RULES[spec.rule], LeafSiblings)
 
 
 def _plans(spec: Spec, longest: int, widest: int) -> list[Spec]:

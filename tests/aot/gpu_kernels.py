@@ -162,14 +162,14 @@ def round_on(target: str) -> dict:
     (body,) = (name for line in every[entry] for name in re.findall(r"body=%?([\w.\-]+)", line))
     kinds = ("fusion", "custom-call", "copy", "while", "conditional")
     started = [x for x in every[body] if re.search(rf" ({'|'.join(kinds)})\(", x)]
-    caches = 2 * state.cache.k.size * state.cache.k.dtype.itemsize
+    caches = 2 * state.view.cache.k.size * state.view.cache.k.dtype.itemsize
     assert memory.alias_size_in_bytes >= caches, "the caches are not aliased"
     return {
         "target": target,
         "program": f"round of {layers} layers, b{batch} s{context}",
         "kernels": len(started),
         "temporary_bytes": memory.temp_size_in_bytes,
-        "cache_copies": len(cache_copies(text, state.cache.slots)),
+        "cache_copies": len(cache_copies(text, state.view.cache.slots)),
     }
 
 

@@ -49,9 +49,9 @@ def test_round(generation, batch, context):
     names = ("tree_attention", "commit")
     assert all(name in text for name in names)
     # Weights are copied into VMEM ahead of their use; caches stay where they are.
-    assert cache_copies(text, state.cache.slots) == []
+    assert cache_copies(text, state.view.cache.slots) == []
     memory = compiled.memory_analysis()
-    caches = 2 * state.cache.k.size * state.cache.k.dtype.itemsize
+    caches = 2 * state.view.cache.k.size * state.view.cache.k.dtype.itemsize
     assert memory.alias_size_in_bytes >= caches
     logits = 4 * batch * loop.nodes * SHAPE["vocab_size"]
     assert memory.temp_size_in_bytes < 16 * logits + (256 << 20)

@@ -79,7 +79,7 @@ def through_cache(decoder, params, tokens):
     def step(params, new, count, cache):
         depth = jnp.arange(new.shape[1], dtype=jnp.int32)
         out = decoder.apply(params, new, cache.length[:, None] + depth[None], cache)
-        return out.logits, commit(cache, out.new_kv, count)
+        return out.logits, commit(cache, out.new, count)
 
     logits = np.full((batch, total, c.vocab_size), np.nan, np.float32)
     start = np.zeros(batch, np.int32)

@@ -1,0 +1,194 @@
+"""What a drafter sees: the text, the target beside it, the law, the noise, and what is left to do."""
+
+import dataclasses
+from typing import Any, Literal
+
+import flax.struct
+import jax.numpy as jnp
+from jax import lax
+
+from jax_specdec._types import Array, Bool, Float, Int, Params, UInt
+from jax_specdec.core.draft import Text
+from jax_specdec.core.law import Law
+from jax_specdec.core.model import Model, Output, tap_shapes
+from jax_specdec.core.sampling import Sampling
+from jax_specdec.errors import UserError
+from pallas_kernels import write_rows
+
+Proposal = Literal["matched", "greedy"]
+
+
+class TargetView(flax.struct.PyTreeNode):
+    """Read access to the target: its cache, and the taps that the drafter asked for.
+
+    Attributes:
+      cache: the target's own. It covers positions `0 .. length - 1`, those of the text without its root.
+      taps: `[B, S, E]` by tap (see `Model`), the hidden states of the same positions.
+    """
+
+    cache: Any
+    taps: dict[int, Float[Array, "B S E"]] = flax.struct.field(default_factory=dict)
+
+    @property
+    def length(self) -> Int[Array, " B"]:
+        """Positions that the target has read and committed."""
+        return self.cache.length
+
+    def kv(self, layer: Any) -> tuple[Array, Array, Any]:
+        """Keys and values of a layer as `tree_attention` reads them, see `KVCache.layer`.
+
+        Raises:
+          UserError: the target has none.
+        """
+        if not hasattr(self.cache, "layer"):
+            raise UserError(
+                f"This drafter reads the target's keys and values, and the target's "
+                f"{type(self.cache).__name__} has none."
+            )
+        return self.cache.layer(layer)
+
+    def tap(self, name: int, visible: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        """The hidden state of the last position that each query sees, 0 for none.
+
+        Args:
+          visible: each query sees the positions before it.
+        """
+        return last_seen(self.taps[name], visible)
+
+
+def last_seen(hidden: Float[Array, "B S E"], visible: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+    """`hidden` at the last position that each query sees; 0 for none.
+
+    Args:
+      visible: each query sees the positions before it.
+    """
+    last = jnp.take_along_axis(hidden, jnp.maximum(visible - 1, 0)[..., None], axis=1)
+    return jnp.where((visible > 0)[..., None], last, jnp.zeros((), hidden.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tapped:
+    """A model whose cache is a `TargetView`: it keeps the taps of what it commits."""
+
+    model: Model
+    taps: tuple[int, ...] = ()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    def init_view(self, params: Params, batch: int, slots: int) -> TargetView:
+        """An empty view; the parameters tell the taps' widths and dtypes."""
+        shapes = tap_shapes(self.model, params, batch, self.taps)
+        taps = {
+            tap: jnp.zeros((batch, slots, shape.shape[-1]), shape.dtype)
+            for tap, shape in shapes.items()
+        }
+        return TargetView(self.model.init_cache(batch, slots), taps)
+
+    def apply(
+        self, params, tokens, positions, cache: TargetView, ancestors=None, *, logits=True
+    ) -> Output:
+        """`Model.apply` beside `view.cache`."""
+        return self.model.apply(
+            params, tokens, positions, cache.cache, ancestors, taps=self.taps, logits=logits
+        )
+
+    def commit(self, cache: TargetView, output: Output, count, path=None) -> TargetView:
+        """`Model.commit`, and the same rows of the taps."""
+        start, taps = cache.length, {}
+        for tap, old in cache.taps.items():
+            new = output.taps[tap].astype(old.dtype)
+            if path is not None:
+                new = jnp.take_along_axis(new, path[..., None], axis=1)
+            taps[tap] = write_rows(old[:, None], new[:, None], start)[:, 0]
+        return TargetView(self.model.commit(cache.cache, output, count, path), taps)
+
+    def rollback(self, cache: TargetView, length: Int[Array, " B"]) -> TargetView:
+        """`Model.rollback`; taps behind the length are garbage."""
+        return cache.replace(cache=self.model.rollback(cache.cache, length))
+
+
+class Context(flax.struct.PyTreeNode):
+    """All that a drafter sees.
+
+    Attributes:
+      text: the committed text; in a cascade, with what was drafted so far behind it.
+      view: the target, which has read `view.length` positions of the committed text.
+      law: temperature, filters and processors, see `scores`.
+      noise: `float32[B, P+1, V]`, Gumbel noise that drafting and verification share: entry d is added to
+        the scores of the token at position `text.length + d`. Zero in rows at temperature 0; None while
+        text is only read.
+      keys: `uint32[B, 2]`, key data of each row, for draws of a drafter's own.
+      active: `bool[B]`; a row that is not may hold anything.
+      budget: `int32[B]`, tokens that the row may still emit; drafting deeper is of no use.
+      return_q: static; the draft must hand over the distribution it was drawn from (rejection rule).
+      return_top: static; a drafter with a distribution must report its probability of every node and the
+        best children. They cost passes over the vocabulary, so only who reads them asks.
+    """
+
+    text: Text
+    view: TargetView
+    law: Law
+    noise: Float[Array, "B Q V"] | None
+    keys: UInt[Array, "B 2"]
+    active: Bool[Array, " B"]
+    budget: Int[Array, " B"]
+    return_q: bool = flax.struct.field(pytree_node=False, default=False)
+    return_top: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def scores(
+        self,
+        logits: Float[Array, "B T V"],
+        drafted: Int[Array, "B M"] | None = None,
+        on_path: Bool[Array, "B1 T M"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Log-weights of the law at each of T nodes, given the drafted tokens on the way to each.
+
+        Args:
+          drafted: tokens behind the text. on_path: which of them lead to each node, itself included;
+            they lie in the order of their depths. None: nothing is drafted yet.
+        """
+        return self.law.scores(logits, self.text, drafted, on_path)
+
+    def perturbed(
+        self,
+        scores: Float[Array, "B T V"],
+        depth: Array | int,
+        proposal: Proposal,
+        depths: int = 1,
+    ) -> Float[Array, "B T V"]:
+        """What tokens at `depth` are the argmax of: scores, with the noise unless greedy.
+
+        Under the rejection rule a token must be drawn from the distribution that is handed over, whatever
+        the proposal.
+
+        Args:
+          depths: 1 for tokens of one depth, T for those of T depths from `depth` on.
+        """
+        if proposal == "greedy" and not self.return_q:
+            return scores
+        assert self.noise is not None, "there is noise in every round"
+        return scores + lax.dynamic_slice_in_dim(self.noise, depth, depths, axis=1)
+
+
+def make_context(
+    text: Text,
+    view: TargetView,
+    sampling: Sampling,
+    noise: Float[Array, "B Q V"] | None = None,
+    **fields: Any,
+) -> Context:
+    """A context outside of the loop: all rows active, nothing limits them, the whole text is prompt.
+
+    Args:
+      fields: of `Context`, in place of these.
+    """
+    rows = text.length.shape
+    usual: dict[str, Any] = {
+        "law": Law(sampling, text.length),
+        "keys": jnp.zeros((*rows, 2), jnp.uint32),
+        "active": jnp.ones(rows, bool),
+        "budget": jnp.full(rows, 1 << 20, jnp.int32),
+    }
+    return Context(text=text, view=view, noise=noise, **{**usual, **fields})

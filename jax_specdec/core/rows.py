@@ -1,0 +1,49 @@
+"""From a user's values, one for all rows or one per row, to checked arrays."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_specdec._types import Array
+from jax_specdec.errors import UserError
+
+PerRow = float | Sequence[float] | np.ndarray  # one value for all rows, or one for each
+
+
+def per_row(
+    name: str, value: Any, batch: int, dtype: Any, legal: Callable[[Any], bool], expected: str
+) -> Array:
+    """`value` as an array `dtype[B]`.
+
+    Args:
+      legal: what a value must satisfy. expected: the same in words, as in "at least 1".
+
+    Raises:
+      UserError: no number, another count than `batch`, a fraction where a count is wanted, or a value that is
+        not legal, NaN included.
+    """
+
+    def refuse(item: Any) -> UserError:
+        shown = repr(item)
+        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+        return UserError(f"{name} must be {expected}, got {shown}.")
+
+    dtype = np.dtype(dtype)
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        raise refuse(value) from None
+    if array.dtype.kind not in "iuf":
+        raise refuse(value if array.ndim == 0 else array.ravel()[:1].tolist())
+    if array.ndim > 1 or array.shape not in ((), (1,), (batch,)):
+        raise UserError(f"Got {array.size} values of {name} for {batch} rows.")
+    for item in array.ravel().tolist():
+        whole = dtype.kind == "f" or float(item).is_integer()
+        # In the array's dtype, too: 1e39 is infinite in float32, and 1e-50 is 0.
+        with np.errstate(over="ignore"):
+            if not (whole and legal(item) and legal(dtype.type(item))):
+                raise refuse(item)
+    # jnp.asarray compiles a copy for each shape.
+    return jax.device_put(np.broadcast_to(array, (batch,)).astype(dtype))
