@@ -37,7 +37,7 @@ def model(tmp_path_factory):
         eos_ids=(1,),
     )
     params = Decoder(config, "float32").init(jax.random.key(3))
-    params["head"] = params["head"] * 16
+    params["head"] = params["head"].at[:, 1].mul(3.0) * 16
     folder = tmp_path_factory.mktemp("sentencepiece")
     save_pretrained(folder, config, params, dtype="float32", tokenizer=tokenizer)
     return folder
@@ -77,6 +77,7 @@ def test_stops_at_a_leading_space_and_a_special_token(model, capsys):
     whole = [json.loads(line) for line in run(capsys, *how, "--json").splitlines()]
     stops = ["--stop", " ", "--stop", "</s>"]
     lines = run(capsys, *how, "--json", *stops).splitlines()
+    last = set()
     for before, line in zip(whole, lines, strict=True):
         answer = json.loads(line)
         assert answer["text"] == before["text"].split(" ")[0]
@@ -84,3 +85,5 @@ def test_stops_at_a_leading_space_and_a_special_token(model, capsys):
         end = next((i for i, n in enumerate(names, 1) if "\u2581" in n or n == "</s>"), None)
         assert answer["token_ids"] == before["token_ids"][:end]
         assert answer["finish_reason"] == ("stop" if end else "length")
+        last |= {names[end - 1][:1]} if end else set()
+    assert last == {"\u2581", "<"}, "choose other parameters"
