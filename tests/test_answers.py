@@ -22,7 +22,9 @@ def model(tmp_path_factory):
     back.pre_tokenizer = pre_tokenizers.Metaspace()
     steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     back.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
-    back.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    back.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=back, bos_token="<s>", eos_token="</s>")
     config = ModelConfig(
         vocab_size=len(NAMES) + 5,
