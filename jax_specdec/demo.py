@@ -141,7 +141,7 @@ def run_demo(
     for prompt in prompts:
         if not as_json:
             screen.title(prompt)
-            stream = TextStream(target.tokenizer)
+            stream = TextStream(target.tokenizer, prompt=plain.encode(prompt.prompt))
             answer(speculative, prompt, lambda chunk, stream=stream: screen.show(chunk, stream))
             screen.end(stream)
         # Timed apart from the display, which costs each of them a different number of waits.

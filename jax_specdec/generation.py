@@ -40,7 +40,7 @@ class Generation:
 
     Attributes:
       token_ids: emitted tokens, the one that stopped the row included.
-      text: decoded without special tokens, cut before a stop string.
+      text: what the tokens add to the prompt's text, without special tokens, cut before a stop string.
       logprobs: the target's log-probability of each emitted token (nats, before temperature and
         filters). margins: by how much each token's score beat the second best.
       origins: proposer of each token, None for the target's own.

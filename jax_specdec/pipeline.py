@@ -20,7 +20,9 @@ from jax_specdec.core.stats import FINISH_REASONS, RUNNING
 from jax_specdec.errors import UserError
 from jax_specdec.generation import Chunk, Generation, Stats
 from jax_specdec.specs.build import LoadedDrafter
-from jax_specdec.text import stop_strings as stopping
+from jax_specdec.text.detokenize import answer_text
+from jax_specdec.text.stop_strings import special_stops, stop_rows
+from jax_specdec.text.token_bytes import TokenBytes
 
 # Two best scores closer than this may change places between a one-row and a T-row forward in float32.
 NEAR_TIE = 1e-3
@@ -72,7 +74,7 @@ class SpeculativeDecoder:
         self.compilations = 0
         self.compile_time_s = 0.0
         self._programs: dict[Any, tuple[Callable, Callable]] = {}
-        self._pieces: list[bytes] | None = None
+        self.token_bytes = None if target.tokenizer is None else TokenBytes(target.tokenizer)
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt, checked.
@@ -202,8 +204,10 @@ class SpeculativeDecoder:
             raise UserError("Give stop strings as a tuple, or as a list with one tuple per prompt.")
         if any("" in item for item in strings):
             raise UserError("A stop string must not be empty.")
-        if any(strings) and self.target.tokenizer is None:
+        if any(strings) and self.token_bytes is None:
             raise UserError("Stop strings need a tokenizer: load the target with one.")
+        for item in {tuple(item) for item in strings if item}:
+            special_stops(self.token_bytes, item)
         return self._generate(
             prompts,
             encoded,
@@ -223,7 +227,7 @@ class SpeculativeDecoder:
             taken = list(range(first, min(first + batch_size, len(prompts))))
             # A short last batch repeats its last row, so that it needs no program of its own.
             padded = taken + [taken[-1]] * (batch_size - len(taken))
-            sampling = self._sampling(padded, rows, strings, ignore_eos)
+            sampling = self._sampling(padded, rows, strings, encoded, ignore_eos)
             longest = max(len(encoded[i]) for i in padded)
             capacity = self.capacity(longest, max(rows["max_new_tokens"][i] for i in padded))
             tokens = np.zeros((batch_size, capacity), np.int32)
@@ -275,13 +279,16 @@ class SpeculativeDecoder:
             if (finish != RUNNING).all():
                 return state
 
-    def _sampling(self, padded, rows, strings, ignore_eos: bool) -> Sampling:
+    def _sampling(self, padded, rows, strings, encoded, ignore_eos: bool) -> Sampling:
         config = self.target.config
         table, start = None, -1
         if any(strings[i] for i in padded):
-            if self._pieces is None:
-                self._pieces = stopping.token_bytes(self.target.tokenizer, self.target.vocab_size)
-            table, start = stopping.stop_automaton([strings[i] for i in padded], self._pieces)
+            table, start = stop_rows(
+                self.token_bytes,
+                self.target.vocab_size,
+                [strings[i] for i in padded],
+                [encoded[i] for i in padded],
+            )
             states = 1 << max(3, (len(table) - 1).bit_length())
             table = np.pad(table, ((0, states - len(table)), (0, 0)))
         return make_sampling(
@@ -312,9 +319,9 @@ class SpeculativeDecoder:
         span = slice(int(prompt_length[row]), int(length[row]))
         ids = tokens[row, span].tolist()
         text = ""
-        if self.target.tokenizer is not None:
-            text = self.target.tokenizer.decode(ids, skip_special_tokens=True)
-            text = stopping.truncate(text, strings) if strings else text
+        if self.token_bytes is not None:
+            before = tokens[row, : span.start].tolist()
+            text = answer_text(self.token_bytes, before, ids, strings)
         rounds = int(stats.rounds[row])
         drafted, accepted = int(stats.drafted[row].sum()), int(stats.accepted[row].sum())
         per_drafter = {

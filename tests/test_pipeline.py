@@ -6,6 +6,7 @@ from pathlib import Path
 import helpers as h
 import numpy as np
 import pytest
+import tokenizers
 
 from jax_specdec import SpeculativeDecoder, Target, UserError
 from jax_specdec.core.plain import NoDrafter
@@ -20,20 +21,18 @@ EOS = 1
 class Letters:
     """As much of a tokenizer as the pipeline uses: one token a letter, longest first."""
 
-    all_special_ids = (0, EOS)
-
-    def __len__(self):
-        return len(LETTERS)
+    def __init__(self):
+        names = {" ": "Ġ", "\n": "Ċ", "é": "Ã©"}
+        vocab = {names.get(letter, letter): i for i, letter in enumerate(LETTERS)}
+        self.backend_tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+        self.backend_tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        self.backend_tokenizer.add_special_tokens(LETTERS[:2])
 
     def __call__(self, text, verbose=False):
         return {"input_ids": [LETTERS.index(c) for c in text]}
 
     def decode(self, ids, skip_special_tokens=True):
         return "".join(LETTERS[i] for i in ids if i > 1)
-
-    def convert_ids_to_tokens(self, ids):
-        names = {" ": "Ġ", "\n": "Ċ", "é": "Ã©"}
-        return [names.get(LETTERS[i], LETTERS[i]) for i in ids]
 
 
 CONFIG = dataclasses.replace(h.CONFIG, eos_ids=(EOS,), context=128)

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 from jax_specdec.errors import UserError
-from jax_specdec.text.stop_strings import COMPLETE, stop_automaton, token_bytes, truncate
+from jax_specdec.text.stop_strings import COMPLETE, stop_automaton, truncate
+from jax_specdec.text.token_bytes import token_bytes
 
 pytestmark = pytest.mark.smoke
 
@@ -89,17 +91,16 @@ def test_truncate():
     assert truncate("aXbX", ("X",)) == "a" and truncate("Xab", ("X",)) == ""
 
 
-class Names:
-    """As much of a tokenizer as `token_bytes` reads."""
+LLAMA = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
 
-    def __init__(self, names, special=()):
-        self.names, self.all_special_ids = names, list(special)
 
-    def __len__(self):
-        return len(self.names)
-
-    def convert_ids_to_tokens(self, ids):
-        return [self.names[i] for i in ids]
+def Names(names, special=(), decoder=None):
+    """A tokenizer with these names, None for a hole."""
+    vocab = {name: i for i, name in enumerate(names) if name is not None}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.decoder = decoder or decoders.ByteLevel()
+    tokenizer.add_special_tokens([names[i] for i in special])
+    return tokenizer
 
 
 def test_byte_level_pieces():
@@ -121,7 +122,7 @@ def test_byte_level_pieces():
 
 def test_sentencepiece_pieces():
     names = ["<unk>", "▁the", "<0x0A>", "é", "<0xC3>", "▁▁"]
-    got = token_bytes(Names(names, [0]), 6)
+    got = token_bytes(Names(names, [0], LLAMA), 6)
     assert got == [b"", b" the", b"\n", "é".encode(), b"\xc3", b"  "]
 
 

@@ -13,6 +13,7 @@ from jax_specdec.text.prompts import PromptRecord, read_prompts
 if TYPE_CHECKING:
     from jax_specdec.checkpoints.targets import Target
     from jax_specdec.generation import Chunk, Generation
+    from jax_specdec.pipeline import SpeculativeDecoder
 
 LOSSY = "lossy-typical"
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
@@ -48,7 +49,11 @@ def register(commands: Any) -> None:
     sampling.add_argument("--min-p", type=float, default=0.0, help="0, the default, is off")
     sampling.add_argument("--seed", type=int, default=0)
     sampling.add_argument(
-        "--stop", metavar="TEXT", action="append", default=[], help="may be given several times"
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="end before this text, or at this special token; may be given several times",
     )
     sampling.add_argument(
         "--ignore-eos", action="store_true", help="decode past end-of-text tokens"
@@ -106,9 +111,10 @@ def run(args: argparse.Namespace) -> int:
     target, drafter = common.load(args)
     decoder = SpeculativeDecoder(target, drafter, rule=rule, logprobs=args.logprobs)
     stops = [record.settings.get("stop", tuple(args.stop)) for record in records]
-    streams = _Streams(target.tokenizer, stops) if args.stream else None
+    prompts = [_prompt(record, target, args) for record in records]
+    streams = _Streams(decoder, prompts, stops) if args.stream else None
     answers = decoder.generate(
-        [_prompt(record, target, args) for record in records],
+        prompts,
         **settings,
         own_seed=["seed" in record.settings for record in records],
         stop=stops,
@@ -229,14 +235,20 @@ def _head(records: Sequence[PromptRecord], record: PromptRecord) -> None:
 class _Streams:
     """Prints texts as they grow, one after the other."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[tuple[str, ...]]):
-        self._tokenizer, self._stops, self._index = tokenizer, stops, 0
+    def __init__(
+        self,
+        decoder: "SpeculativeDecoder",
+        prompts: Sequence[str | list[int]],
+        stops: Sequence[tuple[str, ...]],
+    ):
+        self._decoder, self._prompts, self._stops, self._index = decoder, prompts, stops, 0
 
     def begin(self, records: Sequence[PromptRecord]) -> None:
         from jax_specdec.text.detokenize import TextStream
 
         if self._index < len(records):
-            self._text = TextStream(self._tokenizer, self._stops[self._index])
+            prompt = self._decoder.encode(self._prompts[self._index])
+            self._text = TextStream(self._decoder.token_bytes, self._stops[self._index], prompt)
             _head(records, records[self._index])
 
     def show(self, chunk: "Chunk") -> None:

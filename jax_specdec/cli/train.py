@@ -94,6 +94,7 @@ def run_lm(args: argparse.Namespace) -> int:
     from jax_specdec.checkpoints.targets import load_params, load_tokenizer, save_pretrained
     from jax_specdec.models.config import ModelConfig
     from jax_specdec.models.decoder import Decoder
+    from jax_specdec.text.token_bytes import id_bound
 
     sections = arguments.read_config(args.config, {"train": TrainConfig, "model": ModelConfig})
     wanted = {**sections["train"], **arguments.given(args, "train")}
@@ -108,7 +109,7 @@ def run_lm(args: argparse.Namespace) -> int:
     shape = {**sections["model"], **arguments.given(args, "model")}
     initial = None
     if args.init is not None:
-        model = _initial_config(args.init, shape, len(tokenizer))
+        model = _initial_config(args.init, shape, id_bound(tokenizer))
     else:
         model = make_model_config(shape, tokenizer)
     if config.sequence_length > model.context:
@@ -138,6 +139,7 @@ def run_lm(args: argparse.Namespace) -> int:
 def make_model_config(shape: dict[str, Any], tokenizer: Any) -> Any:
     """A model's description from the fields that were given, the rest by proportion."""
     from jax_specdec.models.config import ModelConfig, RopeConfig
+    from jax_specdec.text.token_bytes import id_bound
 
     shape = dict(shape)
     for key, value in shape.items():
@@ -155,13 +157,14 @@ def make_model_config(shape: dict[str, Any], tokenizer: Any) -> Any:
     shape.setdefault("mlp_size", max(64, round(hidden * 8 / 3 / 64) * 64))
     shape.setdefault("num_layers", 4)
     shape.setdefault("context", 1024)
-    shape.setdefault("vocab_size", len(tokenizer))
+    bound = id_bound(tokenizer)
+    shape.setdefault("vocab_size", bound)
     shape.setdefault("bos_id", tokenizer.bos_token_id)
     shape.setdefault("eos_ids", () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
     shape.setdefault("pad_id", tokenizer.pad_token_id)
-    if shape["vocab_size"] < len(tokenizer):
+    if shape["vocab_size"] < bound:
         raise UserError(
-            f"vocab_size {shape['vocab_size']} is below the {len(tokenizer)} entries of the tokenizer."
+            f"vocab_size {shape['vocab_size']} is below the {bound} that the tokenizer's ids need."
         )
     if shape["head_dim"] < 2 or shape["head_dim"] % 2:
         raise UserError(f"head_dim must be even, for rotary embeddings, got {shape['head_dim']}.")
@@ -184,7 +187,7 @@ def _initial_config(folder: str, shape: dict[str, Any], vocabulary: int) -> Any:
     model = load_config(folder)
     if model.vocab_size < vocabulary:
         raise UserError(
-            f"The tokenizer has {vocabulary} entries and {folder} a vocabulary of {model.vocab_size}."
+            f"The tokenizer's ids need {vocabulary} entries and {folder} a vocabulary of {model.vocab_size}."
         )
     return model
 
@@ -202,10 +205,11 @@ def run_tokenizer(args: argparse.Namespace) -> int:
 def run_bigram(args: argparse.Namespace) -> int:
     from jax_specdec.checkpoints.targets import load_config, load_tokenizer
     from jax_specdec.drafters.bigram import BIGRAM_FILE, count_bigrams, save_bigram
+    from jax_specdec.text.token_bytes import id_bound
     from jax_specdec.training.data import read_documents
 
     tokenizer = load_tokenizer(args.tokenizer)
-    vocab_size = len(tokenizer)
+    vocab_size = id_bound(tokenizer)
     if (Path(args.tokenizer) / "config.json").is_file():
         vocab_size = load_config(args.tokenizer).vocab_size
     table = count_bigrams(read_documents(args.data, tokenizer), vocab_size)

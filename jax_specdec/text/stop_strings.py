@@ -4,50 +4,112 @@ An Aho-Corasick automaton over bytes is lifted to tokens: from every state, read
 to a state, or completes a stop string on the way.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from jax_specdec.errors import UserError
+from jax_specdec.text.token_bytes import Lead, Place, TokenBytes, as_token_bytes
 
 COMPLETE = -2
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The printable stand-ins that byte-level BPE uses for bytes (GPT-2's table)."""
-    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    table = {chr(byte): byte for byte in kept}
-    rest = [byte for byte in range(256) if byte not in kept]
-    table.update({chr(256 + i): byte for i, byte in enumerate(rest)})
-    return table
+def special_stops(tokenizer: Any, stops: Sequence[str]) -> tuple[int, ...]:
+    """The ids of those stop strings that are special tokens, which a text does not show.
 
+    A row ends at that token, and where other tokens spell its name.
 
-def token_bytes(tokenizer: Any, vocab_size: int) -> list[bytes]:
-    """The bytes each token adds to the text; special and unused ids add none.
+    Args:
+      tokenizer: of transformers, or its `TokenBytes`.
 
-    Reads byte-level BPE (GPT-2, Llama 3, Qwen) and sentencepiece-style vocabularies (Llama 2, Mistral:
-    U+2581 for a space, `<0xNN>` for bytes).
+    Raises:
+      UserError: a stop string that no text can hold: an empty one, a special token with more around it,
+        or one with U+FFFD, which stands for bytes that are no text, or half of a surrogate pair.
     """
-    special = set(tokenizer.all_special_ids)
-    names = tokenizer.convert_ids_to_tokens(list(range(min(vocab_size, len(tokenizer)))))
-    alphabet = _byte_alphabet()
-    ordinary = [n for i, n in enumerate(names) if n is not None and i not in special]
-    sentencepiece = any("\u2581" in name for name in ordinary)
+    special = as_token_bytes(tokenizer).special
+    ids = []
+    for stop in stops:
+        if not stop:
+            raise UserError("A stop string must not be empty.")
+        shown = repr(stop if len(stop) <= 40 else f"{stop[:40]}...")
+        if "\ufffd" in stop or any("\ud800" <= char <= "\udfff" for char in stop):
+            raise UserError(f"The stop string {shown} is not valid Unicode text.")
+        if stop in special:
+            ids.append(special[stop])
+        elif inside := next((name for name in special if name and name in stop), None):
+            raise UserError(
+                f"The stop string {shown} holds the special token {inside[:40]!r}, which is not part of the "
+                "text: stop at that token alone."
+            )
+    return tuple(ids)
 
-    def spell(name: str) -> bytes:
-        if sentencepiece:
-            if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
-                return bytes([int(name[3:5], 16)])
-            return name.replace("\u2581", " ").encode()
-        if all(char in alphabet for char in name):
-            return bytes(alphabet[char] for char in name)
-        return name.encode()  # an added token is spelled as it is
 
-    out = [
-        b"" if name is None or index in special else spell(name) for index, name in enumerate(names)
-    ]
-    return out + [b""] * (vocab_size - len(out))
+def stop_rows(
+    tokenizer: Any,
+    vocab_size: int,
+    stops: Sequence[Sequence[str]],
+    prompts: Sequence[Sequence[int]],
+    token_ids: Sequence[Sequence[int]] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The token automaton of answers: it completes where `answer_text` comes to hold a stop string.
+
+    Args:
+      tokenizer: of transformers, or its `TokenBytes`, which spells the vocabulary once for many calls.
+      stops: the stop strings of each row. prompts: token ids of each row's prompt.
+      token_ids: of each row, ids that end it as well.
+
+    Returns:
+      As `stop_automaton`.
+
+    Raises:
+      UserError: see `special_stops`; an id outside the vocabulary.
+    """
+    known = as_token_bytes(tokenizer)
+    places = [known.after(prompt) for prompt in prompts]
+    keys: list[tuple | None] = []
+    for i, (strings, place) in enumerate(zip(stops, places, strict=True)):
+        ends = (*special_stops(known, strings), *(token_ids[i] if token_ids is not None else ()))
+        if outside := [index for index in ends if not 0 <= index < vocab_size]:
+            raise UserError(
+                f"The stop token {outside[0]} is outside the model's vocabulary of {vocab_size}."
+            )
+        keys.append((tuple(strings), ends, place.lead) if strings or ends else None)
+
+    def build(key: tuple) -> np.ndarray:
+        strings, ends, lead = key
+        table = _token_automaton(strings, known.pieces(vocab_size))
+        table = np.concatenate([table, *_lead_rows(known, strings, vocab_size, lead, len(table))])
+        table[:, list(ends)] = COMPLETE
+        return table
+
+    table, start = _stack(keys, build)
+    for row, place in enumerate(places):
+        if start[row] < 0 or place == Place():
+            continue
+        automaton = _byte_automaton(stops[row])
+        # No text stands before the answer, or bytes that the answer makes a character of.
+        start[row] += len(automaton) if place.lead != Lead() else _read(automaton, place.head)
+    return table, start
+
+
+def _lead_rows(
+    known: TokenBytes, strings: Sequence[str], vocab_size: int, lead: Lead, base: int
+) -> list[np.ndarray]:
+    """The states `base, ...` of a text that has not begun, the one of `lead` first."""
+    automaton = _byte_automaton(strings)
+    waiting = [] if lead == Lead() else [lead]
+    rows = []
+    for current in waiting:  # which grows
+        steps = [known.step(index, current) for index in range(vocab_size)]
+        row = _lift(automaton, [piece for piece, _ in steps])[0]
+        for index, (_, after) in enumerate(steps):
+            if after != Lead():
+                if after not in waiting:
+                    waiting.append(after)
+                row[index] = base + waiting.index(after)
+        rows.append(row[None])
+    return rows
 
 
 def stop_automaton(
@@ -62,35 +124,50 @@ def stop_automaton(
       `(table int32[A, V], start int32[rows])`: next state, `COMPLETE` once a stop string is in the text;
       the start state of each row, -1 where it has none. Rows with the same stop strings share states.
     """
-    tables: list[np.ndarray] = []
-    starts: dict[tuple[str, ...], int] = {}
+    if any(not s for strings in stops for s in strings):
+        raise UserError("A stop string must not be empty.")
+    table, start = _stack(
+        [tuple(strings) or None for strings in stops], lambda key: _token_automaton(key, pieces)
+    )
+    return (table if len(table) else np.zeros((0, len(pieces)), np.int32)), start
+
+
+def _stack(
+    keys: Sequence[tuple | None], build: Callable[[tuple], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """One table of the automata of all keys, and where each begins; -1 for no key."""
+    tables = [np.zeros((0, 0), np.int32)]
+    starts: dict[tuple | None, int] = {None: -1}
     offset = 0
-    start = np.full((len(stops),), -1, np.int32)
-    for row, strings in enumerate(stops):
-        key = tuple(strings)
-        if not key:
-            continue
-        if any(not s for s in key):
-            raise UserError("A stop string must not be empty.")
-        if key not in starts:
-            byte_table = _byte_automaton([s.encode() for s in key])
-            table = _lift(byte_table, pieces)
+    for key in keys:
+        if key is not None and key not in starts:
+            table = build(key)
             tables.append(np.where(table >= 0, table + offset, table))
             starts[key] = offset
             offset += len(table)
-        start[row] = starts[key]
-    if not tables:
-        return np.zeros((0, len(pieces)), np.int32), start
-    return np.concatenate(tables).astype(np.int32), start
+    start = np.asarray([starts[key] for key in keys], np.int32)
+    return np.concatenate(tables[1:] or tables).astype(np.int32), start
 
 
-def _byte_automaton(patterns: Sequence[bytes]) -> np.ndarray:
-    """Aho-Corasick over bytes, `int32[states, 256]`, `COMPLETE` where a pattern ends."""
+def _token_automaton(strings: Sequence[str], pieces: Sequence[bytes]) -> np.ndarray:
+    return _lift(_byte_automaton(strings), pieces)
+
+
+def _read(automaton: np.ndarray, data: bytes) -> int:
+    """The state that some bytes lead to from the start."""
+    state = 0
+    for byte in data:
+        state = int(automaton[state, byte])
+    return state
+
+
+def _byte_automaton(strings: Sequence[str]) -> np.ndarray:
+    """Aho-Corasick over UTF-8, `int32[states, 256]`, `COMPLETE` where a pattern ends."""
     children: list[dict[int, int]] = [{}]
     final = [False]
-    for pattern in patterns:
+    for string in strings:
         state = 0
-        for byte in pattern:
+        for byte in string.encode():
             if byte not in children[state]:
                 children[state][byte] = len(children)
                 children.append({})
@@ -118,7 +195,7 @@ def _lift(byte_table: np.ndarray, pieces: Sequence[bytes]) -> np.ndarray:
     states = np.arange(len(byte_table), dtype=np.int32)
     table = np.broadcast_to(states[:, None], (len(states), len(pieces))).copy()
     longest = max(map(len, pieces), default=0)
-    padded = np.zeros((len(pieces), max(longest, 1)), np.int64)
+    padded = np.zeros((len(pieces), max(longest, 1)), np.uint8)
     lengths = np.asarray([len(piece) for piece in pieces])
     for index, piece in enumerate(pieces):
         padded[index, : len(piece)] = np.frombuffer(piece, np.uint8)

@@ -12,6 +12,7 @@ import numpy as np
 
 from jax_specdec.errors import UserError
 from jax_specdec.text.jsonl import read_jsonl
+from jax_specdec.text.token_bytes import id_bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ def read_documents(paths: Sequence[str | Path], tokenizer) -> list[np.ndarray]:
       UserError: a record with neither, or ids outside the vocabulary, named by its line.
     """
     documents: list[np.ndarray] = []
+    bound = id_bound(tokenizer)
     for path in paths:
         texts: list[str] = []
         places: list[int] = []
@@ -71,10 +73,10 @@ def read_documents(paths: Sequence[str | Path], tokenizer) -> list[np.ndarray]:
                 documents.append(np.zeros((0,), np.int32))
                 continue
             good = isinstance(ids, list) and all(type(i) is int for i in ids)
-            if not good or not all(0 <= i < len(tokenizer) for i in ids):
+            if not good or not all(0 <= i < bound for i in ids):
                 raise UserError(
                     f'{path}, line {number}: "token_ids" must be a list of ids in the vocabulary of '
-                    f"{len(tokenizer)}."
+                    f"{bound}."
                 )
             documents.append(np.asarray(ids, np.int32))
         if len(documents) == before:
