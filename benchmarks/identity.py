@@ -23,10 +23,11 @@ from pathlib import Path
 from _common import machine, read_prompts, write_json
 
 import jax_specdec as sd
-from jax_specdec.pipeline import NEAR_TIE
+from jax_specdec.generation import near_tie
 from jax_specdec.specs import language as specs
 from jax_specdec.specs.build import longest_draft, rules_for
 
+NEAR_TIE = near_tie("float32")
 TEMPERATURES = (0.3, 1.0, 1.7)
 CASCADES = (
     "lm[max-gram:4]:2",
@@ -112,7 +113,7 @@ def check(target, prompts, tokens: int, arms, peer=None):
         rows.append(row)
         print(row, file=sys.stderr)
 
-    plain_decoder = sd.SpeculativeDecoder(target)
+    plain_decoder = sd.SpeculativeDecoder(target, margins=True)
     plain = {name: answers(plain_decoder, 1, t) for name, t in settings.items()}
     if peer is not None:
         count("transformers", "T=0", 1, peer)

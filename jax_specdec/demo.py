@@ -6,15 +6,15 @@ import os
 import statistics
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text as RichText
 
 from jax_specdec.checkpoints.targets import Target
-from jax_specdec.generation import Chunk, Generation
-from jax_specdec.pipeline import NEAR_TIE, SpeculativeDecoder
+from jax_specdec.generation import Chunk, Generation, near_tie
+from jax_specdec.pipeline import SpeculativeDecoder
 from jax_specdec.specs.build import LoadedDrafter
 from jax_specdec.text.detokenize import TextStream
 
@@ -63,10 +63,12 @@ class Comparison:
     Attributes:
       first_difference: index of the first token that differs, None where all are equal.
       margin: by how much plain decoding's token beat the second best there.
+      tie: below it a margin is a near tie.
     """
 
     first_difference: int | None
     margin: float | None
+    tie: float
 
     @property
     def identical(self) -> bool:
@@ -75,7 +77,7 @@ class Comparison:
     @property
     def acceptable(self) -> bool:
         """Identical, or different from a near tie on, where the arithmetic of either is right."""
-        return self.margin is None or self.margin < NEAR_TIE
+        return self.margin is None or self.margin < self.tie
 
     def word(self) -> str:
         if self.identical:
@@ -93,15 +95,21 @@ class Comparison:
         )
 
 
-def compare(plain: Generation, speculative: Generation) -> Comparison:
-    """Finds the first difference between two answers to the same prompt."""
+def compare(plain: Generation, speculative: Generation, dtype: Any = "float32") -> Comparison:
+    """Finds the first difference between two answers to the same prompt.
+
+    Args:
+      plain: with margins. dtype: of the target, which says how far rounding goes.
+    """
+    tie = near_tie(dtype)
     ours, theirs = plain.token_ids, speculative.token_ids
     if ours == theirs:
-        return Comparison(None, None)
+        return Comparison(None, None, tie)
     common = min(len(ours), len(theirs))
     first = next((i for i in range(common) if ours[i] != theirs[i]), common)
     # Without a margin there (one answer is the start of the other) nothing excuses the difference.
-    return Comparison(first, plain.margins[first] if first < common else float("inf"))
+    margins = plain.margins or ()
+    return Comparison(first, margins[first] if first < len(margins) else float("inf"), tie)
 
 
 def run_demo(
@@ -113,7 +121,8 @@ def run_demo(
     prompts: Sequence[DemoPrompt] = PROMPTS,
 ) -> int:
     """Runs the demo; returns the exit status: 1 where outputs differ by more than a near tie."""
-    plain, speculative = SpeculativeDecoder(target), SpeculativeDecoder(target, drafter)
+    plain = SpeculativeDecoder(target, margins=True)
+    speculative = SpeculativeDecoder(target, drafter, margins=True)
     screen = Screen(drafter)
 
     def answer(decoder: SpeculativeDecoder, prompt: DemoPrompt, on_chunk: Any = None) -> Generation:
@@ -145,23 +154,37 @@ def run_demo(
             answer(speculative, prompt, lambda chunk, stream=stream: screen.show(chunk, stream))
             screen.end(stream)
         # Timed apart from the display, which costs each of them a different number of waits.
-        rows.append((prompt, answer(plain, prompt), answer(speculative, prompt)))
+        slow, fast = answer(plain, prompt), answer(speculative, prompt)
+        rows.append(Row(prompt, slow, fast, compare(slow, fast, target.decoder.dtype)))
         if as_json:
-            print(json.dumps(_record(*rows[-1])), flush=True)
+            print(json.dumps(_record(rows[-1])), flush=True)
         else:
-            screen.verdict(*rows[-1])
+            screen.comparison(rows[-1])
     if as_json:
         print(json.dumps({"summary": _summary(rows, drafter.spec)}), flush=True)
     else:
         screen.table(rows, drafter.spec)
-    return 0 if all(compare(a, b).acceptable for _, a, b in rows) else 1
+    if target.decoder.dtype != "float32":
+        print(
+            f"In {target.decoder.dtype} scores are rounded so far that two tokens within "
+            f"{near_tie(target.decoder.dtype):g} of each other may change places when several are verified at "
+            "once. Texts may part there; use float32 where they must not.",
+            file=sys.stderr,
+        )
+    return 0 if all(row.found.acceptable for row in rows) else 1
 
 
-Row = tuple[DemoPrompt, Generation, Generation]
+class Row(NamedTuple):
+    """One prompt's two answers, compared."""
+
+    prompt: DemoPrompt
+    plain: Generation
+    speculative: Generation
+    found: Comparison
 
 
-def _record(prompt: DemoPrompt, plain: Generation, speculative: Generation) -> dict[str, Any]:
-    found = compare(plain, speculative)
+def _record(row: Row) -> dict[str, Any]:
+    prompt, plain, speculative, found = row
     return {
         "id": prompt.id,
         "prompt": prompt.prompt,
@@ -179,16 +202,16 @@ def _record(prompt: DemoPrompt, plain: Generation, speculative: Generation) -> d
 
 def _summary(rows: Sequence[Row], spec: str) -> dict[str, Any]:
     """Medians over the prompts."""
-    found = [compare(a, b) for _, a, b in rows]
-    plain = [a.stats.tokens_per_second for _, a, _ in rows]
-    fast = [b.stats.tokens_per_second for _, _, b in rows]
+    found = [row.found for row in rows]
+    plain = [row.plain.stats.tokens_per_second for row in rows]
+    fast = [row.speculative.stats.tokens_per_second for row in rows]
     return {
         "drafter": spec,
         "plain_tokens_per_second": statistics.median(plain),
         "tokens_per_second": statistics.median(fast),
         "speedup": statistics.median(b / a for a, b in zip(plain, fast, strict=True)),
         "mean_acceptance_length": statistics.median(
-            b.stats.mean_acceptance_length for _, _, b in rows
+            row.speculative.stats.mean_acceptance_length for row in rows
         ),
         "identical": sum(c.identical for c in found),
         "near_ties": sum(not c.identical and c.acceptable for c in found),
@@ -207,8 +230,8 @@ class Screen:
             force_terminal=False if self.plain else None,
             color_system=None if self.plain else "auto",
         )
-        proposers = drafter.drafter.info.sources
-        self.styles = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(proposers)}
+        sources = drafter.drafter.info.sources
+        self.styles = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(sources)}
 
     def _print(self, text: str = "", style: str = "", end: str = "\n") -> None:
         self.console.print(RichText(text, style="" if self.plain else style), end=end)
@@ -228,18 +251,17 @@ class Screen:
         self._print(prompt.prompt, "dim", end="")
 
     def show(self, chunk: Chunk, stream: TextStream) -> None:
-        """Tokens as they come, each in its proposer's colour."""
-        for token, origin in zip(chunk.token_ids, chunk.origins, strict=True):
+        """Tokens as they come, each in its source's colour."""
+        for token, source in zip(chunk.token_ids, chunk.sources, strict=True):
             if piece := stream.push([token]):
-                self._print(piece, self.styles.get(origin or "", ""), end="")
+                self._print(piece, self.styles.get(source or "", ""), end="")
         self.console.file.flush()
 
     def end(self, stream: TextStream) -> None:
         self._print(stream.finish())
 
-    def verdict(self, prompt: DemoPrompt, plain: Generation, speculative: Generation) -> None:
-        del prompt
-        found = compare(plain, speculative)
+    def comparison(self, row: Row) -> None:
+        _, plain, speculative, found = row
         self._print(
             f"-> {found.sentence()} Plain {plain.stats.tokens_per_second:.0f} tokens/s, speculative "
             f"{speculative.stats.tokens_per_second:.0f} tokens/s.",
@@ -256,8 +278,7 @@ class Screen:
         for name in ("tokens", "plain", "speculative", "ratio", "tau"):
             table.add_column(name, justify="right")
         table.add_column("outputs")
-        for prompt, plain, fast in rows:
-            found = compare(plain, fast)
+        for prompt, plain, fast, found in rows:
             a, b = plain.stats, fast.stats
             table.add_row(
                 prompt.id,

@@ -1,7 +1,120 @@
-"""What decoding a prompt gives: the answer, its statistics, and news while it runs."""
+"""What is asked of a decoder and what it gives: requests, answers with statistics, and news while it runs."""
 
 import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_specdec.errors import UserError
+
+# Two best scores closer than this may change places between a one-row and a T-row forward.
+_NEAR_TIES = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.03}
+
+
+def near_tie(dtype: Any) -> float:
+    """The margin between two best scores below which rounding in a dtype decides which of them is first."""
+    return _NEAR_TIES[jnp.dtype(dtype).name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt, and how it is to be answered.
+
+    Attributes:
+      prompt: text, or token ids.
+      id: name of the answer. The noise of a row is a function of seed and id, so that a text does not depend
+        on where in a list or file its prompt stands.
+      max_new_tokens, min_new_tokens: the most tokens, and before how many no stop token may come.
+      temperature: 0 is greedy. top_k, top_p, min_p: as in `Sampling`.
+      seed: of the run, folded with the id; or of this row alone where `own_seed` is true.
+      stop: strings before which the text ends. stop_token_ids: tokens with which it ends, besides the target's
+        own end-of-text tokens, which `ignore_eos` leaves out.
+      repetition_penalty, presence_penalty, frequency_penalty, logit_bias: as in `processors.Processing`.
+      bad_words: texts, with and without a space before them, or token sequences, that must not occur.
+    """
+
+    prompt: str | Sequence[int]
+    id: Any = 0
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    own_seed: bool = False
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    bad_words: tuple[str | tuple[int, ...], ...] = ()
+
+    @property
+    def number(self) -> int:
+        """The id as the number that noise is folded with, below 2^31."""
+        if isinstance(self.id, int) and 0 <= self.id < 2**31:
+            return self.id
+        digest = hashlib.blake2b(str(self.id).encode(), digest_size=4).digest()
+        return int.from_bytes(digest, "little") % 2**31
+
+
+# Fields whose value is itself a sequence or mapping: a list of them has one for each prompt.
+_WHOLE = ("stop", "stop_token_ids", "logit_bias", "bad_words")
+OPTIONS = tuple(f.name for f in dataclasses.fields(Request) if f.name not in ("prompt", "id"))
+
+
+def make_requests(
+    prompts: Sequence[Any], ids: Sequence[Any] | None, options: Mapping[str, Any]
+) -> list[Request]:
+    """One request for each prompt.
+
+    Args:
+      prompts: texts, token id lists, or requests, which keep their own options.
+      ids: names for the answers; default: the prompt's number.
+      options: fields of `Request`, one value for all prompts or a list with one per prompt.
+
+    Raises:
+      UserError: prompts that are no list, no prompts, an unknown option, or a list of another length.
+    """
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+        kind = type(prompts).__name__
+        raise UserError(f"Prompts come in a list, one prompt too: got a {kind} alone.")
+    count = len(prompts)
+    if count == 0:
+        raise UserError("There are no prompts.")
+    names = list(range(count)) if ids is None else list(ids)
+    if len(names) != count:
+        raise UserError(f"Got {len(names)} ids for {count} prompts.")
+    rows: dict[str, list[Any]] = {}
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise UserError(f"There is no option {name!r}; there are {', '.join(OPTIONS)}.")
+        if name == "stop" and isinstance(value, str):
+            value = (value,)
+        if isinstance(value, np.ndarray):
+            value = value.tolist() if value.ndim else value.item()
+        if isinstance(value, tuple) and name not in _WHOLE:
+            value = list(value)
+        rows[name] = value if isinstance(value, list) else [value] * count
+        if len(rows[name]) != count:
+            raise UserError(f"Got {len(rows[name])} values of {name} for {count} prompts.")
+    requests = []
+    for row, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
+        if isinstance(prompt, Request):
+            if rows:
+                raise UserError("A request has options of its own: give none beside it.")
+            requests.append(prompt if ids is None else dataclasses.replace(prompt, id=name))
+        else:
+            requests.append(
+                Request(prompt, name, **{field: values[row] for field, values in rows.items()})
+            )
+    return requests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,9 +127,10 @@ class Stats:
       draft_acceptance_rate: accepted / drafted, 0 where nothing was drafted.
       mean_acceptance_length: tokens per round, the target's own token included (tau).
       accepted_per_pos: how often the draft's token at each position was accepted.
-      per_drafter: by proposer, `calls` (rounds it drafted in), `drafted` and `accepted`.
+      per_drafter: by source, `calls` (rounds it drafted in), `drafted` and `accepted`.
       wall_time_s: prefill to the last token of the row's batch, compilation apart.
-      near_ties: emitted tokens whose score beat the second best by less than 1e-3.
+      near_ties: emitted tokens whose score beat the second best by less than rounding may change
+        (`near_tie`); None where margins are not recorded.
     """
 
     num_tokens: int
@@ -31,7 +145,7 @@ class Stats:
     prefill_time_s: float
     compile_time_s: float
     tokens_per_second: float
-    near_ties: int
+    near_ties: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +156,9 @@ class Generation:
       token_ids: emitted tokens, the one that stopped the row included.
       text: what the tokens add to the prompt's text, without special tokens, cut before a stop string.
       logprobs: the target's log-probability of each emitted token (nats, before temperature and
-        filters). margins: by how much each token's score beat the second best.
-      origins: proposer of each token, None for the target's own.
+        filters), None where they are not recorded. margins: by how much each token's score beat the second
+        best, or None.
+      sources: which drafter each token is from, None for the target's own.
     """
 
     id: Any
@@ -52,15 +167,19 @@ class Generation:
     token_ids: list[int]
     finish_reason: Literal["stop", "length"] | None
     stats: Stats
-    logprobs: list[float]
-    margins: list[float]
-    origins: list[str | None]
+    logprobs: list[float] | None
+    margins: list[float] | None
+    sources: list[str | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """News of a running row: the tokens since the last chunk and their proposers."""
+    """News of a running request: the tokens since the last chunk and their sources.
 
-    row: int
+    Attributes:
+      index: of the prompt in the list.
+    """
+
+    index: int
     token_ids: list[int]
-    origins: list[str | None]
+    sources: list[str | None]

@@ -16,28 +16,41 @@ from jax_specdec.core.loop import DecodeLoop, LoopState
 from jax_specdec.core.plain import NoDrafter
 from jax_specdec.core.processors import Processor
 from jax_specdec.core.sampling import Sampling, make_sampling
-from jax_specdec.core.stats import FINISH_REASONS, RUNNING
-from jax_specdec.errors import UserError
-from jax_specdec.generation import Chunk, Generation, Stats
+from jax_specdec.core.stats import FAILED, FINISH_REASONS, RUNNING
+from jax_specdec.errors import RunError, UserError
+from jax_specdec.generation import Chunk, Generation, Request, Stats, make_requests, near_tie
 from jax_specdec.specs.build import LoadedDrafter
 from jax_specdec.text.detokenize import answer_text
 from jax_specdec.text.stop_strings import special_stops, stop_rows
 from jax_specdec.text.token_bytes import TokenBytes
 
-# Two best scores closer than this may change places between a one-row and a T-row forward in float32.
-NEAR_TIE = 1e-3
 # Text buffers come in powers of two from here up to the context: so many programs at most.
 SMALLEST_CAPACITY = 128
 _ROUNDS_FOREVER = np.iinfo(np.int32).max
+# Fields of `Request` that `make_sampling` takes as they are.
+_SAMPLED = (
+    *(
+        "max_new_tokens",
+        "min_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "seed",
+        "own_seed",
+    ),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"),
+)
 
 
-def _per_row(value: Any, count: int) -> list[Any]:
-    """One value per prompt: a list is taken as such, anything else repeated."""
-    if isinstance(value, (list, np.ndarray)):
-        if len(value) != count:
-            raise UserError(f"Got {len(value)} values for {count} prompts.")
-        return list(value)
-    return [value] * count
+@dataclasses.dataclass(frozen=True)
+class _Encoded:
+    """A request with its prompt, stop tokens and bad words as token ids."""
+
+    request: Request
+    ids: list[int]
+    stop_ids: tuple[int, ...]
+    bad_words: tuple[tuple[int, ...], ...]
 
 
 class SpeculativeDecoder:
@@ -57,24 +70,29 @@ class SpeculativeDecoder:
         *,
         rule: Acceptance = MATCH,
         processors: Sequence[Processor] = (),
-        logprobs: bool = True,
-        margins: bool = True,
+        logprobs: bool = False,
+        margins: bool = False,
     ):
         self.target = target
-        self.loaded = drafter or LoadedDrafter(NoDrafter(), {}, "none")
+        self._loaded = drafter or LoadedDrafter(NoDrafter(), {}, "none")
         self.loop = DecodeLoop(
             target.decoder,
-            self.loaded.drafter,
+            self._loaded.drafter,
             rule,
             tuple(processors),
             logprobs=logprobs,
             margins=margins,
         )
-        self.params = {"target": target.params, "drafters": self.loaded.params}
+        self.params = {"target": target.params, "drafters": self._loaded.params}
         self.compilations = 0
         self.compile_time_s = 0.0
         self._programs: dict[Any, tuple[Callable, Callable]] = {}
         self.token_bytes = None if target.tokenizer is None else TokenBytes(target.tokenizer)
+
+    @property
+    def loaded(self) -> LoadedDrafter:
+        """The drafter; another one needs another decoder."""
+        return self._loaded
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt, checked.
@@ -83,13 +101,20 @@ class SpeculativeDecoder:
           UserError: an empty prompt, one longer than the context, or ids outside the vocabulary.
         """
         if isinstance(prompt, str):
-            if not prompt.strip():
+            if not prompt:
                 raise UserError("The prompt is empty.")
             if self.target.tokenizer is None:
                 raise UserError("A text prompt needs a tokenizer: load the target with one.")
             ids = self.target.tokenizer(prompt, verbose=False)["input_ids"]
         else:
-            ids = [int(i) for i in prompt]
+            try:
+                array = np.asarray(prompt)
+            except ValueError:  # lists of different lengths
+                array = np.asarray(None)
+            if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+                kind = type(prompt).__name__
+                raise UserError(f"A prompt must be text or a list of token ids, got a {kind}.")
+            ids = array.tolist()
         if not ids:
             raise UserError("The prompt is empty.")
         context, vocab = self.target.config.context, self.target.vocab_size
@@ -142,124 +167,111 @@ class SpeculativeDecoder:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[str | Sequence[int] | Request],
         *,
-        max_new_tokens: int | list[int] = 128,
-        temperature: float | list[float] = 0.0,
-        top_k: int | list[int] = 0,
-        top_p: float | list[float] = 1.0,
-        min_p: float | list[float] = 0.0,
-        seed: int | list[int] = 0,
-        own_seed: bool | list[bool] = False,
-        stop: Sequence[str] | list[Sequence[str]] = (),
-        ignore_eos: bool = False,
         batch_size: int = 1,
         ids: Sequence[Any] | None = None,
         on_chunk: Callable[[Chunk], None] | None = None,
         rounds_per_chunk: int = 8,
+        **options: Any,
     ) -> Iterator[Generation]:
         """Answers prompts in order, `batch_size` at a time.
 
-        Every sampling parameter is one value, or a list with one per prompt. Row i draws from the run's
-        seed folded with i, whatever batch it is in; where `own_seed` is true, from its seed alone.
-
         Args:
-          stop: stop strings (a tuple for all prompts, or a list with a tuple per prompt).
           ids: names for the answers; default: the prompt's number.
           on_chunk: called with new tokens every `rounds_per_chunk` rounds.
+          options: fields of `Request`, each one value, or a list with one per prompt.
 
         Raises:
           UserError: any value out of range, before anything runs.
+          RunError: the target's scores for a prompt were not finite, or every token was forbidden.
         """
-        count = len(prompts)
-        if count == 0:
-            raise UserError("There are no prompts.")
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}.")
-        names = list(range(count)) if ids is None else list(ids)
+        if rounds_per_chunk < 1:
+            raise UserError(f"rounds_per_chunk must be at least 1, got {rounds_per_chunk}.")
+        requests = make_requests(prompts, ids, options)
         encoded = []
-        for name, prompt in zip(names, prompts, strict=True):
+        for request in requests:
             try:
-                encoded.append(self.encode(prompt))
+                encoded.append(self._encode(request))
             except UserError as error:
-                if count == 1:
+                if len(requests) == 1:
                     raise
-                raise UserError(f"Prompt {name}: {error}") from None
-        rows = {
-            "max_new_tokens": _per_row(max_new_tokens, count),
-            "temperature": _per_row(temperature, count),
-            "top_k": _per_row(top_k, count),
-            "top_p": _per_row(top_p, count),
-            "min_p": _per_row(min_p, count),
-            "seed": _per_row(seed, count),
-            "own_seed": _per_row(own_seed, count),
-        }
-        make_sampling(count, **{name: np.asarray(value) for name, value in rows.items()})
-        if isinstance(stop, str):
-            stop = (stop,)
-        strings = list(stop) if isinstance(stop, list) else [tuple(stop)] * count
-        if len(strings) != count:
-            raise UserError(f"Got stop strings for {len(strings)} of {count} prompts.")
-        if any(isinstance(item, str) for item in strings):
+                raise UserError(f"Prompt {request.id}: {error}") from None
+        return self._generate(encoded, min(batch_size, len(encoded)), on_chunk, rounds_per_chunk)
+
+    def _encode(self, request: Request) -> _Encoded:
+        """The request on token ids, its values checked."""
+        ids, own = self.encode(request.prompt), self.token_bytes
+        make_sampling(1, **{name: getattr(request, name) for name in _SAMPLED})
+        stop = request.stop
+        if isinstance(stop, str) or not all(isinstance(item, str) for item in stop):
             raise UserError("Give stop strings as a tuple, or as a list with one tuple per prompt.")
-        if any("" in item for item in strings):
+        if "" in stop:
             raise UserError("A stop string must not be empty.")
-        if any(strings) and self.token_bytes is None:
+        if stop and own is None:
             raise UserError("Stop strings need a tokenizer: load the target with one.")
-        for item in {tuple(item) for item in strings if item}:
-            special_stops(self.token_bytes, item)
-        return self._generate(
-            prompts,
-            encoded,
-            names,
-            rows,
-            strings,
-            ignore_eos,
-            batch_size,
-            on_chunk,
-            rounds_per_chunk,
-        )
+        if stop:
+            special_stops(own, stop)
+        vocab = self.target.vocab_size
+        given = {"stop token": request.stop_token_ids, "logit bias": request.logit_bias}
+        for what, tokens in given.items():
+            if any(not 0 <= token < vocab for token in tokens):
+                raise UserError(f"A {what} has an id outside the vocabulary of {vocab}.")
+        eos = () if request.ignore_eos else self.target.config.eos_ids
+        words = tuple(word for item in request.bad_words for word in self._words(item))
+        return _Encoded(request, ids, (*eos, *request.stop_token_ids), words)
+
+    def _words(self, word: str | Sequence[int]) -> list[tuple[int, ...]]:
+        """The token sequences of a bad word: as it begins a text, and as it follows a space."""
+        vocab = self.target.vocab_size
+        if not isinstance(word, str):
+            if not word or any(not 0 <= token < vocab for token in word):
+                raise UserError(f"A bad word must be tokens of the vocabulary of {vocab}.")
+            return [tuple(word)]
+        if self.target.tokenizer is None:
+            raise UserError("Bad words as text need a tokenizer: load the target with one.")
+        if not word:
+            raise UserError("A bad word must not be empty.")
+        spelled = self.target.tokenizer([word, f" {word}"], add_special_tokens=False)["input_ids"]
+        return list(dict.fromkeys(map(tuple, spelled)))
 
     def _generate(
-        self, prompts, encoded, names, rows, strings, ignore_eos, batch_size, on_chunk, per_chunk
+        self, encoded: Sequence[_Encoded], batch_size: int, on_chunk: Any, per_chunk: int
     ) -> Iterator[Generation]:
-        for first in range(0, len(prompts), batch_size):
-            taken = list(range(first, min(first + batch_size, len(prompts))))
+        for first in range(0, len(encoded), batch_size):
+            batch = encoded[first : first + batch_size]
+            count = len(batch)
             # A short last batch repeats its last row, so that it needs no program of its own.
-            padded = taken + [taken[-1]] * (batch_size - len(taken))
-            sampling = self._sampling(padded, rows, strings, encoded, ignore_eos)
-            longest = max(len(encoded[i]) for i in padded)
-            capacity = self.capacity(longest, max(rows["max_new_tokens"][i] for i in padded))
+            batch = [*batch, *[batch[-1]] * (batch_size - count)]
+            sampling = self._sampling(batch)
+            longest = max(len(row.ids) for row in batch)
+            capacity = self.capacity(longest, max(row.request.max_new_tokens for row in batch))
             tokens = np.zeros((batch_size, capacity), np.int32)
-            for row, index in enumerate(padded):
-                tokens[row, : len(encoded[index])] = encoded[index]
-            lengths = jnp.asarray([len(encoded[i]) for i in padded], jnp.int32)
-            request = jnp.asarray(padded, jnp.int32)
+            for place, row in enumerate(batch):
+                tokens[place, : len(row.ids)] = row.ids
+            lengths = jnp.asarray([len(row.ids) for row in batch], jnp.int32)
+            numbers = jnp.asarray([row.request.number for row in batch], jnp.int32)
             spent = self.compile_time_s
-            start, run = self._compiled(jnp.asarray(tokens), lengths, sampling, request, capacity)
+            start, run = self._compiled(jnp.asarray(tokens), lengths, sampling, numbers, capacity)
             compiling = self.compile_time_s - spent
 
             began = time.perf_counter()
-            state = start(self.params, jnp.asarray(tokens), lengths, sampling, request)
+            state = start(self.params, jnp.asarray(tokens), lengths, sampling, numbers)
             jax.block_until_ready(state)
             prefill = time.perf_counter() - began
-            state = self._run(run, state, len(taken), on_chunk, per_chunk)
+            state = self._run(run, state, first, count, on_chunk, per_chunk)
             wall = time.perf_counter() - began
             host = jax.device_get(
                 (state.text.tokens, state.text.length, state.prompt_length, state.stats)
             )
-            for row, index in enumerate(taken):
-                yield self._answer(
-                    names[index],
-                    prompts[index],
-                    strings[index],
-                    host,
-                    row,
-                    (wall, prefill, compiling),
-                )
+            for place in range(count):
+                times = (wall, prefill, compiling)
+                yield self._answer(batch[place].request, host, place, times)
 
     def _run(
-        self, run: Callable, state: LoopState, rows: int, on_chunk: Any, per_chunk: int
+        self, run: Callable, state: LoopState, first: int, rows: int, on_chunk: Any, per_chunk: int
     ) -> LoopState:
         """All rounds at once, or in chunks where somebody listens."""
         if on_chunk is None:
@@ -268,33 +280,36 @@ class SpeculativeDecoder:
         seen = np.asarray(state.text.length).copy()
         while True:
             state = run(self.params, state, jnp.int32(per_chunk))
-            length, tokens, origin, finish = jax.device_get(
+            length, tokens, source, finish = jax.device_get(
                 (state.text.length, state.text.tokens, state.stats.source, state.stats.finish)
             )
             for row in range(rows):
                 if length[row] > seen[row]:
                     new = slice(int(seen[row]), int(length[row]))
-                    on_chunk(Chunk(row, tokens[row, new].tolist(), self._names(origin[row, new])))
+                    names = self._names(source[row, new])
+                    on_chunk(Chunk(first + row, tokens[row, new].tolist(), names))
             seen = length
             if (finish != RUNNING).all():
                 return state
 
-    def _sampling(self, padded, rows, strings, encoded, ignore_eos: bool) -> Sampling:
-        config = self.target.config
+    def _sampling(self, batch: Sequence[_Encoded]) -> Sampling:
         table, start = None, -1
-        if any(strings[i] for i in padded):
-            table, start = stop_rows(
-                self.token_bytes,
-                self.target.vocab_size,
-                [strings[i] for i in padded],
-                [encoded[i] for i in padded],
-            )
+        strings = [row.request.stop for row in batch]
+        if any(strings):
+            prompts = [row.ids for row in batch]
+            table, start = stop_rows(self.token_bytes, self.target.vocab_size, strings, prompts)
             states = 1 << max(3, (len(table) - 1).bit_length())
             table = np.pad(table, ((0, states - len(table)), (0, 0)))
+        most = max(1, *(len(row.stop_ids) for row in batch))
+        stops = [(*row.stop_ids, *(-1,) * (most - len(row.stop_ids))) for row in batch]
+        options: dict[str, Any] = {
+            name: [getattr(row.request, name) for row in batch] for name in _SAMPLED
+        }
         return make_sampling(
-            len(padded),
-            **{name: np.asarray([value[i] for i in padded]) for name, value in rows.items()},
-            stop_ids=(-1,) if ignore_eos or not config.eos_ids else config.eos_ids,
+            len(batch),
+            **options,
+            bad_words=[list(row.bad_words) for row in batch] if _any_words(batch) else (),
+            stop_ids=np.asarray(stops, np.int32),
             stop_state=start,
             stop_table=table,
         )
@@ -309,36 +324,47 @@ class SpeculativeDecoder:
 
         return max((size(p) for pair in self._programs.values() for p in pair), default=0)
 
-    def _names(self, origin: np.ndarray) -> list[str | None]:
-        names = (None, *self.loaded.drafter.info.sources)
-        return [names[i] for i in origin.tolist()]
+    def _names(self, source: np.ndarray) -> list[str | None]:
+        names = (None, *self._loaded.drafter.info.sources)
+        return [names[i] for i in source.tolist()]
 
-    def _answer(self, name, prompt, strings, host, row: int, times) -> Generation:
+    def _answer(self, request: Request, host: Any, row: int, times: Any) -> Generation:
         tokens, length, prompt_length, stats = host
         wall, prefill, compiling = times
+        if stats.finish[row] == FAILED:
+            raise RunError(
+                f"Prompt {request.id}: after {length[row] - prompt_length[row]} tokens the target's scores were "
+                "not finite, or every token was forbidden. A checkpoint in float16 may overflow: try bfloat16 or "
+                "float32."
+            )
         span = slice(int(prompt_length[row]), int(length[row]))
         ids = tokens[row, span].tolist()
         text = ""
         if self.token_bytes is not None:
             before = tokens[row, : span.start].tolist()
-            text = answer_text(self.token_bytes, before, ids, strings)
+            text = answer_text(self.token_bytes, before, ids, request.stop)
         rounds = int(stats.rounds[row])
         drafted, accepted = int(stats.drafted[row].sum()), int(stats.accepted[row].sum())
         per_drafter = {
-            proposer: {
+            source: {
                 "calls": int(stats.calls[row, i]),
                 "drafted": int(stats.drafted[row, i]),
                 "accepted": int(stats.accepted[row, i]),
             }
-            for i, proposer in enumerate(self.loaded.drafter.info.sources, 1)
+            for i, source in enumerate(self._loaded.drafter.info.sources, 1)
         }
-        margins = stats.margins[row, span]
+        prompt = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
+        logprobs = None if stats.logprobs is None else stats.logprobs[row, span].tolist()
+        margins, near_ties = None, None
+        if stats.margins is not None:
+            margins = stats.margins[row, span].tolist()
+            near_ties = sum(m < near_tie(self.target.decoder.dtype) for m in margins)
         return Generation(
-            id=name,
-            prompt=prompt if isinstance(prompt, str) else list(prompt),
+            id=request.id,
+            prompt=prompt,
             text=text,
             token_ids=ids,
-            finish_reason=FINISH_REASONS[int(stats.finish[row])],
+            finish_reason=FINISH_REASONS[int(stats.finish[row])],  # type: ignore[arg-type]
             stats=Stats(
                 num_tokens=len(ids),
                 num_spec_steps=rounds,
@@ -352,9 +378,13 @@ class SpeculativeDecoder:
                 prefill_time_s=prefill,
                 compile_time_s=compiling,
                 tokens_per_second=len(ids) / wall if wall else 0.0,
-                near_ties=int((margins < NEAR_TIE).sum()),
+                near_ties=near_ties,
             ),
-            logprobs=stats.logprobs[row, span].tolist(),
-            margins=margins.tolist(),
-            origins=self._names(stats.source[row, span]),
+            logprobs=logprobs,
+            margins=margins,
+            sources=self._names(stats.source[row, span]),
         )
+
+
+def _any_words(batch: Sequence[_Encoded]) -> bool:
+    return any(row.bad_words for row in batch)

@@ -32,7 +32,7 @@ def target():
 
 
 def answers(target, spec, batch, temperature):
-    decoder = sd.SpeculativeDecoder(target, sd.load_drafter(spec, target))
+    decoder = sd.SpeculativeDecoder(target, sd.load_drafter(spec, target), margins=True)
     return list(
         decoder.generate(
             PROMPTS, max_new_tokens=TOKENS, temperature=temperature, seed=7, batch_size=batch

@@ -42,6 +42,7 @@ PROMPTS = ["abc", "zebra", "q", "hello", "lossless"]
 def decoder_of(drafter=None, params=None, tokenizer=True, **fields):
     target = Target(Decoder(CONFIG), h.target_params(), Letters() if tokenizer else None, Path())
     loaded = LoadedDrafter(drafter or NoDrafter(), params or {}, "test")
+    fields = {"logprobs": True, "margins": True, **fields}
     return SpeculativeDecoder(target, loaded, **fields)
 
 
@@ -90,9 +91,9 @@ def test_statistics(speculative, expected):
     for answer, plainly in zip(answers(speculative, ignore_eos=True), expected, strict=True):
         stats = answer.stats
         n = len(answer.token_ids)
-        assert n == stats.num_tokens == len(answer.logprobs) == len(answer.origins) == 20
-        by_lm = answer.origins.count("lm")
-        assert set(answer.origins) <= {"lm", None}
+        assert n == stats.num_tokens == len(answer.logprobs) == len(answer.sources) == 20
+        by_lm = answer.sources.count("lm")
+        assert set(answer.sources) <= {"lm", None}
         assert by_lm == stats.num_accepted_tokens == sum(stats.accepted_per_pos)
         assert stats.per_drafter == {
             "lm": {
@@ -154,9 +155,9 @@ def test_streaming(speculative, expected):
         speculative, batch_size=1, ignore_eos=True, on_chunk=chunks.append, rounds_per_chunk=2
     )
     assert [a.token_ids for a in got] == [a.token_ids for a in expected]
-    assert {c.row for c in chunks} == {0} and len(chunks) > 10
+    assert {c.index for c in chunks} == {0} and len(chunks) > 10
     assert [x for c in chunks for x in c.token_ids] == [x for a in got for x in a.token_ids]
-    assert [x for c in chunks for x in c.origins] == [x for a in got for x in a.origins]
+    assert [x for c in chunks for x in c.sources] == [x for a in got for x in a.sources]
 
 
 def test_seeds(plain, expected):

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from jax_specdec.pipeline import SpeculativeDecoder
 
 LOSSY = "lossy-typical"
-SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
+SAMPLING = (
+    *("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"),
+)
 
 
 def register(commands: Any) -> None:
@@ -56,7 +59,55 @@ def register(commands: Any) -> None:
         help="end before this text, or at this special token; may be given several times",
     )
     sampling.add_argument(
+        "--stop-token-id",
+        dest="stop_token_ids",
+        type=int,
+        metavar="ID",
+        action="append",
+        default=[],
+        help="end at this token, too; may be given several times",
+    )
+    sampling.add_argument(
         "--ignore-eos", action="store_true", help="decode past end-of-text tokens"
+    )
+    sampling.add_argument(
+        "--min-new-tokens", type=int, default=0, metavar="N", help="no stop token before so many"
+    )
+    sampling.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="for tokens in prompt or answer, as in transformers; 1, the default, is off",
+    )
+    sampling.add_argument(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="taken off the scores of tokens in the answer; 0, the default, is off",
+    )
+    sampling.add_argument(
+        "--frequency-penalty",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="the same, as often as they occur there",
+    )
+    sampling.add_argument(
+        "--logit-bias",
+        type=_bias,
+        metavar="ID=X",
+        action="append",
+        default=[],
+        help="added to a token's score; may be given several times",
+    )
+    sampling.add_argument(
+        "--bad-words",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="text that must not occur; may be given several times",
     )
     sampling.add_argument(
         "--rule",
@@ -100,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if chosen and args.rule != LOSSY:
         raise UserError(f"--lossy-{next(iter(chosen))} is a setting of --rule {LOSSY}.")
+    args.logit_bias = dict(args.logit_bias)
     records = read_records(args)
     settings: dict[str, Any] = {name: _rows(args, records, name) for name in SAMPLING}
     _check(records, settings)
@@ -109,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
 
     rule = RULES[args.rule](**chosen)
     target, drafter = common.load(args)
-    decoder = SpeculativeDecoder(target, drafter, rule=rule, logprobs=args.logprobs)
+    decoder = SpeculativeDecoder(target, drafter, rule=rule, logprobs=args.logprobs, margins=True)
     stops = [record.settings.get("stop", tuple(args.stop)) for record in records]
     prompts = [_prompt(record, target, args) for record in records]
     streams = _Streams(decoder, prompts, stops) if args.stream else None
@@ -118,6 +170,8 @@ def run(args: argparse.Namespace) -> int:
         **settings,
         own_seed=["seed" in record.settings for record in records],
         stop=stops,
+        stop_token_ids=_lists(args, records, "stop_token_ids"),
+        bad_words=_lists(args, records, "bad_words"),
         ignore_eos=args.ignore_eos,
         batch_size=args.batch_size,
         ids=[record.id for record in records],
@@ -179,7 +233,7 @@ def summary(answers: "Sequence[Generation]", batch_size: int) -> str:
     seconds = sum(
         a.stats.wall_time_s for a in answers[::batch_size]
     )  # rows of a batch share theirs
-    ties = sum(a.stats.near_ties for a in answers)
+    ties = sum(a.stats.near_ties or 0 for a in answers)
     compiling = sum(a.stats.compile_time_s for a in answers[::batch_size])
     return (
         f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s, and {compiling:.1f} s of "
@@ -190,6 +244,22 @@ def summary(answers: "Sequence[Generation]", batch_size: int) -> str:
 def _rows(args: argparse.Namespace, records: Sequence[PromptRecord], name: str) -> list[Any]:
     """A sampling parameter of each record: its own, or the command line's."""
     return [record.settings.get(name, getattr(args, name)) for record in records]
+
+
+def _lists(args: argparse.Namespace, records: Sequence[PromptRecord], name: str) -> list[Any]:
+    """The same of a parameter that is a list."""
+    return [tuple(record.settings.get(name, getattr(args, name))) for record in records]
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """`ID=X` of `--logit-bias`."""
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a token id and a number, as in 42=-5, got {text[:40]!r}"
+        ) from None
 
 
 def _check(records: Sequence[PromptRecord], settings: dict[str, Any]) -> None:

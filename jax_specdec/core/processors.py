@@ -181,7 +181,7 @@ def make_processing(
     biases = [logit_bias] * batch if isinstance(logit_bias, Mapping) else list(logit_bias)
     biases = biases or [{}] * batch
     words = [list(item) for item in bad_words]
-    if all(isinstance(token, (int, np.integer)) for item in words for token in item):
+    if not words or any(isinstance(token, (int, np.integer)) for item in words for token in item):
         words = [words] * batch
     for name, given in (("logit_bias", biases), ("bad_words", words)):
         if len(given) != batch:

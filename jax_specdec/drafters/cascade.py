@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -32,47 +31,13 @@ from jax_specdec.core.drafter import (
     Drafter,
     Info,
     ModelUse,
-    States,
     Verifier,
     accepted_prefix,
 )
 from jax_specdec.core.numerics import argmax
 from jax_specdec.drafters.cascade_sizes import turns
+from jax_specdec.drafters.composed import Composed, larger
 from jax_specdec.errors import UserError
-
-
-class Composed:
-    """What drafters that are made of drafters share: they hold no state that is not their parts'."""
-
-    @property
-    def parts(self) -> tuple[Drafter, ...]:
-        raise NotImplementedError
-
-    def init(self, batch, capacity):
-        states: States = {}
-        for part in self.parts:
-            states = _larger(states, part.init(batch, capacity))
-        return states
-
-    def reset(self, states, rows):
-        for part in self.parts:
-            states = part.reset(states, rows)
-        return states
-
-    def extend(self, params, states, ctx):
-        seen: set[str] = set()
-        for part in self.parts:
-            names = {use.name for use in part.info.models}
-            if names and names <= seen:  # the same models again: each reads the text once
-                continue
-            seen |= names
-            states = part.extend(params, states, ctx)
-        return states
-
-    def commit(self, states, outcome):
-        for part in self.parts:
-            states = part.commit(states, outcome)
-        return states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +264,7 @@ class Cascade(Composed):
 
     def init(self, batch, capacity):
         states = self.inner.init(batch, capacity)
-        return _larger(states, self.verifier.init(batch, capacity + self.inner.info.depth))
+        return larger(states, self.verifier.init(batch, capacity + self.inner.info.depth))
 
     def draft(self, params, states, ctx):
         lenient, text, depth = self.lenience > 1, ctx.text, self.info.depth
@@ -377,16 +342,6 @@ def _has_distribution(top_probs: Array | None, valid: Bool[Array, "B M"]) -> Boo
     if top_probs is None:
         return jnp.zeros_like(valid)
     return jnp.max(top_probs[:, :-1], axis=-1) > 0
-
-
-def _larger(states: States, more: States) -> States:
-    """Both, of a name that is in both the larger state: a cascade asks for slots of its own."""
-
-    def size(state) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(state))
-
-    kept = {k: v for k, v in more.items() if k not in states or size(v) > size(states[k])}
-    return {**states, **kept}
 
 
 def _ahead(
