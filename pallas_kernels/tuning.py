@@ -93,14 +93,15 @@ def device() -> Device:
     if described is not None:
         platform = "gpu" if described.platform in ("cuda", "rocm") else described.platform
         return Device(platform, described.device_kind, described.num_cores)
-    first = _default_device()
+    first = default_device()
     return Device(first.platform, first.device_kind, getattr(first, "core_count", None))
 
 
-def _default_device() -> Any:
+def default_device() -> Any:
+    """The jax device that arrays go to unless told otherwise."""
     chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if chosen is None or isinstance(chosen, str):
-        return jax.devices(chosen)[0]
+        return jax.local_devices(backend=chosen)[0]
     return chosen
 
 
@@ -154,7 +155,7 @@ def multiprocessors() -> int:
 
 def has_tensor_cores(gpu: Device) -> bool:
     """Whether a GPU has the compute capability that Triton's products need, 8.0."""
-    first = _default_device()
+    first = default_device()
     if first.device_kind != gpu.kind:  # described only; who compiles for it knows
         return True
     major = str(getattr(first, "compute_capability", "")).partition(".")[0]

@@ -20,6 +20,7 @@ from jax_specdec.checkpoints.targets import convert, load_params, load_target, s
 from jax_specdec.errors import RunError, UserError
 from jax_specdec.models import Decoder, ModelConfig, config_to_hf
 from jax_specdec.models.hf import weight_names
+from pallas_kernels import tuning
 
 TESTS = Path(__file__).parent
 CONFIG = ModelConfig(
@@ -126,7 +127,7 @@ def test_dtype_defaults_and_casts(tmp_path):
 
 def test_dtype_default_on_accelerators(folder, tmp_path, monkeypatch):
     convert(folder, tmp_path / "m", dtype="bfloat16")
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(tuning, "device", lambda: tuning.Device("gpu", "some GPU"))
     assert load_target(tmp_path / "m", tokenizer=False).decoder.dtype == jnp.bfloat16
 
 
@@ -296,7 +297,7 @@ def test_hub(folder, monkeypatch):
 
     monkeypatch.setattr(hub, "snapshot_download", download)
     assert load_target("someone/some-model", tokenizer=False).path == folder
-    assert asked == {"someone/some-model": ["*.json", "*.safetensors", "*.model", "*.jinja"]}
+    assert asked == {"someone/some-model": list(checkpoints.HUB_PATTERNS)}
 
     def fail(name, **kwargs):
         raise ConnectionError("Name or service not known\n\nlong explanation")

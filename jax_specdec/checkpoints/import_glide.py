@@ -20,6 +20,7 @@ from jax_specdec.checkpoints.target_bound import read_weights
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.checkpoints.tensor_files import open_tensors, read_json
 from jax_specdec.errors import UserError
+from jax_specdec.models.config import MAX_LAYERS
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.models.hf import Weight, weight_names
@@ -106,7 +107,7 @@ def _glide_config(folder: Path) -> GliDeConfig:
             hidden_size=hf["hidden_size"],
             mlp_size=hf["intermediate_size"],
             num_layers=hf["num_hidden_layers"],
-            target_layers=tuple(range(-hf["num_hidden_layers"], 0)),
+            target_layers=tuple(range(-min(hf["num_hidden_layers"], MAX_LAYERS), 0)),
             num_heads=heads,
             num_kv_heads=hf.get("num_key_value_heads") or heads,
             head_dim=hf["hidden_size"] // heads,
@@ -114,7 +115,7 @@ def _glide_config(folder: Path) -> GliDeConfig:
             share=False,
             trained_delay=hf.get("block_size") or GLIDE_BLOCK,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{folder / 'config.json'} does not describe a GliDe drafter: {error}."
         ) from None

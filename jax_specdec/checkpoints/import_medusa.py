@@ -15,7 +15,7 @@ from jax_specdec._types import Params
 from jax_specdec.checkpoints.medusa import KIND
 from jax_specdec.checkpoints.target_bound import make_config, read_weights
 from jax_specdec.checkpoints.targets import Target
-from jax_specdec.checkpoints.tensor_files import open_tensors
+from jax_specdec.checkpoints.tensor_files import Stored, open_tensors
 from jax_specdec.errors import UserError
 from jax_specdec.models.hf import Weight
 from jax_specdec.models.medusa import Medusa, MedusaConfig
@@ -70,6 +70,6 @@ def medusa_names(model: Medusa, prefix: str = "medusa_head.") -> dict[str, Weigh
     return weights
 
 
-def _open(folder: Path) -> dict[str, Any]:
+def _open(folder: Path) -> dict[str, Stored]:
     apart = any(folder.glob(f"{STEM}.safetensors*"))
     return open_tensors(folder, STEM) if apart else open_tensors(folder)

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
+from pallas_kernels import tuning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +44,20 @@ def memory_plan(
 
 
 def available_memory(device: Any = None) -> int | None:
-    """Free bytes of a jax device (default: the first one), or None where it does not say."""
-    device = device or jax.local_devices()[0]
+    """Free bytes of a jax device (default: the default one), or None where it does not say."""
+    device = device or tuning.default_device()
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    if device.platform == "cpu" and Path("/proc/meminfo").is_file():
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        return int(found[1]) * 1024 if found else None
-    return None
+    return host_memory() if device.platform == "cpu" else None
+
+
+def host_memory() -> int | None:
+    """Free bytes of this machine, or None where it does not say."""
+    if not Path("/proc/meminfo").is_file():
+        return None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) * 1024 if found else None
 
 
 def check_fits(plan: MemoryPlan, available: int | None) -> None:

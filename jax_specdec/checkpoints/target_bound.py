@@ -18,8 +18,10 @@ import numpy as np
 
 from jax_specdec._types import Params
 from jax_specdec.checkpoints import layouts
+from jax_specdec.checkpoints.target_tensors import open_target
 from jax_specdec.checkpoints.targets import Target, load_config
 from jax_specdec.checkpoints.tensor_files import (
+    Stored,
     aligned,
     check_tensors,
     new_folder,
@@ -61,7 +63,8 @@ def target_fingerprint(folder: str | os.PathLike[str]) -> str:
       UserError: the folder is no checkpoint, or a tensor is missing.
     """
     folder = Path(folder)
-    config, tensors = load_config(folder), open_tensors(folder)
+    config = load_config(folder)
+    tensors = open_target(folder, config)
     geometry = dataclasses.asdict(config)
     for name in NOT_IDENTITY:
         del geometry[name]
@@ -69,7 +72,7 @@ def target_fingerprint(folder: str | os.PathLike[str]) -> str:
     for name in sorted(weight_names(config)):
         if name not in tensors:
             raise UserError(f"{folder} lacks {name}, which its config.json describes.")
-        view = tensors[name].get_slice(name)
+        view = tensors[name].view()
         rows = view.get_shape()[0]
         for row in np.linspace(0, rows - 1, min(rows, _SAMPLED_ROWS)).astype(int).tolist():
             part = view[row : row + 1][..., :_SAMPLED_COLUMNS]
@@ -160,7 +163,7 @@ def read_own(folder: Path, shapes: Params) -> Params:
 
 
 def read_weights(
-    folder: Path, tensors: dict[str, Any], weights: dict[str, Weight], shapes: Params
+    folder: Path, tensors: dict[str, Stored], weights: dict[str, Weight], shapes: Params
 ) -> Params:
     """A drafter's own parameters from open files.
 
@@ -177,7 +180,7 @@ def read_weights(
         for key in weight.path:
             host = host[key]
         part = host[..., weight.start : weight.start + weight.part[-1]]
-        read_into(part, tensors[name].get_slice(name), weight.transposed)
+        read_into(part, tensors[name].view(), weight.transposed)
     return layouts.put_tree(hosts)
 
 

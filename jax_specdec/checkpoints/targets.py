@@ -18,45 +18,55 @@ import numpy as np
 
 from jax_specdec._types import Array, Params
 from jax_specdec.checkpoints import layouts
-from jax_specdec.checkpoints.memory import available_memory, check_fits, memory_plan
+from jax_specdec.checkpoints.generation_config import (
+    GenerationDefaults,
+    read_generation,
+    write_generation,
+)
+from jax_specdec.checkpoints.memory import (
+    available_memory,
+    check_fits,
+    host_memory,
+    memory_plan,
+)
+from jax_specdec.checkpoints.target_tensors import (
+    check_target_tensors,
+    open_target,
+    settle_head,
+    stored_dtype,
+)
 from jax_specdec.checkpoints.tensor_files import (
     DTYPES,
     MAX_SHARD_BYTES,
+    Stored,
+    absent_shards,
     aligned,
-    check_tensors,
     new_folder,
-    open_tensors,
     read_into,
     read_json,
     write_json,
     write_tensors,
 )
+from jax_specdec.checkpoints.tokenizer_files import TOKENIZER_FILES, load_tokenizer
 from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import Decoder
-from jax_specdec.models.hf import (
-    IGNORED,
-    Weight,
-    config_from_hf,
-    config_to_hf,
-    token_ids,
-    weight_names,
-)
+from jax_specdec.models.hf import Weight, config_from_hf, config_to_hf, weight_names
+from pallas_kernels import tuning
 
 LayerLoop = Literal["unroll", "scan"]
 Place = Callable[[tuple[str | int, ...], np.ndarray], Array]
 
-HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+# Names, not endings: hub patterns match across folders, and many models lie there in several forms.
+HUB_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "hf_quant_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "medusa_lm_head.safetensors*",
+    *TOKENIZER_FILES,
 )
 
 
@@ -67,12 +77,15 @@ class Target:
     Attributes:
       tokenizer: a transformers tokenizer, or None where none was asked for.
       path: the folder it was loaded from.
+      generation: what the checkpoint asks of decoding. Nothing here applies it but the end-of-text ids,
+        which are in `config`.
     """
 
     decoder: Decoder
     params: Params
     tokenizer: Any
     path: Path
+    generation: GenerationDefaults = dataclasses.field(default_factory=GenerationDefaults)
 
     @property
     def config(self) -> ModelConfig:
@@ -94,8 +107,8 @@ def load_target(
 
     Args:
       source: a folder, or a model id of the Hugging Face hub.
-      dtype: of parameters and computation; None is the checkpoint's on accelerators and float32 on
-        CPU.
+      dtype: of parameters and computation; None is the checkpoint's on accelerators, see
+        `default_dtype`, and float32 on CPU.
       layer_loop: see `Decoder`; None is `unroll`, the faster one for decoding.
       tokenizer: False leaves it out.
 
@@ -103,18 +116,18 @@ def load_target(
       UserError: nothing there, or something that is not supported or does not fit together.
     """
     folder = find_checkpoint(source)
-    config = load_config(folder)
-    tensors = open_tensors(folder)
+    config, generation = load_config(folder), read_generation(folder)
+    tensors = open_target(folder, config)
     if dtype is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else _stored_dtype(folder, tensors)
+        dtype = default_dtype(folder, tensors)
     decoder = _make_decoder(config, dtype, layer_loop or _faster_loop(config))
     loaded = load_tokenizer(folder) if tokenizer else None  # first, because it is quick to fail
     check_fits(memory_plan(config, decoder.dtype, batch=0, slots=0), available_memory())
     params = _read_params(folder, tensors, decoder, None)
-    if config.tied_head and jax.default_backend() == "cpu":
+    if config.tied_head and tuning.device().platform == "cpu":
         # XLA's CPU products of a few rows take up to ten times as long with a transposed matrix.
         params["head"] = jnp.array(params["embed"].T)
-    return Target(decoder, params, loaded, folder)
+    return Target(decoder, params, loaded, folder, generation)
 
 
 def find_checkpoint(source: str | os.PathLike[str]) -> Path:
@@ -134,17 +147,22 @@ def find_checkpoint(source: str | os.PathLike[str]) -> Path:
 
     try:
         path = huggingface_hub.snapshot_download(str(source), allow_patterns=list(HUB_PATTERNS))
+        shards = absent_shards(Path(path))
+        if shards:  # called otherwise than transformers calls them
+            path = huggingface_hub.snapshot_download(str(source), allow_patterns=shards)
+    except UserError:
+        raise
     except Exception as error:  # HTTP clients, proxies and caches fail in too many ways to list
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
             f"{source} is no folder here and could not be fetched from the Hugging Face hub: "
-            f"{reason}"
+            f"{reason:.300}"
         ) from error
     return Path(path)
 
 
 def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
-    """Reads `config.json`, and the end-of-text ids of `generation_config.json`.
+    """Reads `config.json`, the end-of-text ids of `generation_config.json`, and whether a head is stored.
 
     Raises:
       UserError: it is missing, broken or describes something that is not supported.
@@ -155,27 +173,10 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no checkpoint: it has no config.json.")
     generation = folder / "generation_config.json"
-    return config_from_hf(
+    config = config_from_hf(
         read_json(folder / "config.json"), read_json(generation) if generation.is_file() else None
     )
-
-
-def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
-    """Loads the tokenizer of a checkpoint from its own files.
-
-    Raises:
-      UserError: it has none, or transformers cannot load it.
-    """
-    folder = Path(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise UserError(f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model.")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise bare Exception for a bad file
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"The tokenizer in {folder} cannot be loaded: {reason}") from error
+    return settle_head(folder, config)
 
 
 def inspect_checkpoint(folder: str | os.PathLike[str]) -> tuple[ModelConfig, str]:
@@ -186,9 +187,32 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> tuple[ModelConfig, str
     """
     folder = Path(folder)
     config = load_config(folder)
-    tensors = open_tensors(folder)
-    _check_tensors(folder, tensors, config)
-    return config, _stored_dtype(folder, tensors)
+    tensors = open_target(folder, config)
+    check_target_tensors(folder, tensors, config)
+    return config, stored_dtype(folder, tensors)
+
+
+def default_dtype(folder: Path, tensors: dict[str, Stored] | None = None) -> str:
+    """The dtype that a checkpoint is loaded in unless told otherwise.
+
+    float32 on CPU. Elsewhere what its config.json names as `dtype`, or `torch_dtype` in older ones, as in
+    transformers 5; where that is neither float32, bfloat16 nor float16, what its weights are stored in.
+
+    Args:
+      tensors: as `open_target` returns them, opened here where they are None.
+    """
+    if tuning.device().platform == "cpu":
+        return "float32"
+    named = _named_dtype(folder)
+    if named is not None:
+        return named
+    return stored_dtype(folder, tensors or open_target(folder, load_config(folder)))
+
+
+def _named_dtype(folder: Path) -> str | None:
+    hf = read_json(folder / "config.json")
+    named = hf.get("dtype") if hf.get("dtype") is not None else hf.get("torch_dtype")
+    return named if isinstance(named, str) and named in DTYPES.values() else None
 
 
 def load_params(
@@ -211,8 +235,10 @@ def load_params(
       UserError: keys or shapes differ from what `config` needs; all of them are listed.
     """
     folder = Path(folder)
-    tensors = open_tensors(folder)
-    decoder = _make_decoder(config, dtype or _stored_dtype(folder, tensors), layer_loop)
+    if settle_head(folder, config) != config:
+        raise UserError(f"{folder} holds a head of its own, and the given configuration ties it.")
+    tensors = open_target(folder, config)
+    decoder = _make_decoder(config, dtype or stored_dtype(folder, tensors), layer_loop)
     return _read_params(folder, tensors, decoder, place)
 
 
@@ -223,7 +249,9 @@ def save_pretrained(
     *,
     dtype: Any,
     tokenizer: Any = None,
+    generation: GenerationDefaults | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    load_dtype: Any = None,
 ) -> None:
     """Writes a folder that transformers loads.
 
@@ -233,22 +261,22 @@ def save_pretrained(
     Args:
       params: in either layer layout. dtype: of the file.
       tokenizer: a transformers tokenizer, or a folder whose tokenizer files are copied as they are.
+      generation: written whole to `generation_config.json`, such as `Target.generation`.
       max_shard_bytes: larger checkpoints are split, with an index.
+      load_dtype: what config.json tells readers to compute in; default `dtype`.
 
     Raises:
       UserError: the family cannot express `config`. RunError: the disk is full or read-only.
     """
     dtype = jnp.dtype(dtype)
-    hf = config_to_hf(config, dtype)
-    from transformers import __version__ as version
+    hf = config_to_hf(config, dtype if load_dtype is None else jnp.dtype(load_dtype))
+    from transformers import __version__
 
-    with new_folder(Path(folder)) as new:
-        write_json(new / "config.json", {**hf, "transformers_version": version})
-        ids = {key: value for key, value in token_ids(config).items() if value is not None}
-        write_json(
-            new / "generation_config.json",
-            {"_from_model_config": True, **ids, "transformers_version": version},
-        )
+    version = {"transformers_version": __version__}
+    with new_folder(Path(folder), stale=() if tokenizer is None else TOKENIZER_FILES) as new:
+        write_json(new / "config.json", {**hf, **version})
+        written = {**version, **write_generation(config, generation)}
+        write_json(new / "generation_config.json", written)
         write_tensors(new, weight_names(config), params, dtype, max_shard_bytes)
         if isinstance(tokenizer, (str, os.PathLike)):
             for name in TOKENIZER_FILES:
@@ -265,58 +293,52 @@ def convert(
     dtype: Any = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Loads a checkpoint and writes it again, in `dtype` (None: as it is) and new shards.
+    """Loads a checkpoint into host memory and writes it again, in `dtype` (None: as it is) and new shards.
 
     Raises:
       UserError: as `load_target`. RunError: as `save_pretrained`.
     """
     folder = find_checkpoint(source)
-    config = load_config(folder)
-    dtype = jnp.dtype(dtype or _stored_dtype(folder, open_tensors(folder)))
-    params = load_params(folder, config, dtype)
+    config, generation = load_config(folder), read_generation(folder)
+    tensors = open_target(folder, config)
+    stored = dtype or stored_dtype(folder, tensors)
+    decoder = _make_decoder(config, stored, "unroll")
+    check_fits(memory_plan(config, decoder.dtype, batch=0, slots=0), host_memory())
+    params = _read_params(folder, tensors, decoder, lambda path, value: value)
     save_pretrained(
-        out, config, params, dtype=dtype, tokenizer=folder, max_shard_bytes=max_shard_bytes
+        out,
+        config,
+        params,
+        dtype=decoder.dtype,
+        tokenizer=folder,
+        generation=generation,
+        max_shard_bytes=max_shard_bytes,
+        load_dtype=dtype or _named_dtype(folder),
     )
 
 
 def _faster_loop(config: ModelConfig) -> LayerLoop:
     same = len(set(config.windows)) == 1
-    return "scan" if jax.default_backend() == "tpu" and same else "unroll"
+    return "scan" if tuning.device().platform == "tpu" and same else "unroll"
 
 
 def _make_decoder(config: ModelConfig, dtype: Any, layer_loop: LayerLoop) -> Decoder:
     if layer_loop not in ("unroll", "scan"):
         raise UserError(f"layer_loop is unroll or scan, not {layer_loop!r}.")
     try:
-        return Decoder(config, dtype, layer_loop, stacked_cache=jax.default_backend() != "cpu")
+        return Decoder(config, dtype, layer_loop, stacked_cache=tuning.device().platform != "cpu")
     except (TypeError, ValueError) as error:
         raise UserError(f"The model cannot be loaded so: {error}.") from error
 
 
-def _stored_dtype(folder: Path, tensors: dict[str, Any]) -> str:
-    name = "model.embed_tokens.weight"
-    if name not in tensors:
-        raise UserError(f"{folder} lacks {name}: it holds no Llama-family language model.")
-    stored = tensors[name].get_slice(name).get_dtype()
-    if stored not in DTYPES:
-        raise UserError(f"{folder} stores weights as {stored}; {', '.join(DTYPES)} are supported.")
-    return DTYPES[stored]
-
-
-def _check_tensors(folder: Path, tensors: dict[str, Any], config: ModelConfig) -> None:
-    kept = {
-        name: file
-        for name, file in tensors.items()
-        if not IGNORED.fullmatch(name) and not (config.tied_head and name == "lm_head.weight")
-    }
-    check_tensors(folder, kept, weight_names(config))
-
-
 def _read_params(
-    folder: Path, tensors: dict[str, Any], decoder: Decoder, place: Place | None
+    folder: Path,
+    tensors: dict[str, Stored],
+    decoder: Decoder,
+    place: Callable[[tuple[str | int, ...], np.ndarray], Any] | None,
 ) -> Params:
     config = decoder.config
-    _check_tensors(folder, tensors, config)
+    check_target_tensors(folder, tensors, config)
     place = place or layouts.put
     scan = decoder.layer_loop == "scan"
 
@@ -336,7 +358,7 @@ def _read_params(
         for name, weight in parts.items():
             part = host[weight.path[1]] if stacked else host
             part = part[..., weight.start : weight.start + weight.part[-1]]
-            read_into(part, tensors[name].get_slice(name), weight.transposed)
+            read_into(part, tensors[name].view(), weight.transposed)
         parent = params
         for key in path[:-1]:
             parent = parent[key]

@@ -4,10 +4,11 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,10 +24,27 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Rows copied at a time: few enough that the strided side of a transposition stays in cache, six
 # times as fast as one assignment.
 _ROWS = 32
+# Differences that a message lists; three where their cause is known.
+_LISTED = 32
+_QUANTIZED = re.compile(
+    r".*\.(weight_scale(_inv|_2)?|input_scale|weight_packed|weight_shape|qweight|qzeros|scales|g_idx"
+    r"|weight\.(absmax|quant_map|quant_state\..*))"
+)
 
 
-def open_tensors(folder: Path, stem: str = "model") -> dict[str, Any]:
-    """Tensor name -> open file that holds it. Nothing is read but headers.
+class Stored(NamedTuple):
+    """A tensor in an open file."""
+
+    file: Any
+    name: str
+
+    def view(self) -> Any:
+        """A safetensors slice: shape and dtype from the header, values where it is indexed."""
+        return self.file.get_slice(self.name)
+
+
+def open_tensors(folder: Path, stem: str = "model") -> dict[str, Stored]:
+    """Every tensor of a folder by its name. Nothing is read but headers.
 
     Args:
       stem: what the file is called, or the index of several.
@@ -35,10 +53,12 @@ def open_tensors(folder: Path, stem: str = "model") -> dict[str, Any]:
       UserError: no weights, a shard that is missing, or a file that is broken.
     """
     index = folder / f"{stem}.safetensors.index.json"
+    where: dict[str, str] = {}
     if (folder / f"{stem}.safetensors").is_file():
         files = [f"{stem}.safetensors"]
     elif index.is_file():
-        files = sorted(set(read_json(index).get("weight_map", {}).values()))
+        where = _weight_map(index)
+        files = sorted(set(where.values()))
     elif any(any(folder.glob(f"*.{kind}")) for kind in ("bin", "pth", "pt")):
         raise UserError(
             f"{folder} holds pickled weights, which can run code and are not read: convert them to "
@@ -46,9 +66,9 @@ def open_tensors(folder: Path, stem: str = "model") -> dict[str, Any]:
         )
     else:
         raise UserError(f"{folder} holds no weights: there is no {stem}.safetensors.")
-    absent = [name for name in files if not (folder / name).is_file()]
     if not files:
         raise UserError(f"{index} names no files.")
+    absent = absent_shards(folder, stem)
     if absent:
         raise UserError(
             f"{folder} lacks {len(absent)} of the {len(files)} files that its index names, first "
@@ -59,30 +79,74 @@ def open_tensors(folder: Path, stem: str = "model") -> dict[str, Any]:
         try:
             file = safe_open(folder / name, "np")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / name} is truncated or damaged ({error}).") from error
-        tensors.update(dict.fromkeys(file.keys(), file))
+            raise UserError(f"{folder / name} is truncated or damaged ({error!s:.200}).") from error
+        for key in file.keys():  # noqa: SIM118 (no mapping)
+            if (
+                where.get(key, name) == name
+            ):  # of two files that hold it, the one that the index names
+                tensors[key] = Stored(file, key)
     return tensors
 
 
-def check_tensors(folder: Path, tensors: dict[str, Any], weights: dict[str, Weight]) -> None:
+def absent_shards(folder: Path, stem: str = "model") -> list[str]:
+    """The files that a folder's index names and that are not there."""
+    index = folder / f"{stem}.safetensors.index.json"
+    if (folder / f"{stem}.safetensors").is_file() or not index.is_file():
+        return []
+    names = sorted(set(_weight_map(index).values()))
+    return [name for name in names if not (folder / name).is_file()]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    where = read_json(index).get("weight_map", {})
+    if not isinstance(where, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in where.values()
+    ):
+        raise UserError(f"{index} must map tensors to files beside it in its weight_map.")
+    return where
+
+
+def check_tensors(folder: Path, tensors: dict[str, Stored], weights: dict[str, Weight]) -> None:
     """Compares open files with the tensors that there should be, by name, shape and dtype.
 
     Raises:
-      UserError: every difference.
+      UserError: the differences, and their cause where the names tell it.
     """
     problems = [f"missing {name}" for name in weights if name not in tensors]
     problems += [f"unexpected {name}" for name in sorted(tensors.keys() - weights.keys())]
     for name in sorted(weights.keys() & tensors.keys()):
-        view = tensors[name].get_slice(name)
+        view = tensors[name].view()
         shape, dtype = tuple(view.get_shape()), view.get_dtype()
         if shape != weights[name].shape:
             problems.append(f"{name} has shape {shape} instead of {weights[name].shape}")
         elif dtype not in DTYPES:
             problems.append(f"{name} is stored as {dtype} instead of {', '.join(DTYPES)}")
-    if problems:
-        raise UserError(
-            f"{folder} does not hold what its config.json describes: {'; '.join(problems)}."
-        )
+    if not problems:
+        return
+    cause = _cause(folder, tensors, weights)
+    shown = problems[: 3 if cause else _LISTED]
+    more = len(problems) - len(shown)
+    listed = "; ".join(shown) + (f"; and {more} more" if more else "")
+    if cause:
+        raise UserError(f"{folder} {cause} ({listed}).")
+    raise UserError(f"{folder} does not hold what its config.json describes: {listed}.")
+
+
+def _cause(folder: Path, tensors: dict[str, Stored], weights: dict[str, Weight]) -> str | None:
+    """Why a folder's tensors are others than they should be, where that can be told."""
+    narrow = any(tensor.view().get_dtype().startswith(("F8", "F4")) for tensor in tensors.values())
+    if (
+        narrow
+        or any(map(_QUANTIZED.fullmatch, tensors))
+        or (folder / "hf_quant_config.json").is_file()
+    ):
+        return "is quantized, which is not supported: use the original"
+    embed = "embed_tokens.weight"
+    if f"model.{embed}" in weights and f"model.{embed}" not in tensors:
+        prefix = next((n.removesuffix(embed) for n in tensors if n.endswith(f".{embed}")), None)
+        if prefix:
+            return f"holds a language model inside another one, under {prefix:.80}*, which is not supported"
+    return None
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -160,30 +224,65 @@ def _tensor(params: Params, name: str, weight: Weight, dtype: Any) -> np.ndarray
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `folder`, or moves into it, when all went well."""
+def new_folder(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
+    """A folder to write in, which becomes `folder`, or moves into it, when all went well.
+
+    Args:
+      stale: names of old files to remove beside old weights, even if they are not written again.
+
+    Raises:
+      UserError: `folder` has no name, as `/` has none. RunError: it cannot be written; what was there
+        is as it was.
+    """
+    folder = folder.expanduser().resolve()  # "." has no name
+    if not folder.name:
+        raise UserError(f"{folder} cannot be written as a checkpoint: name a folder in it.")
     new = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         new.mkdir(parents=True)
         yield new
-        if not folder.exists():
-            new.rename(folder)
+        if folder.exists():
+            _move_into(new, folder, stale)
         else:
-            for old in folder.glob("model*.safetensors*"):  # a mixture of old and new would load
-                old.unlink()
-            for path in new.iterdir():
-                os.replace(path, folder / path.name)
+            new.rename(folder)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder} could not be written: {error}") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
+def _move_into(new: Path, folder: Path, stale: Iterable[str]) -> None:
+    """Moves what is in `new` into `folder`, and what it replaces away, or back where that fails.
+
+    Whoever is killed in between finds the old files in `.NAME.PID.old`: a mixture of old and new
+    weights would load.
+    """
+    old = new.with_name(f"{new.name}.old")
+    old.mkdir()
+    names = {path.name for path in new.iterdir()}
+    replaced = names | set(stale) | {path.name for path in folder.glob("model*.safetensors*")}
+    try:
+        for name in sorted(replaced):
+            if (folder / name).exists():
+                (folder / name).rename(old / name)
+        for name in sorted(names):
+            (new / name).rename(folder / name)
+    except OSError:
+        for name in names:
+            if (folder / name).exists() and not (new / name).exists():
+                (folder / name).rename(new / name)
+        for path in old.iterdir():
+            path.rename(folder / path.name)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}).") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error!s:.200}).") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object.")
     return value

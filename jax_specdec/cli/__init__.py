@@ -94,6 +94,8 @@ def _describe(error: Exception) -> tuple[int, str]:
         return 2, str(error)
     if isinstance(error, RunError):
         return 1, str(error)
+    if "No space left on device" in str(error):  # tensorstore calls that RESOURCE_EXHAUSTED, too
+        return 1, "The disk is full."
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return 1, (
             "The memory ran out: use a narrower --dtype, a smaller --batch-size or fewer "

@@ -47,10 +47,9 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Everything `info` knows, as a JSON object."""
-    import jax
-
     from jax_specdec.checkpoints.memory import available_memory, memory_plan
-    from jax_specdec.checkpoints.targets import find_checkpoint, inspect_checkpoint
+    from jax_specdec.checkpoints.targets import default_dtype, find_checkpoint, inspect_checkpoint
+    from jax_specdec.checkpoints.tokenizer_files import has_tokenizer
     from jax_specdec.specs.build import complete, parse_drafter
     from jax_specdec.specs.sizes import depth_of
 
@@ -69,7 +68,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(
             f"{args.max_new_tokens} new tokens leave no room for a prompt in a context of {context}."
         )
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else stored)
+    dtype = args.dtype or default_dtype(folder)
     slots = context + width
     plan = memory_plan(config, dtype, args.batch_size, slots, width=width)
     total = plan.total
@@ -95,7 +94,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "model": str(folder),
         **_sizes(config),
         "stored_dtype": stored,
-        "tokenizer": _has_tokenizer(folder),
+        "tokenizer": has_tokenizer(folder),
         "dtype": dtype,
         "batch_size": args.batch_size,
         "context_used": context,
@@ -178,10 +177,6 @@ def _medusa(folder: Path, target: Any, dtype: Any, batch_size: int, slots: int) 
         "accuracies": accuracies,
         "memory": memory,
     }
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def _shape(found: dict[str, Any]) -> str:

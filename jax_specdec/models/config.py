@@ -5,7 +5,11 @@ one field here that `jax_specdec.models.decoder.Block` reads.
 """
 
 import dataclasses
+import math
 from typing import Literal
+
+# Far above any model there is: a damaged count must not become a list of that many layers.
+MAX_LAYERS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +27,17 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+
+    def __post_init__(self):
+        for name in ("theta", "factor", "low_freq_factor", "original_context"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"the rotary embedding's {name} is {value}")
+        if self.kind == "llama3" and not self.high_freq_factor > self.low_freq_factor:
+            raise ValueError(
+                f"the rotary embedding's high_freq_factor {self.high_freq_factor} is not above its "
+                f"low_freq_factor {self.low_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +74,8 @@ class ModelConfig:
     pad_id: int | None = None
 
     def __post_init__(self):
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"{self.num_layers} layers are above {MAX_LAYERS}")
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
         if len(self.windows) != self.num_layers:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jax_specdec.models.config import ModelConfig
+from jax_specdec.models.config import MAX_LAYERS, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,8 @@ class GliDeConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"{self.num_layers} layers are above {MAX_LAYERS}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, for rotary embeddings, got {self.head_dim}")
         if self.num_heads % self.num_kv_heads:

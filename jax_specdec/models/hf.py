@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jax_specdec.errors import UserError
-from jax_specdec.models.config import ModelConfig, RopeConfig
+from jax_specdec.models.config import MAX_LAYERS, ModelConfig
+from jax_specdec.models.hf_rope import read_rope, write_rope
 
 Json = dict[str, Any]
 
@@ -41,39 +42,74 @@ def _write_llama(c: ModelConfig) -> Json:
 
 
 def _read_mistral(hf: Json) -> Json:
-    return {"windows": (hf["sliding_window"],) * hf["num_hidden_layers"]}
+    return {"windows": (_window(hf),) * hf["num_hidden_layers"]}
 
 
 def _write_mistral(c: ModelConfig) -> Json:
     return {"sliding_window": c.windows[0]}
 
 
+def _read_ministral(hf: Json) -> Json:
+    """Mistral whose window holds in the layers that `layer_types` names, or in all."""
+    window = _window(hf)
+    kind = "full_attention" if window is None else "sliding_attention"
+    types = hf.get("layer_types") or [kind] * hf["num_hidden_layers"]
+    return {"windows": _windows(hf, types, window)}
+
+
+def _write_ministral(c: ModelConfig) -> Json:
+    sizes, types = _layer_types(c)
+    return {"sliding_window": sizes[0] if sizes else None, "layer_types": types}
+
+
 def _read_qwen_windows(hf: Json) -> Json:
     """Qwen's window holds from layer `max_window_layers` on, unless `layer_types` says where."""
-    count = hf["num_hidden_layers"]
-    window = hf["sliding_window"] if hf.get("use_sliding_window") else None
+    window = _window(hf) if hf.get("use_sliding_window") else None
     types = hf.get("layer_types")
     if types is None:
-        first = hf["max_window_layers"]
-        types = ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
+        first = hf["max_window_layers"] if window is not None else hf["num_hidden_layers"]
+        types = [
+            "sliding_attention" if i >= first else "full_attention"
+            for i in range(hf["num_hidden_layers"])
+        ]
+    return {"windows": _windows(hf, types, window)}
+
+
+def _window(hf: Json) -> int | None:
+    return None if hf["sliding_window"] is None else _size(hf, "sliding_window")
+
+
+def _windows(hf: Json, types: list[str], window: int | None) -> tuple[int | None, ...]:
+    """The window of each layer from its type."""
+    count = hf["num_hidden_layers"]
     if len(types) != count:
         raise UserError(
             f"config.json lists {len(types)} layer_types for {count} layers (num_hidden_layers)."
         )
-    unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
+    types = ["full_attention" if t == "attention" else t for t in types]  # the old spelling
+    unknown = [t for t in types if t not in ("sliding_attention", "full_attention")]
     if unknown:
-        raise UserError(f"Layers of type {unknown[0]!r} are not supported (layer_types).")
-    return {"windows": tuple(window if t == "sliding_attention" else None for t in types)}
+        raise UserError(f"Layers of type {unknown[0]!r:.80} are not supported (layer_types).")
+    if window is None and "sliding_attention" in types:
+        raise UserError(
+            "config.json has layers of sliding attention (layer_types) and no sliding_window for them."
+        )
+    return tuple(window if t == "sliding_attention" else None for t in types)
+
+
+def _layer_types(c: ModelConfig) -> tuple[list[int], list[str]]:
+    """The windows that there are, and the type of each layer."""
+    sizes = [w for w in c.windows if w is not None]
+    return sizes, ["full_attention" if w is None else "sliding_attention" for w in c.windows]
 
 
 def _write_qwen_windows(c: ModelConfig) -> Json:
-    sizes = [w for w in c.windows if w is not None]
-    first = next((i for i, w in enumerate(c.windows) if w is not None), c.num_layers)
+    sizes, types = _layer_types(c)
     return {
         "use_sliding_window": bool(sizes),
         "sliding_window": sizes[0] if sizes else None,
-        "max_window_layers": first,
-        "layer_types": ["full_attention" if w is None else "sliding_attention" for w in c.windows],
+        "max_window_layers": next((i for i, w in enumerate(c.windows) if w), c.num_layers),
+        "layer_types": types,
     }
 
 
@@ -91,6 +127,14 @@ def _write_qwen3(c: ModelConfig) -> Json:
 
 _QWEN_DEFAULTS = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
 
+_MISTRAL_DEFAULTS = {
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         "LlamaForCausalLM",
@@ -98,18 +142,7 @@ FAMILIES: dict[str, Family] = {
         _write_llama,
         {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
     ),
-    "mistral": Family(
-        "MistralForCausalLM",
-        _read_mistral,
-        _write_mistral,
-        {
-            "max_position_embeddings": 131072,
-            "num_key_value_heads": 8,
-            "sliding_window": 4096,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-    ),
+    "mistral": Family("MistralForCausalLM", _read_mistral, _write_mistral, _MISTRAL_DEFAULTS),
     "qwen2": Family(
         "Qwen2ForCausalLM",
         _read_qwen2,
@@ -122,6 +155,9 @@ FAMILIES: dict[str, Family] = {
         _write_qwen3,
         {**_QWEN_DEFAULTS, "num_key_value_heads": 32, "head_dim": 128},
     ),
+    "ministral": Family(
+        "MinistralForCausalLM", _read_ministral, _write_ministral, _MISTRAL_DEFAULTS
+    ),
 }
 
 
@@ -130,15 +166,18 @@ def config_from_hf(hf: Json, generation: Json | None = None) -> ModelConfig:
 
     Args:
       hf: the parsed `config.json`, as transformers 5 or any older version wrote it.
-      generation: the parsed `generation_config.json`, whose `eos_token_id` wins where it has one.
+      generation: the parsed `generation_config.json`, whose `eos_token_id` wins where it has one;
+        that of `config.json` ends a text otherwise.
 
     Raises:
       UserError: the architecture, or something that changes its arithmetic, is not supported.
     """
     name = hf.get("model_type")
-    if name not in FAMILIES:
+    if name == "mistral" and "layer_types" in hf:  # transformers reads it as this, too
+        name = "ministral"
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(
-            f"Models of type {name!r} are not supported; supported are {', '.join(FAMILIES)}."
+            f"Models of type {name!r:.80} are not supported; supported are {', '.join(FAMILIES)}."
         )
     family = FAMILIES[name]
     hf = {**family.defaults, **hf}
@@ -154,6 +193,10 @@ def config_from_hf(hf: Json, generation: Json | None = None) -> ModelConfig:
             "context": "max_position_embeddings",
         }.items()
     }
+    if sizes["num_layers"] > MAX_LAYERS:
+        raise UserError(
+            f"config.json gives num_hidden_layers as {sizes['num_layers']}, above {MAX_LAYERS}."
+        )
     heads, hidden = sizes["num_heads"], sizes["hidden_size"]
     if hf.get("head_dim") is None and hidden % heads:
         raise UserError(
@@ -161,25 +204,26 @@ def config_from_hf(hf: Json, generation: Json | None = None) -> ModelConfig:
         )
     head_dim = _size(hf, "head_dim") if hf.get("head_dim") is not None else hidden // heads
     kv_heads = hf.get("num_key_value_heads")
-    eos = (generation or {}).get("eos_token_id")
+    named = _ids(generation or {}, "generation_config.json", "eos_token_id")
+    eos = _ids(hf, "config.json", "eos_token_id") if named is None else named
     try:
         return ModelConfig(
             **sizes,
             num_kv_heads=heads if kv_heads is None else _size(hf, "num_key_value_heads"),
             head_dim=head_dim,
             family=name,
-            rope=_read_rope(hf),
+            rope=read_rope(hf),
             norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
             tied_head=bool(hf.get("tie_word_embeddings", False)),
-            bos_id=hf.get("bos_token_id"),
-            eos_ids=_ids(hf.get("eos_token_id") if eos is None else eos),
-            pad_id=hf.get("pad_token_id"),
+            bos_id=_id(hf, "bos_token_id"),
+            eos_ids=eos or (),
+            pad_id=_id(hf, "pad_token_id"),
             **family.read(hf),
         )
     except UserError:
         raise
     except (AttributeError, TypeError, ValueError) as error:  # a value of the wrong type
-        raise UserError(f"config.json does not describe a model: {error}.") from error
+        raise UserError(f"config.json does not describe a model: {error!s:.200}.") from error
 
 
 def config_to_hf(config: ModelConfig, dtype: Any) -> Json:
@@ -207,7 +251,7 @@ def config_to_hf(config: ModelConfig, dtype: Any) -> Json:
         "hidden_act": "silu",
         "max_position_embeddings": config.context,
         "rms_norm_eps": config.norm_eps,
-        "rope_parameters": _write_rope(config.rope),
+        "rope_parameters": write_rope(config.rope),
         "tie_word_embeddings": config.tied_head,
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
@@ -237,69 +281,49 @@ def token_ids(config: ModelConfig) -> Json:
 
 def _refuse_unsupported(hf: Json) -> None:
     if hf.get("quantization_config") is not None:
-        method = hf["quantization_config"].get("quant_method", "an unnamed method")
+        how = hf["quantization_config"]
+        method = how.get("quant_method", "an unnamed method") if isinstance(how, dict) else how
         raise UserError(
-            f"This checkpoint is quantized ({method}), which is not supported; use the original."
+            f"This checkpoint is quantized ({method!s:.80}), which is not supported; use the original."
         )
     if hf.get("hidden_act", "silu") != "silu":
-        raise UserError(f"The activation {hf['hidden_act']!r} is not supported; only silu is.")
+        raise UserError(f"The activation {hf['hidden_act']!r:.80} is not supported; only silu is.")
     if hf.get("mlp_bias"):
         raise UserError("Biases in the MLP (mlp_bias) are not supported.")
-
-
-def _read_rope(hf: Json) -> RopeConfig:
-    """transformers 5 writes `rope_parameters`; older versions `rope_theta` and `rope_scaling`."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise UserError("Rotary embeddings that differ between layers are not supported.")
-    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) not in (None, 1, 1.0):
-        raise UserError("Partial rotary embeddings (partial_rotary_factor) are not supported.")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = float(rope.get("rope_theta", hf.get("rope_theta")) or 10_000.0)
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if kind not in ("linear", "llama3"):
-        raise UserError(
-            f"Rotary embeddings of type {kind!r} are not supported; default, linear and llama3 are."
-        )
-    keys = ["factor"] + (["low_freq_factor", "high_freq_factor"] if kind == "llama3" else [])
-    missing = [key for key in keys if key not in rope]
-    if missing:
-        raise UserError(f"config.json's {kind} rotary embedding lacks {' and '.join(missing)}.")
-    fields: Json = {key: float(rope[key]) for key in keys}
-    if kind == "llama3":
-        fields["original_context"] = int(
-            rope.get("original_max_position_embeddings", hf["max_position_embeddings"])
-        )
-    return RopeConfig(theta=theta, kind=kind, **fields)
-
-
-def _write_rope(rope: RopeConfig) -> Json:
-    out: Json = {"rope_theta": rope.theta, "rope_type": rope.kind}
-    if rope.kind != "default":
-        out["factor"] = rope.factor
-    if rope.kind == "llama3":
-        out["low_freq_factor"] = rope.low_freq_factor
-        out["high_freq_factor"] = rope.high_freq_factor
-        out["original_max_position_embeddings"] = rope.original_context
-    return out
 
 
 def _size(hf: Json, key: str) -> int:
     value = hf.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"config.json must give {key} as a positive integer, not {value!r}.")
+        raise UserError(f"config.json must give {key} as a positive integer, not {value!r:.80}.")
     return value
 
 
-def _ids(value: int | list[int] | None) -> tuple[int, ...]:
+def _ids(hf: Json, file: str, key: str) -> tuple[int, ...] | None:
+    """Token ids, one or a list; None where there is no such key."""
+    value = hf.get(key)
     if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+        return None
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(i) is int for i in ids):
+        raise UserError(
+            f"{file} must give {key} as a token id or a list of them, not {value!r:.80}."
+        )
+    return tuple(ids)
 
 
-# Buffers that old transformers versions saved with Llama; they follow from the configuration.
-IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+def _id(hf: Json, key: str) -> int | None:
+    value = hf.get(key)
+    if value is not None and type(value) is not int:
+        raise UserError(f"config.json must give {key} as a token id, not {value!r:.80}.")
+    return value
+
+
+# What follows from the configuration, or serves a quantized cache alone: transformers reads none of it.
+IGNORED = re.compile(
+    r"(.*\.)?rotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)"
+    r"|.*\.self_attn\.([qkv]_proj\.|attn\.)?(q|k|v|kv|prob)_scale"
+)
 
 
 @dataclasses.dataclass(frozen=True)

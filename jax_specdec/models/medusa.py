@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_specdec._types import Array, Params
-from jax_specdec.models.config import ModelConfig
+from jax_specdec.models.config import MAX_LAYERS, ModelConfig
 from jax_specdec.models.layers import matmul, rms_norm, unembed
 
 
@@ -49,6 +49,8 @@ class MedusaConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value!r}")
+            if value > MAX_LAYERS:
+                raise ValueError(f"{name} is {value}, above {MAX_LAYERS}")
         if not isinstance(self.share, bool):
             raise ValueError(f"share must be true or false, got {self.share!r}")
 

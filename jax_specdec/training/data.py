@@ -4,6 +4,7 @@ Every batch is a function of (seed, step) alone, which is what makes resuming ex
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,18 @@ class Mixed:
 
 
 Documents = Sequence[np.ndarray] | Mixed
+
+
+def fingerprint(documents: Documents, heldout: Sequence[np.ndarray]) -> str:
+    """SHA-256 of the token ids of what a run trains on and is measured on, in their order."""
+    digest = hashlib.sha256()
+    sources = documents.sources if isinstance(documents, Mixed) else (documents,)
+    for source in (*sources, heldout):
+        digest.update(len(source).to_bytes(8, "little"))
+        for ids in source:
+            digest.update(len(ids).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(ids, np.int32).tobytes())
+    return digest.hexdigest()
 
 
 def read_texts(path: str | Path) -> list[str]:

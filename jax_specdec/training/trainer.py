@@ -26,7 +26,20 @@ from tqdm.auto import tqdm
 from jax_specdec._types import Params
 from jax_specdec.errors import RunError, UserError
 from jax_specdec.training.config import TrainConfig
-from jax_specdec.training.data import Documents, Mixed, heldout_windows, training_batches
+from jax_specdec.training.data import (
+    Documents,
+    Mixed,
+    fingerprint,
+    heldout_windows,
+    training_batches,
+)
+from jax_specdec.training.workdir import (
+    locked,
+    plot_metrics,
+    read_metrics,
+    restore_newest,
+    written,
+)
 
 # `(params, frozen, tokens int32[B, T+1], key) -> loss`, params in the compute dtype.
 LossFn = Callable[[Params, Any, jax.Array, jax.Array], jax.Array]
@@ -153,21 +166,51 @@ def train(
       documents, heldout: token ids per document, end-of-text included; `Mixed` sources by weight.
       workdir: receives `state/` (orbax), `metrics.jsonl` and `loss.png`.
       initial: parameters to start from; fresh ones from `config.seed` otherwise.
-      resume: go on from the newest state in `workdir`. Without it a used workdir is refused.
+      resume: go on from the newest state in `workdir` that can be read; a damaged newer one is deleted,
+        with a warning. Without it a used workdir is refused.
       stop_after: return after this step, as a killed run would.
       on_save: called with the parameters whenever the state is saved, and where a resumed run has no
         step left: the run before it may have been killed in between.
 
     Raises:
-      UserError: a used workdir without `resume`, or other settings than the saved run's.
-      RunError: the loss is not finite.
+      UserError: a used workdir without `resume`, other settings or data than the saved run's, or a
+        workdir that another run is in.
+      RunError: the loss is not finite, no saved state can be read, or the disk is full.
     """
     workdir = Path(workdir).absolute()
+    with written(workdir), locked(workdir):
+        return _train(
+            objective,
+            config,
+            documents,
+            heldout,
+            workdir,
+            initial=initial,
+            resume=resume,
+            stop_after=stop_after,
+            progress=progress,
+            on_save=on_save,
+        )
+
+
+def _train(
+    objective: Objective,
+    config: TrainConfig,
+    documents: Documents,
+    heldout: Sequence[np.ndarray],
+    workdir: Path,
+    *,
+    initial: Params | None,
+    resume: bool,
+    stop_after: int | None,
+    progress: bool,
+    on_save: Callable[[Params], None] | None,
+) -> Params:
     metrics_path = workdir / "metrics.jsonl"
     settings = {"train": dataclasses.asdict(config), **objective.settings}
     if isinstance(documents, Mixed):
         settings["weights"] = documents.weights
-    settings = json.loads(json.dumps(settings))
+    settings = json.loads(json.dumps({**settings, "data": fingerprint(documents, heldout)}))
     devices = jax.devices()
     micro = config.batch_size // config.accumulate
     if micro % len(devices):
@@ -203,10 +246,10 @@ def train(
         opt_state = jax.device_put(optimizer.init(params), replicated)
         first = 0
         if latest is not None:
-            params, opt_state = _restore(manager, latest, (params, opt_state), settings, workdir)
-            first = latest
-        rows = _read_metrics(metrics_path, first)
-        workdir.mkdir(parents=True, exist_ok=True)
+            (params, opt_state), first = restore_newest(
+                manager, (params, opt_state), settings, workdir
+            )
+        rows = read_metrics(metrics_path, first)
         metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
         step_fn = jax.jit(
@@ -281,62 +324,3 @@ def train(
     finally:
         manager.close()
     return params
-
-
-def _restore(
-    manager: ocp.CheckpointManager, step: int, like: Any, settings: dict[str, Any], workdir: Path
-) -> Any:
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    # The settings first: of another model not even the shapes of the state would fit.
-    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-    if meta != settings:
-        raise UserError(
-            f"{workdir} was started with other settings; resume with the same ones or use a new folder."
-        )
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    return manager.restore(step, args=args)["state"]
-
-
-def _read_metrics(path: Path, up_to_step: int) -> list[dict]:
-    if not path.is_file():
-        return []
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return [row for row in rows if row["step"] <= up_to_step]
-
-
-def plot_metrics(rows: Sequence[dict], path: Path) -> None:
-    """Training and held-out loss over tokens, and where it is measured acceptance by delay, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    measured = [row for row in rows if "acceptance" in row]
-    panels = 2 if measured else 1
-    figure, grid = plt.subplots(
-        1, panels, figsize=(7 * panels, 4), layout="constrained", squeeze=False
-    )
-    axes, *more = grid[0]
-    for key, label, style in (
-        ("loss", "training", {"alpha": 0.4, "linewidth": 1}),
-        ("heldout_loss", "held out", {"marker": ".", "linewidth": 2}),
-    ):
-        points = [(row["tokens"], row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
-    axes.set_xlabel("training tokens")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_ylim(bottom=0, top=min(6.0, max((r.get("loss", 0) for r in rows), default=6.0)))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    for axes in more:
-        last = measured[-1]
-        for key, label in (("acceptance", "acceptance"), ("greedy_match", "same best token")):
-            axes.plot(range(1, len(last[key]) + 1), last[key], marker=".", label=label)
-        axes.set_xlabel("delay (place in the draft)")
-        axes.set_ylabel(f"share of held-out tokens, step {last['step']}")
-        axes.set_ylim(0, 1)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -72,7 +72,7 @@ def test_gpus_without_tensor_cores(monkeypatch, capability, enough):
     gpu = types.SimpleNamespace(
         platform="gpu", device_kind="Tesla", core_count=40, compute_capability=capability
     )
-    monkeypatch.setattr(tuning, "_default_device", lambda: gpu)
+    monkeypatch.setattr(tuning, "default_device", lambda: gpu)
     assert tuning.has_tensor_cores(tuning.device()) == enough
     q = jax.ShapeDtypeStruct((1, 1, 8, 64), "bfloat16")
     why = _triton.reason_against(q, None, new_tokens=False)

@@ -1,0 +1,133 @@
+"""The folder that a training run writes: its lock, the states to resume from, metrics and plot."""
+
+import contextlib
+import fcntl
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jax_specdec.errors import RunError, UserError
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds a folder for one run. The system lets go of it however the process ends."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"Another training is running in {workdir}: use a new folder."
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def written(workdir: Path) -> Iterator[None]:
+    """Says so where the disk is full, which orbax reports as an exhausted resource."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if "No space left" not in str(error):
+            raise
+        raise RunError(f"{workdir} could not be written: the disk is full.") from error
+
+
+def restore_newest(
+    manager: ocp.CheckpointManager, like: Any, settings: dict[str, Any], workdir: Path
+) -> tuple[Any, int]:
+    """The newest state that can be read, and its step; damaged ones above it are deleted."""
+    damaged: list[int] = []
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            state = _restore(manager, step, like, settings, workdir)
+        except UserError:
+            raise
+        except Exception as error:  # orbax raises what its parts raise, of many types
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            logger.warning("The training state of step %d is damaged: %.200s", step, reason)
+            damaged.append(step)
+            continue
+        for later in damaged:  # orbax saves no step twice
+            manager.delete(later)
+        return state, step
+    raise RunError(f"No training state in {workdir / 'state'} can be read: use a new folder.")
+
+
+def _restore(
+    manager: ocp.CheckpointManager, step: int, like: Any, settings: dict[str, Any], workdir: Path
+) -> Any:
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    # The settings first: of another model not even the shapes of the state would fit.
+    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    meta = {"data": settings["data"], **meta}  # runs of earlier versions do not say
+    changed = "data" if {**meta, "data": settings["data"]} == settings else "settings"
+    if meta != settings:
+        raise UserError(
+            f"{workdir} was started with other {changed}; resume with the same ones or use a new folder."
+        )
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+    return manager.restore(step, args=args)["state"]
+
+
+def read_metrics(path: Path, up_to_step: int) -> list[dict]:
+    """The rows up to a step; a line that is none, such as the half of a killed run, is left out."""
+    if not path.is_file():
+        return []
+    rows: list[dict] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if row["step"] <= up_to_step and row["tokens"] >= 0:
+                rows.append(row)
+        except (ValueError, TypeError, KeyError):
+            logger.warning("%s, line %d is damaged and is left out.", path, number)
+    return rows
+
+
+def plot_metrics(rows: Sequence[dict], path: Path) -> None:
+    """Training and held-out loss over tokens, and where it is measured acceptance by delay, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    measured = [row for row in rows if "acceptance" in row]
+    panels = 2 if measured else 1
+    figure, grid = plt.subplots(
+        1, panels, figsize=(7 * panels, 4), layout="constrained", squeeze=False
+    )
+    axes, *more = grid[0]
+    for key, label, style in (
+        ("loss", "training", {"alpha": 0.4, "linewidth": 1}),
+        ("heldout_loss", "held out", {"marker": ".", "linewidth": 2}),
+    ):
+        points = [(row["tokens"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylim(bottom=0, top=min(6.0, max((r.get("loss", 0) for r in rows), default=6.0)))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    for axes in more:
+        last = measured[-1]
+        for key, label in (("acceptance", "acceptance"), ("greedy_match", "same best token")):
+            axes.plot(range(1, len(last[key]) + 1), last[key], marker=".", label=label)
+        axes.set_xlabel("delay (place in the draft)")
+        axes.set_ylabel(f"share of held-out tokens, step {last['step']}")
+        axes.set_ylim(0, 1)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
