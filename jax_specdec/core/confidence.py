@@ -54,7 +54,7 @@ def best_children(
     """`first`, then the next best of `scores`, with probabilities at temperature 1.
 
     `scores` are logits / temperature, perhaps with noise added; the probabilities are those of
-    `scores` * temperature.
+    `scores` * temperature, and of `scores` at temperature 0.
     """
     chosen = jnp.take_along_axis(scores, first[..., None], axis=-1)
     line = lax.broadcasted_iota(jnp.int32, scores.shape, 2)
