@@ -2,7 +2,7 @@
 
 What is trained is an `Objective`. Parameters and optimiser state are float32; `dtype="bfloat16"` computes
 in bfloat16. The state is saved by orbax, every batch and random draw is a function of (seed, step), and the
-metrics file is cut back to the restored step, so a run that is killed and resumed logs the losses of one
+metrics file is cut back to the restored step, so a run that is killed and resumed logs the same losses as one
 that was not.
 """
 
@@ -33,7 +33,7 @@ LossFn = Callable[[Params, Any, jax.Array, jax.Array], jax.Array]
 # `(params, frozen, tokens) -> {name: float32[] or float32[n]}`, means over the batch.
 MeasureFn = Callable[[Params, Any, jax.Array], dict[str, jax.Array]]
 
-# Where in a tree of parameters the matrices are that Muon is for; not embeddings and output matrices.
+# The parts of a parameter tree whose matrices Muon trains; not embeddings and output matrices.
 INNER = ("layers", "heads")
 
 
@@ -155,8 +155,8 @@ def train(
       initial: parameters to start from; fresh ones from `config.seed` otherwise.
       resume: go on from the newest state in `workdir`. Without it a used workdir is refused.
       stop_after: return after this step, as a killed run would.
-      on_save: called with the parameters whenever the state is saved, and where a resumed run has no
-        step left: the run before it may have been killed in between.
+      on_save: called with the parameters whenever the state is saved, and if a resumed run has no step
+        left, since the run before it may have been killed between saving and the call.
 
     Raises:
       UserError: a used workdir without `resume`, or other settings than the saved run's.
@@ -287,7 +287,7 @@ def _restore(
     manager: ocp.CheckpointManager, step: int, like: Any, settings: dict[str, Any], workdir: Path
 ) -> Any:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    # The settings first: of another model not even the shapes of the state would fit.
+    # The settings first: with another model not even the shapes of the state would fit.
     meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     if meta != settings:
         raise UserError(
@@ -305,7 +305,7 @@ def _read_metrics(path: Path, up_to_step: int) -> list[dict]:
 
 
 def plot_metrics(rows: Sequence[dict], path: Path) -> None:
-    """Training and held-out loss over tokens, and where it is measured acceptance by delay, as a PNG."""
+    """A PNG of training and held-out loss over tokens and, where measured, acceptance by delay."""
     import matplotlib
 
     matplotlib.use("Agg")
