@@ -2,7 +2,7 @@
 
 `B` batch, `T` tree nodes including the root, `S` cache slots, `L` layers, `N` query heads, `K` key/value
 heads, `G = N/K`, `D` head dim, `E` embed, `F` mlp, `V` vocabulary, `P` tokens on the longest path
-(root excluded), `W = ceil(T/32)` bitmask words, `C` text capacity, `O` proposers.
+(root excluded), `W = ceil(T/32)` bitmask words, `C` text capacity, `O` sources.
 """
 
 from typing import Any

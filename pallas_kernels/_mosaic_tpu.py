@@ -1,4 +1,4 @@
-"""The TPU back-end: one pass over the live blocks of the cache, every one read once.
+"""The TPU back-end: one pass over the live blocks of the cache, each read once.
 
 The grid is (batch row, group of KV heads, block of query rows, block of slots). Lengths, the layer and
 the range of blocks that a row reads are prefetched to scalar memory, where the index map of the cache
@@ -21,7 +21,7 @@ from pallas_kernels._rows import LOWEST, Array, exact, pad, round_up
 
 DTYPES = ("bfloat16", "float32")
 SUBLANES = 8
-# Scores are kept in units of log 2: the exponential is one of base 2, and the change of units falls into the
+# Scores are kept in units of log 2: the exponential then has base 2, and the change of units is part of the
 # product with the scale.
 LOG2_E = float(np.log2(np.e))
 
@@ -150,7 +150,7 @@ def attend(
 
 
 def _filled(rows: int) -> int:
-    """Rows of a block: whole tiles, but no more than there are where these are less than one."""
+    """Rows of a block: whole tiles, or just the rows there are if they fill less than one tile."""
     return rows if rows < SUBLANES else round_up(rows, SUBLANES)
 
 

@@ -4,9 +4,9 @@ A program takes a block of query rows of one KV head and one split of its live b
 running softmax in registers; the first split takes the new tokens too. Programs of neighbouring row
 blocks read the same keys at the same time, so that these come from the second-level cache.
 
-Beside the weights of a layer, small kernels are what a round waits for: queries, new keys and values are
-read where the layer's product leaves them, and the output is written as the next one reads it. So
-there are two kernels a layer, and one where the prefix is not split.
+Apart from reading weights, a round waits for the start of small kernels. So queries, new keys and values are
+read where the layer's product leaves them, and the output is written as the next product reads it: two
+kernels a layer, and one where the prefix is not split.
 """
 
 import functools
@@ -281,7 +281,7 @@ def _kernel(
 
 
 def _answer(top: Array, total: Array, acc: Array, v_scale: Array | float) -> tuple[Array, Array]:
-    """The output and the log-sum-exp of a softmax that has seen all: [...], [...], [..., D]."""
+    """The output and the log-sum-exp of a softmax that has seen all keys: [...], [...], [..., D]."""
     some = total > 0
     out = acc * (v_scale / jnp.where(some, total, 1.0))[..., None]
     return out, jnp.where(some, top + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)

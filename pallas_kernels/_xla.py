@@ -1,16 +1,16 @@
 """The XLA back-end: the live prefix in a few static sizes, and beside it the new tokens.
 
 The prefix is read in one of a few static sizes by `lax.switch`; or, where scores over the whole
-cache would be too large, block by block with a running softmax and the rest in one of these sizes. The
-new tokens are attended to apart, each part giving a `Partial` softmax, and merged.
+cache would be too large, block by block with a running softmax, and the remainder in one of these sizes. The
+new tokens are attended to separately. Each part gives a `Partial` softmax, and these are merged.
 
 On CPU, wide queries and large caches take the batch a row at a time, and a row block by block: each row
 then pays for its own length, and scores, keys and values stay in the core's cache between two uses. In
-small caches it is small operations that count: there, two or more new tokens are copied behind the copy
-of the prefix, and one softmax goes over both.
+small caches the number of small operations matters: there, two or more new tokens are copied behind the
+copy of the prefix, and one softmax goes over both.
 
-The switch is also what keeps XLA from fusing the read of a cache into later operations, behind the
-write of the commit, where it would need a copy of the whole cache.
+The switch also keeps XLA from moving the read of a cache behind the commit's write by fusion, which would
+need a copy of the whole cache.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ SMALLEST_BUCKET = 128
 # Above this many bytes of scores the keys are taken block by block.
 MAX_SCORE_BYTES = 64 << 20
 SMALLEST_BLOCK = 64
-# On CPU, keys of a block at most: the scores of more leave the core's cache.
+# On CPU, the most keys of a block: the scores of more would leave the core's cache.
 CPU_BLOCK = 1024
-# From so many bytes of keys a row, keys and values leave the core's cache on CPU.
+# From this many bytes of keys per row on, keys and values leave the core's cache on CPU.
 LARGE_ROW = 1 << 20
-# In smaller caches, queries of a KV head (T * G) from which a loop over batch rows beats one batched
-# product on CPU.
+# In smaller caches on CPU, a loop over batch rows beats one batched product from this many queries of a
+# KV head (T * G) on.
 MIN_QUERIES_BY_ROW = 16
 
 # Keys and values [rows, K, size, D] of batch rows from `row` and slots from `start`, by
@@ -439,7 +439,7 @@ def _slots(
         return _merge(part, some(i * block, block, all_live=q.shape[0] == 1))
 
     def rest(part):
-        # What would reach past the cache is moved back to end with it; what it repeats is masked.
+        # A read that would reach past the cache is moved back to end with it; repeated slots are masked.
         def last(size):
             return some(jnp.minimum(whole * block, slots - size), size, whole * block)
 

@@ -33,7 +33,7 @@ SHAPES = (
     ("float32", 128),
     ("float32", 256),
 )
-# What a choice is judged by: the sum of times relative to the best, over these (rows of a batch, slots).
+# Choices are compared by the sum of times relative to the best, over these (rows of a batch, slots).
 LOADS = ((1, 8192), (8, 8192), (1, 32768))
 KV_HEADS, GROUPS, LAYERS = 8, 4, 4
 
@@ -60,7 +60,7 @@ def candidates(platform: str, rows: int, head_dim: int, itemsize: int) -> Iterat
 
 
 def arguments(batch: int, slots: int, rows: int, head_dim: int, dtype: str) -> tuple[Any, ...]:
-    """Random arrays of one call: a comb of `rows / GROUPS` nodes over a full cache."""
+    """Random arrays of one call: `rows / GROUPS` nodes, each the child of the one before, over a full cache."""
     nodes = max(1, rows // GROUPS)
     groups = rows // nodes
     keys = iter(jax.random.split(jax.random.key(0), 5))

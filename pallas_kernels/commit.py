@@ -45,7 +45,7 @@ def commit(
         k_cache: [L, B, K, S, D], or [B, K, S, D] for a single layer.
         v_cache: same shape and dtype as `k_cache`.
         k_new: [L, B, T, K, D] (or [B, T, K, D]), the nodes' keys, in the caches' dtype.
-        v_new: the same of the values.
+        v_new: the same for the values.
         start: int32[B], the first slot to write; start + P <= S.
         count: int32[B], how many nodes of the path are written, 0 <= count <= P.
         path: int32[B, P], node at each depth; None is 0, 1, ..., T - 1.
@@ -175,7 +175,7 @@ def _mosaic_tpu(caches, new, start, count, path, *, interpret):
         return layer, b, 0, 0, 0
 
     def window(b, j, start, count):
-        # Where fewer windows are needed the last is repeated, and computed again from what was read.
+        # If fewer windows are needed, the last is repeated and computed again from the same input.
         needed = (start[b] + jnp.maximum(count[b], 1) - 1) // _WINDOW
         return jnp.minimum(jnp.minimum(start[b] // _WINDOW + j, needed), last)
 

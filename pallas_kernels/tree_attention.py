@@ -100,12 +100,12 @@ def tree_attention(
             window.
         k_scale: float32[K], or float32[L, K] with `layer`, for int8 caches only: a slot's key is
             k_cache * k_scale of its head. All greater than 0. The new tokens' keys are not scaled.
-        v_scale: the same of the values.
+        v_scale: the same for the values.
         return_lse: also return the log-sum-exp of the scores.
         backend: "reference" (dense, slow, readable), "xla" (every platform), "mosaic_tpu" or
             "triton" (NVIDIA GPUs of compute capability 8.0 and up); None picks by platform and
-            shape, and says which once, at logging level DEBUG. The platform is that of the abstract
-            mesh that is set, if it names a device, and of the default device otherwise.
+            shape, and logs which, once, at level DEBUG. The platform is that of the abstract mesh that
+            is set, if it names a device, and of the default device otherwise.
         interpret: run a Pallas back-end in an interpreter, on any device: True, or
             `pallas.tpu.InterpretParams(...)` for mosaic_tpu. For tests; needs an explicit `backend`.
 

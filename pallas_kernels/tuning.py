@@ -1,8 +1,8 @@
 """Block sizes and splits by device kind, from the tables in `tuned/`.
 
-A table is a JSON file named after the device kind. Its entries are tried in order, and the first that
-fits decides, or else the widest of the dtype: what a kernel computes, to the last bit, is a function of
-the table and of shapes, never of a timing at run time. `python -m pallas_kernels.autotune` writes one.
+A table is a JSON file named after the device kind. Of its entries the first that fits decides, or else the
+widest of the dtype. What a kernel computes, to the last bit, thus depends on the table and on shapes, never
+on a timing at run time. `python -m pallas_kernels.autotune` writes a table.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class GpuConfig:
       keys: cache slots of a step.
       rows: query rows of a program.
       warps, stages: of the compiler.
-      waves: programs a multiprocessor that splits of the prefix should fill.
+      waves: programs per multiprocessor that splitting the prefix should reach.
     """
 
     keys: int = 64
@@ -66,7 +66,7 @@ class Device:
     Attributes:
       platform: "cpu", "gpu" or "tpu".
       kind: as the platform names it, "TPU v5 lite" or "NVIDIA H100 80GB HBM3".
-      cores: multiprocessors of a GPU, where it says.
+      cores: multiprocessors of a GPU, None if unknown.
     """
 
     platform: str
@@ -75,7 +75,7 @@ class Device:
 
 
 def check_exists(backend: str, names: Iterable[str]) -> None:
-    """Raises ValueError, which lists them, if a back-end is none of `names`."""
+    """Raises a ValueError that lists `names` if `backend` is not among them."""
     names = list(names)
     if backend not in names:
         exist = ", ".join(map(repr, names))
@@ -87,7 +87,7 @@ def check_exists(backend: str, names: Iterable[str]) -> None:
 def device() -> Device:
     """The device of the abstract mesh that is set, if it names one, or else the default one.
 
-    So a program that is compiled for a machine that is not there is traced as it would be there.
+    A program that is compiled for another machine is then traced as it would be on that machine.
     """
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:

@@ -7,8 +7,8 @@ enumerated exactly, and an `Acceptance` object that the loop calls:
   it. Exact for any tree (sample-then-match; the shared noise is the coupling of arXiv 2408.07978).
 * `Reject`: speculative sampling of one chain (Leviathan et al., arXiv 2211.17192, Algorithm 1), whose
   residual draw is then matched against the siblings of the rejected token.
-* `LossyTypical`: typical acceptance (Cai et al., arXiv 2401.10774, section 2.3.1). Not exact: it emits what
-  the target finds likely enough, whatever it would have said. Nothing chooses it but its own name.
+* `LossyTypical`: typical acceptance (Cai et al., arXiv 2401.10774, section 2.3.1). Not exact: it emits any
+  drafted token that the target finds likely enough. Used only when asked for by name.
 * `Unverified`: what was drafted becomes text, for training on a drafter's own text.
 """
 
@@ -50,8 +50,8 @@ class Acceptance(Protocol):
       name: what `--rule` calls it. exact: whether the text is distributed as the target's own.
       coupled: whether every emitted token is the argmax of the target's scores + the shared noise, so that
         the text is plain decoding's with the same seed.
-      needs_q: whether drafts must come with the distribution they were drawn from, which makes the noise of
-        drafting another than the target's.
+      needs_q: whether drafts must come with the distribution they were drawn from. Drafting then uses other
+        noise than the target.
     """
 
     @property
@@ -159,8 +159,8 @@ class LossyTypical:
 class Unverified:
     """Emits what was drafted, draft after draft; the target only reads it. Nothing is lossless here.
 
-    For chains. The last drafted token stands where the target's own would, and is the next root, so that a
-    round emits the draft and no more.
+    For chains. The last drafted token takes the place of the target's own and is the next root, so that a
+    round emits exactly the draft.
     """
 
     name = "unverified"
@@ -202,7 +202,7 @@ def match(draft: Draft, target: Int[Array, "B T"]) -> Verification:
 
 
 def _reached(draft: Draft, good: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
-    """The nodes of a tree that are good and valid, and so are all above them."""
+    """Which nodes of a tree are good and valid, with all their ancestors."""
     good = (draft.valid & good).at[:, 0].set(True)
     bits = masks.pack(good[:, None])  # [B, 1, W]
     assert draft.ancestors is not None
@@ -219,7 +219,7 @@ def typical_threshold(p: Float[Array, "*s V"], lossy: LossyTypical) -> Float[Arr
 def lossy_typical(
     draft: Draft, p: Float[Array, "B T V"], target: Int[Array, "B T"], lossy: LossyTypical
 ) -> Verification:
-    """Accepts the longest path of typical tokens, of equally long ones the likeliest. Not exact.
+    """Accepts the longest path of typical tokens; among equally long ones, the likeliest. Not exact.
 
     At temperature 0, where p is certain of one token, it is `match`.
 
@@ -308,7 +308,7 @@ def reject(
     def draw(law: Array, noise: Array) -> Array:
         return jnp.argmax(jnp.log(law) + noise, axis=-1).astype(jnp.int32)
 
-    # Where drafting had ended nothing was rejected, and the target's own distribution decides.
+    # Behind the end of a draft nothing was rejected: the target's own distribution decides.
     was_drafted = jnp.take_along_axis(
         jnp.concatenate([drafted, jnp.zeros_like(drafted[:, :1])], axis=1), count[:, None], axis=1
     )

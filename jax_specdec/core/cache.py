@@ -61,8 +61,8 @@ def init_cache(
     """An empty cache.
 
     Args:
-      slots: the capacity plus the widest draft, see `commit`. On accelerators they are filled up to whole
-        tiles: otherwise XLA keeps the cache between programs with the heads innermost, and every program
+      slots: the capacity plus the widest draft, see `commit`. On accelerators they are rounded up to whole
+        tiles: otherwise XLA keeps the cache with the heads innermost between programs, and every program
         begins and ends with copies of it.
     """
     if tuning.device().platform != "cpu":

@@ -27,11 +27,11 @@ def chain_fields(
     and the others follow by scores alone: which ones the residual prefers does not depend on the noise
     of the draw.
 
-    Probabilities are those of a softmax at temperature 1, of the logits + temperature * noise that the
-    ranking amounts to. At temperature 0 this is the max softmax that CaPE calls confidence
-    (arXiv 2402.02082, section 4.2); at any other it stays a measure of how far the token is ahead, in
-    the same units as the drafter's errors, which the token's probability under the law is not: there
-    an unlikely token that the noise made a clear winner will be the target's, too.
+    Probabilities are a softmax at temperature 1 of logits + temperature * noise, which ranks in the same
+    order. At temperature 0 this is the max softmax that CaPE calls confidence (arXiv 2402.02082, section
+    4.2). At other temperatures it still measures how far the token is ahead, in the units of the drafter's
+    errors. The token's probability under the law does not: an unlikely token that the noise made a clear
+    winner will be the target's too.
     """
     fields: dict[str, Array] = {}
     sampling = ctx.law.sampling
@@ -53,7 +53,8 @@ def best_children(
 ) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
     """`first`, then the next best of `scores`, with probabilities at temperature 1.
 
-    `scores` are divided by the row's temperature, or noise is added that should be; both are undone.
+    `scores` are logits / temperature, perhaps with noise added; the probabilities are those of
+    `scores` * temperature, and of `scores` at temperature 0.
     """
     chosen = jnp.take_along_axis(scores, first[..., None], axis=-1)
     line = lax.broadcasted_iota(jnp.int32, scores.shape, 2)

@@ -120,11 +120,11 @@ class Context(flax.struct.PyTreeNode):
         the scores of the token at position `text.length + d`. Zero in rows at temperature 0; None while
         text is only read.
       keys: `uint32[B, 2]`, key data of each row, for draws of a drafter's own.
-      active: `bool[B]`; a row that is not may hold anything.
+      active: `bool[B]`; rows that are not active may hold anything.
       budget: `int32[B]`, tokens that the row may still emit; drafting deeper is of no use.
       return_q: static; the draft must hand over the distribution it was drawn from (rejection rule).
       return_top: static; a drafter with a distribution must report its probability of every node and the
-        best children. They cost passes over the vocabulary, so only who reads them asks.
+        best children. They cost passes over the vocabulary, so only their readers ask for them.
     """
 
     text: Text
@@ -158,7 +158,7 @@ class Context(flax.struct.PyTreeNode):
         proposal: Proposal,
         depths: int = 1,
     ) -> Float[Array, "B T V"]:
-        """What tokens at `depth` are the argmax of: scores, with the noise unless greedy.
+        """Scores whose argmax is the token at `depth`: with the shared noise, unless the proposal is greedy.
 
         Under the rejection rule a token must be drawn from the distribution that is handed over, whatever
         the proposal.
@@ -182,7 +182,7 @@ def make_context(
     """A context outside of the loop: all rows active, nothing limits them, the whole text is prompt.
 
     Args:
-      fields: of `Context`, in place of these.
+      fields: of `Context`, in place of these defaults.
     """
     rows = text.length.shape
     usual: dict[str, Any] = {

@@ -44,10 +44,10 @@ class Draft(flax.struct.PyTreeNode):
         above it.
       top_ids, top_probs: `[B, T, TOP]`, the best children of each node by its drafter's distribution
         and their probabilities, or None where no drafter has one, `Context.return_top` was not set, or
-        the draft is an expansion, which has spent them.
+        the draft is an expansion, which has used them up.
         The chain's own token comes first, the others follow from the most to the least probable. A
-        node without a distribution, or whose children are not known, has a row of probability 0. What
-        is ranked, and what the probabilities are of: `confidence.chain_fields`.
+        node without a distribution, or whose children are not known, has a row of probability 0.
+        `confidence.chain_fields` says how they rank and which probabilities these are.
       q: `float32[B, P, V]`, the distribution that each chain token was drawn from, or None. Row d is that of node
         d + 1. Present under the rejection rule only.
       depth_limit: static, P.
@@ -82,7 +82,7 @@ class Draft(flax.struct.PyTreeNode):
         return jnp.maximum(jnp.arange(self.tokens.shape[1], dtype=jnp.int32) - 1, 0)[None]
 
     def on_path(self) -> Bool[Array, "#B T M"]:
-        """Which drafted nodes (the root left out) lead to each node or are it; see `Context.scores`."""
+        """Which drafted nodes (without the root) are each node or lead to it; see `Context.scores`."""
         nodes = self.tokens.shape[1]
         if self.ancestors is None:
             return on_chain(nodes)

@@ -23,7 +23,7 @@ class ModelUse:
 
     Attributes:
       name: of its parameters and state. identity: equal for two drafters that may share them.
-      deepest: how far behind the committed text the farthest token lies that it predicts.
+      deepest: how far behind the committed text it predicts at most.
       max_depth: how far it may predict, None for any.
       verifies: whether it verifies other drafters' tokens, rather than drafting its own.
     """
@@ -46,7 +46,7 @@ class Info:
       sources: names for `Draft.source`, which counts from 1.
       taps: hidden states of the target that are kept for it (see `Model`).
       distribution: whether a draft has `top_ids` when `Context.return_top` asks for them.
-      ends_early: whether a draft shorter than the longest says that going on would not pay.
+      ends_early: whether a draft shorter than the longest means that drafting further would not pay.
       ranked: whether a drafted token is the best of its node's `top_ids`. Lenience and a token drawn from q
         break that.
       models: the models inside, none for statistical drafters.
@@ -97,7 +97,7 @@ class Drafter(Protocol):
         ...
 
     def extend(self, params: Params, states: States, ctx: Context) -> States:
-        """Catches up with the committed text by any lag, in chunks; also reads the prompt.
+        """Reads what it has not read of the committed text, the prompt included, in chunks.
 
         Args:
           ctx: without noise.
@@ -109,7 +109,7 @@ class Drafter(Protocol):
         ...
 
     def commit(self, states: States, outcome: Outcome) -> States:
-        """Rolls back to what is still true: by default to min(own, matched)."""
+        """Rolls back to what still holds: by default to min(own, matched)."""
         ...
 
 

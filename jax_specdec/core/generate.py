@@ -32,7 +32,7 @@ def make_generate(
     Args:
       target: a `Model`, or anything with a `decoder` (a loaded target). drafter: a `Drafter`, or
         anything with a `drafter` (a loaded one); None decodes plainly.
-      max_new_tokens: static; a row emits as many at most, or fewer by its sampling's own limit.
+      max_new_tokens: static, the most tokens that a row emits; its sampling may set a lower limit.
       rule, processors, logprobs, margins: as in `DecodeLoop`.
 
     Returns:

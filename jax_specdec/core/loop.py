@@ -1,8 +1,8 @@
 """The compiled loop: draft, verify, commit, until rows have finished.
 
 `DecodeLoop` is static (a frozen dataclass); everything that holds arrays is in `LoopState`. There is no
-host synchronisation inside a round. Rows are slots: what becomes of one depends on no other, and `insert`
-puts a new request where an old one has finished.
+host synchronisation inside a round. Rows are slots: no row depends on another, and `insert` puts a new
+request where an old one has finished.
 """
 
 import dataclasses
@@ -161,14 +161,14 @@ class DecodeLoop:
     ) -> LoopState:
         """Puts a new request into a row of a running batch, whatever the row held. Donate `state`.
 
-        The text that comes out is the one of the request in any other row, batch, or at any other time.
+        The request's text does not depend on its row, its batch or the time.
 
         Args:
           row: may be traced. tokens, length, sampling, request_id: as in `start`, of one row. Its sampling must
             have the shapes of the batch's; stop strings are looked up in the batch's table.
         """
         capacity = state.text.tokens.shape[1] - self.window
-        # Structures that do not have the row as an axis are shared, and pass through whole.
+        # Arrays without a row axis are shared, and pass through whole.
         axes = self._row_axes(params, state, capacity)
         sampling = sampling.replace(stop_table=state.sampling.stop_table)
 

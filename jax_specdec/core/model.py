@@ -1,7 +1,7 @@
 """The model contract: any target, and the body of any drafter that is a model.
 
-A model is a frozen dataclass (static under jit) of pure functions. Its cache is an opaque pytree of which
-others know `length` alone, so that a target need not have keys and values.
+A model is a frozen dataclass (static under jit) of pure functions. Its cache is an opaque pytree: others
+read only its `length`, so a target need not have keys and values.
 """
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -88,8 +88,8 @@ class Model(Protocol):
     def rollback(self, cache: Any, length: Int[Array, " B"]) -> Any:
         """The cache as it was at `length[b] <= cache.length[b]`.
 
-        A drafter's is rolled back by what was rejected, a target's only at the end of a full text buffer
-        while a prompt is read, by less than a chunk.
+        A drafter's cache is rolled back by what was rejected. A target's is rolled back only while a prompt
+        is read, at the end of a full text buffer, by less than a chunk.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Reading text into a cache, in chunks of a fixed width and by any lag."""
+"""Reading text into a cache in chunks of a fixed width, however much of it is unread."""
 
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ def default_chunk() -> int:
 
 
 class Reader(Protocol):
-    """What of a `Model` is needed to read text."""
+    """The part of a `Model` that reading text needs."""
 
     def apply(
         self, params: Any, tokens: Any, positions: Any, cache: Any, *, logits: bool = True
@@ -73,8 +73,8 @@ def read_ending(
     Returns:
       The cache of the whole text, and the hidden state of the root.
     """
-    # A row that is shorter reads its root several times and keeps the first answer, which sees its own
-    # key and those before it alone.
+    # A shorter row reads its root several times and keeps the first result, which sees only its own key
+    # and those before it.
     start = jnp.maximum(text.length - width, 0)
     cache = reader.rollback(cache, start)
     position = start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]

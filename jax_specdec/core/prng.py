@@ -9,12 +9,12 @@ from jax import lax
 from jax_specdec._types import Array, Float, Int, UInt
 from jax_specdec.core.sampling import Sampling
 
-# Named everywhere: the default generator may be another one (rbg is usual on TPU), whose draws under vmap
-# depend on the batch, and texts would no longer be those of plain decoding.
+# Named everywhere: the default generator may be another one. With rbg, usual on TPU, draws under vmap
+# depend on the batch, and texts would differ from plain decoding's.
 IMPL = "threefry2x32"
 
-# Roles of random bits (rejection rule). Each draws from a key of its own: a uniform shared by drafting
-# and accepting is biased.
+# Roles of random bits (rejection rule). Each has a key of its own: one uniform for both drafting and
+# accepting would bias the output.
 ROLE_MATCH, ROLE_DRAFT, ROLE_ACCEPT, ROLE_RESIDUAL, ROLE_BONUS = range(5)
 
 

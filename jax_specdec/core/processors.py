@@ -105,7 +105,7 @@ class Processing(flax.struct.PyTreeNode):
       presence, frequency: `float32[B]`, taken off the logits of tokens in the output, once or as often as
         they occur there (as in OpenAI's API and vLLM); 0 is off.
       bad_words: `int32[B, W, n]`, token sequences that must not occur, right-aligned, -1 in front.
-      min_new_tokens: `int32[B]`, before which no stop token may come.
+      min_new_tokens: `int32[B]`, how many tokens must come before a stop token.
     """
 
     bias_ids: Int[Array, "B n"]

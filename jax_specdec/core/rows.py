@@ -21,8 +21,8 @@ def per_row(
       legal: what a value must satisfy. expected: the same in words, as in "at least 1".
 
     Raises:
-      UserError: no number, another count than `batch`, a fraction where a count is wanted, or a value that is
-        not legal, NaN included.
+      UserError: not a number, not `batch` values, a fraction where a count is wanted, or a value that is not
+        legal, NaN included.
     """
 
     def refuse(item: Any) -> UserError:

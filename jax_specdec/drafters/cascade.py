@@ -4,16 +4,16 @@ Cascade speculative drafting (Chen et al., arXiv 2312.11462, Algorithm 1), for a
 
 * `Horizontal(drafters, budgets)` lets the first drafter propose until its budget is spent, then the next:
   strong and slow ones where a token is likely to count, fast ones where it is not.
-* `Cascade(verifier, drafters, budgets)` has such a draft verified by another drafter, in one pass: what it
-  would have drafted itself is kept, and its own next token put behind it.
+* `Cascade(verifier, drafters, budgets)` lets another drafter verify such a draft in one pass: it keeps what
+  it would have drafted itself and adds its own next token.
 
 Both are drafters, so they nest: the paper's K matrix is a `Horizontal` of cascades. The recursion is
-unrolled when the program is traced, every drafter is called in a `lax.while_loop` until no row of the
-batch lacks tokens, and rows differ in all they do.
+unrolled when the program is traced. Every drafter is called in a `lax.while_loop` until no row of the
+batch lacks tokens; each row has its own counts.
 
-Inside, a drafter is handed the committed text with all that was drafted so far behind it, and `commit`
-tells it what became of its draft. It must not do more then than roll back to `Outcome.matched`, since later
-it hears of drafts that are not its own.
+Inside, a drafter gets the committed text with everything drafted so far behind it, and `commit` tells it
+what became of its draft. `commit` may only roll back to `Outcome.matched`, because the last call of a round
+reports a draft that is not the drafter's own.
 """
 
 import dataclasses
@@ -47,8 +47,8 @@ class Horizontal(Composed):
     Attributes:
       budgets: tokens that each drafter adds to what is wanted. Turn c ends for a row when its draft has
         `budgets[0] + ... + budgets[c]` tokens, whoever proposed them, or when the drafter finds none or
-        ends a draft early, being unsure.
-      cut: whether what exceeds the budget so far is dropped. As published it is kept.
+        ends a draft early because it is unsure.
+      cut: whether tokens beyond the budget so far are dropped. As published they are kept.
 
     Raises:
       UserError: no drafters, a budget below 1, a draft that may exceed the node limit, a drafter of trees,
@@ -199,19 +199,19 @@ class Cascade(Composed):
     Without lenience it drafts what the verifier alone would: its own tokens under the shared noise decide.
     Tokens that the target verifies are exact whatever the lenience, see `acceptance`.
 
-    The first of the sources is the verifier, for its own tokens; the others are who proposed what it
-    accepted, `lm[max-gram]` for instance.
+    The first source is the verifier, for its own tokens; the others say who proposed a token that it
+    accepted, as in `lm[max-gram]`.
 
     Attributes:
       verifier: its own draft length plays no part.
       drafters, budgets, cut: the `Horizontal` draft that it verifies.
-      lenience: l >= 1. A token that is not the verifier's own is accepted all the same if the verifier's
+      lenience: l >= 1. A token that is not the verifier's own is still accepted if the verifier's
         probability of it is above the proposing drafter's divided by l. Probabilities are those of
         `confidence.chain_fields`, at temperature 1 and under the noise, so that lenience means the same at
         every temperature.
-      copies: whether lenience holds for tokens that no distribution is behind, too, whose drafter
-        counts as certain. None: only if no drafter has one, so that nothing else can be meant. The paper
-        says no (appendix B), its code does.
+      copies: whether lenience also holds for tokens without a distribution, whose drafter counts as
+        certain. None: only if no drafter has a distribution, when lenience could mean nothing else. The
+        paper says no (appendix B), its code does it.
 
     Raises:
       UserError: as `Horizontal`, a lenience below 1, or a verifier that cannot verify.
@@ -300,7 +300,7 @@ class Cascade(Composed):
         fields: dict[str, Array] = {}
         if ctx.return_top:
             fields = chain_fields(raw, tokens, own_ctx, proposal)
-            # Behind its own token the verifier has read another one.
+            # Behind its own token the verifier has read tokens that it rejected.
             rows = jnp.pad(real, end)[..., None]
             fields["top_probs"] = jnp.where(rows, fields["top_probs"], 0)
         draft = chain(text, tokens, valid=real, **fields)
@@ -338,7 +338,7 @@ def _check(info: Info) -> None:
 
 
 def _has_distribution(top_probs: Array | None, valid: Bool[Array, "B M"]) -> Bool[Array, "B M"]:
-    """Which tokens a distribution is behind."""
+    """Which tokens have a distribution behind them."""
     if top_probs is None:
         return jnp.zeros_like(valid)
     return jnp.max(top_probs[:, :-1], axis=-1) > 0

@@ -16,7 +16,7 @@ from jax_specdec.errors import UserError
 class Stop:
     """Ends a draft behind a token that the drafter is unsure of: drafting further would hardly pay.
 
-    Which tokens follow is no matter of exactness: a token stays in the draft once it was drawn.
+    This does not affect exactness: a token that was drawn stays in the draft.
 
     Attributes:
       rule: `confidence`, the probability of the drafted token (arXiv 2211.17192 drafts on regardless;

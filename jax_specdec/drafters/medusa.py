@@ -1,8 +1,8 @@
 """`medusa`: heads on the target's last hidden state draft a chain at once, each its own token.
 
 Cai et al., arXiv 2401.10774, section 2.1.1. The hidden state that predicted the root is the last that the
-target's cache holds, and head k says what comes k places behind the root. There is no state of its own and
-nothing to read: a draft is a function of that hidden state and the noise.
+target's cache holds, and head k says what comes k places behind the root. The drafter has no state and reads
+no text: a draft is a function of that hidden state and the noise.
 
 What a head says does not depend on the tokens before it, so the candidates of a depth are the same below
 every node, and a tree of them (`expansions.static_tree`) costs no more than a chain.
@@ -72,7 +72,7 @@ class MedusaDrafter(StatelessDrafter):
         """What the heads say of the next `length` tokens of a text."""
         known = view.length[:, None]
         hidden = view.tap(self._tap, known)  # 0 where the root is the first token
-        # In a cascade others have drafted behind the committed text; those places' heads are passed over.
+        # In a cascade others may have drafted behind the committed text: their places' heads are skipped.
         ahead = text.length[:, None] - 1 - known
 
         def further() -> Array:

@@ -21,12 +21,12 @@ from jax_specdec.drafters.early_exit import Stop
 
 # A drafter lags by one or two tokens after a normal round; the first step of a draft reads that many.
 PENDING = 2
-# What a verifier lags behind by inside a round is read this many tokens at a time.
+# Inside a round a verifier reads what it missed this many tokens at a time.
 VERIFY_CHUNK = 16
 
 
 class _Step(NamedTuple):
-    """A draft under way: `depth` tokens are in `tokens [length, B]`, and of each what is kept of it."""
+    """A draft under way: `items` are `[length, B, ...]` by field, of which the first `depth` are set."""
 
     depth: Int[Array, ""]
     going: Bool[Array, " B"]
@@ -52,7 +52,7 @@ class NeuralDrafter:
 
     @property
     def body(self) -> Model:
-        """The model whose cache it is, and whose equality tells drafters of one name apart."""
+        """The model that the cache belongs to; drafters of one name must have equal ones."""
         raise NotImplementedError
 
     @property
@@ -110,7 +110,7 @@ class NeuralDrafter:
         return {**states, self.name: cache}
 
     def settle(self, cache: Any, ctx: Context) -> Any:
-        """What of the cache is still true once drafted tokens in it are committed."""
+        """The part of the cache that still holds once drafted tokens in it are committed."""
         del ctx
         return cache
 
@@ -163,7 +163,7 @@ class NeuralDrafter:
         line = jnp.arange(self.length, dtype=jnp.int32)
 
         def propose(logits, depth, going, tokens):
-            """The next token of rows that go on, what is kept of it, and which rows go on behind it."""
+            """The next token of each row, what is kept of it, and which rows draft further."""
             if ctx.law.has_history and tokens is not None:
                 on_path = jnp.broadcast_to(line < depth, (1, 1, self.length))
                 scores = ctx.scores(logits, jnp.swapaxes(tokens, 0, 1), on_path)

@@ -14,7 +14,7 @@ Ties = Literal["earliest", "latest"]
 def longest_suffix_match(
     text: Text, *, min_match: int, max_match: int | None, ties: Ties
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
-    """Finds the earlier place whose preceding tokens agree with the end of the text the longest.
+    """Finds the earlier place where the longest match with the end of the text ends.
 
     Place j of `0 .. length - 2` matches m tokens when `tokens[j-m+1 .. j]` are the last m tokens.
 

@@ -15,8 +15,8 @@ class Rule:
     """How a draft is widened.
 
     Attributes:
-      nodes: the budget of every verification, the root included. Shapes are static: it is spent,
-        on invalid nodes where a rule finds too few.
+      nodes: the budget of every verification, the root included. Shapes are static: all of it is spent,
+        on invalid nodes if a rule finds too few.
     """
 
     nodes: int

@@ -7,7 +7,7 @@ the next round begins as after a chain.
 
 * `DynamicTree`: of all candidates the most probable are verified (EAGLE-2, arXiv 2406.16858, section 4).
 * `BeamSearch`: what was read is verified (the comparison of arXiv 2402.02082, section 5.4). Beams that
-  fall behind stay in the tree and are only not extended, so that no cache is reordered
+  fall behind stay in the tree but are not extended, so that no cache is reordered
   (arXiv 2502.17421, section 3.3).
 
 In both the drafter's main chain is kept whatever its probability, so that node d is chain node d and an
@@ -83,8 +83,8 @@ class Grown(NamedTuple):
 class GrownTree(Rule):
     """A rule that grows a tree over a neural drafter.
 
-    For the match rule. Under the rejection rule it is exact, too, its tokens being certain, but there
-    only the chain and its siblings can be accepted.
+    Made for the match rule. It is exact under the rejection rule too, where its tokens count as certain,
+    but there only the chain and its siblings can be accepted.
     """
 
     def shape(self, depth: int) -> tuple[int, int]:
@@ -94,8 +94,8 @@ class GrownTree(Rule):
     def chosen(self, grown: Grown) -> tuple[Array, Array]:
         """The nodes off the main chain: candidates `int32[B, S]`, counted over all depths, and valid.
 
-        The valid ones must be in rising order, no two the same and none of the chain, and the parent of
-        each is among them or in the chain. The others may be anything.
+        Valid ones must be in rising order, distinct and not in the chain; the parent of each must be among
+        them or in the chain. Invalid ones may be anything.
         """
         raise NotImplementedError
 
@@ -158,7 +158,7 @@ class GrownTree(Rule):
             tokens, value, seen, drafted, new_kv = carry
             read = widest(value, width)
             parent = read // children
-            # Whom a node sees: whom its parent saw, and the parent. Those of depth 1 see none.
+            # A node sees its parent and what the parent saw. Nodes of depth 1 see none.
             before = jnp.take_along_axis(seen, parent[..., None], axis=1)
             slot = (depth - 2) * width + parent
             line = jnp.arange(slots, dtype=jnp.int32)[None, None]
@@ -218,12 +218,12 @@ class GrownTree(Rule):
         def of(per_candidate: Array) -> Array:
             return jnp.take_along_axis(per_candidate.reshape(batch, -1), node, axis=1)
 
-        # The candidate above each node; that of depth 1 is the root, which none is: -1.
+        # The candidate above each node; -1 at depth 1, where it is the root, which is no candidate.
         above = jnp.maximum(level - 1, 0) * width + place // children
         above = jnp.take_along_axis(grown.read.reshape(batch, -1), above, axis=1)
         above = jnp.where(level > 0, (level - 1) * candidates + above, -1)
-        # The first that is the candidate above: a rule that finds too few may name the chain again. An
-        # invalid node hangs from the root, so that nothing is below it.
+        # The parent is the first node that is this candidate: a rule that finds too few may name the chain
+        # again. Invalid nodes get the root as their parent.
         hit = above[:, :, None] == node[:, None]
         below = valid & jnp.any(hit, axis=2)
         parent = jnp.where(below, jnp.argmax(hit, axis=2).astype(jnp.int32) + 1, 0)
@@ -253,7 +253,7 @@ class GrownTree(Rule):
         cache, (new_kv, slot) = states[name], states[_key(drafter)]
         slot = jnp.take_along_axis(slot, outcome.path[:, 1:], axis=1)  # [B, P]
         level = jnp.arange(1, drafter.info.depth + 1, dtype=jnp.int32)[None]
-        # Only the last accepted node may not have been read; it is caught up with, as a chain's is.
+        # Only the last accepted node may not have been read; the next round reads it, as after a chain.
         held = (slot >= 0) & (level <= outcome.accepted[:, None])
         count = jnp.sum(jnp.cumprod(held.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
         read = Output(None, cast(Any, None), new_kv, {})

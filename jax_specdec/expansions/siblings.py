@@ -2,8 +2,8 @@
 
 `Expand(drafter, rule)` verifies more than the drafter's chain. The rules of this file add leaf siblings: to
 each chain token alternatives with nothing below them. They are CaPE's confidence bins (`expansions.cape`), a
-fixed number at each position, and path probability, and cost the drafter nothing but the choice. Rules that
-grow whole trees are in `expansions.grown`.
+fixed number at each position, and path probability. They cost the drafter only the choice. Rules that grow
+whole trees are in `expansions.grown`.
 """
 
 import dataclasses
@@ -102,9 +102,9 @@ class Fixed(LeafSiblings):
 class PathProbability(LeafSiblings):
     """The siblings with the largest probability of being reached and right.
 
-    A sibling counts only if every chain token above it is accepted, so that its probability is
-    multiplied by theirs: the rerank of EAGLE-2 (arXiv 2406.16858, section 4.2) on a comb. CaPE's bins
-    spend as much on the last position as on the first.
+    A sibling counts only if every chain token above it is accepted, so its probability is multiplied by
+    theirs: the rerank of EAGLE-2 (arXiv 2406.16858, section 4.2), applied to leaf siblings. CaPE's bins,
+    in contrast, spend as much on the last position as on the first.
     """
 
     def priority(self, probs, confidence):

@@ -41,8 +41,8 @@ def choose_tree(accuracies: tuple[tuple[float, ...], ...], count: int) -> tuple[
 
     Each step adds the node with the largest product of accuracies among the children of what is there. No
     child has a larger product than its parent, so this is the best tree of that size that holds the chain;
-    of equal nodes the shallower wins, then the one of better ranks. The paper's has no chain that it must
-    hold; here node d is chain node d, and a tree never accepts less than its chain.
+    of equal nodes the shallower wins, then the one of better ranks. The paper's tree need not hold the
+    chain; here node d is chain node d, and a tree never accepts less than its chain.
 
     Args:
       accuracies: in [0, 1], per depth and rank. count: at most as many nodes as there are.

@@ -18,7 +18,7 @@ from jax_specdec.text.token_bytes import id_bound
 
 @dataclasses.dataclass(frozen=True)
 class Mixed:
-    """Documents of several sources, of which each gets its share of the windows, whatever its size.
+    """Documents of several sources; each gets its share of the windows, whatever its size.
 
     Attributes:
       sources: documents of each. weights: above 0; shares are proportional to them.

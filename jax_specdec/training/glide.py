@@ -59,9 +59,9 @@ class Pair:
     ) -> dict[str, Array]:
         """Every block is a draft: one pass measures all delays, each on its share of positions.
 
-        What is measured is decoding's law for one layer without the target's hidden state, whose own keys
-        depend on the text alone. Otherwise decoding reads committed tokens again at delay 1, and here
-        the keys of a block carry the delays of their own places.
+        For one layer without the target's hidden state this is decoding's acceptance, since the drafter's
+        own keys depend on the text alone. For other forms it is an estimate: decoding reads committed tokens
+        again at delay 1, while here the keys of a block carry the delays of their own places.
         """
         length = tokens.shape[1] - 1
         delays = max(1, min(MEASURED_DELAYS, length // 2))

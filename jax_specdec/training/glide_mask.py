@@ -1,8 +1,8 @@
 """Which keys of the target a drafter sees in training.
 
-In decoding the i-th token of a draft is predicted from position p with the target's keys before the root
-known, p - i + 1 of them: the delay of the query, its distance to the last key that it sees, is i. Training
-reads whole texts, whose keys are all known, and hides the newest from each query.
+In decoding, the i-th token of a draft is predicted from position p and sees the target's keys before the
+root, p - i + 1 of them. The delay of a query is its distance to the last key that it sees, here i. Training
+reads whole texts, whose keys are all known, and hides the newest keys from each query.
 """
 
 from typing import Literal

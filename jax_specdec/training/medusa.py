@@ -80,8 +80,8 @@ class Heads:
     def laws(
         self, params: Params, target_params: Params, reading: Reading, index: int
     ) -> tuple[Array, Array]:
-        """Log-probabilities `float32[B, T - k, V]`, k = index + 1: the target's, once it has read the tokens
-        between, and the head's, which has not."""
+        """Log-probabilities `float32[B, T - k, V]`, k = index + 1: the target's, which has read the k tokens
+        between, and the head's, without them."""
         joined = self.model.join(params, target_params)
         hidden = reading.hidden[:, : -index - 1]
         log_q = jax.nn.log_softmax(self.model.head(joined, hidden, index), axis=-1)

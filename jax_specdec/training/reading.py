@@ -1,4 +1,4 @@
-"""The frozen target's side of training a drafter: one reading of each batch, for as many as learn from it."""
+"""The frozen target's side of training a drafter: it reads each batch once, for all that learn from it."""
 
 from typing import Any, NamedTuple
 

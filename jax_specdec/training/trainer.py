@@ -2,7 +2,7 @@
 
 What is trained is an `Objective`. Parameters and optimiser state are float32; `dtype="bfloat16"` computes
 in bfloat16. The state is saved by orbax, every batch and random draw is a function of (seed, step), and the
-metrics file is cut back to the restored step, so a run that is killed and resumed logs the losses of one
+metrics file is cut back to the restored step, so a run that is killed and resumed logs the same losses as one
 that was not.
 """
 
@@ -46,7 +46,7 @@ LossFn = Callable[[Params, Any, jax.Array, jax.Array], jax.Array]
 # `(params, frozen, tokens) -> {name: float32[] or float32[n]}`, means over the batch.
 MeasureFn = Callable[[Params, Any, jax.Array], dict[str, jax.Array]]
 
-# Where in a tree of parameters the matrices are that Muon is for; not embeddings and output matrices.
+# The parts of a parameter tree whose matrices Muon trains; not embeddings and output matrices.
 INNER = ("layers", "heads")
 
 
@@ -169,8 +169,8 @@ def train(
       resume: go on from the newest state in `workdir` that can be read; a damaged newer one is deleted,
         with a warning. Without it a used workdir is refused.
       stop_after: return after this step, as a killed run would.
-      on_save: called with the parameters whenever the state is saved, and where a resumed run has no
-        step left: the run before it may have been killed in between.
+      on_save: called with the parameters whenever the state is saved, and if a resumed run has no step
+        left, since the run before it may have been killed between saving and the call.
 
     Raises:
       UserError: a used workdir without `resume`, other settings or data than the saved run's, or a
