@@ -4,8 +4,11 @@ import os
 import shutil
 from pathlib import Path
 
+import checked
 import jax
 import pytest
+
+checked.install()
 
 # What one test has compiled, no other test, worker, command or run compiles again. JAX's key holds its
 # version, the compiler's flags and the program.

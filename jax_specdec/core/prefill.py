@@ -1,6 +1,6 @@
 """Reading text into a cache, in chunks of a fixed width and by any lag."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import lax
@@ -17,6 +17,7 @@ def default_chunk() -> int:
     return 64 if tuning.device().platform == "cpu" else 256
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Anything that reads tokens as `models.Decoder` does."""
 

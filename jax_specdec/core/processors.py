@@ -1,7 +1,7 @@
 """Logits processors with a history of their own at every node of the tree."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import flax.struct
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ class History(flax.struct.PyTreeNode):
     on_path: Bool[Array, "B T T"]
 
 
+@runtime_checkable
 class Processor(Protocol):
     """A logits processor with a history of its own at every node of the tree.
 

@@ -4,7 +4,7 @@ A subclass says what runs a forward pass over its own cache; reading text, draft
 back, and whatever grows a tree over it (`drafters.growth`) follow from that.
 """
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import lax
@@ -26,6 +26,7 @@ CATCH_UP = 2
 REVIEW_CHUNK = 16
 
 
+@runtime_checkable
 class Model(Protocol):
     """A forward pass and a head, as `models.Decoder` has them."""
 
