@@ -27,7 +27,7 @@ LOG2_E = float(np.log2(np.e))
 
 
 def reason_against(
-    q: Array, ancestors: Array | None, *, new_tokens: bool, anywhere: bool = False
+    q: _rows.Shaped, ancestors: Array | None, *, new_tokens: bool, anywhere: bool = False
 ) -> str | None:
     """Why this back-end cannot serve a call here (or `anywhere`), or None if it can."""
     here = tuning.device()

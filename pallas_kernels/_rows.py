@@ -16,10 +16,10 @@ from jax import lax
 from pallas_kernels import masks
 
 Array = jax.Array
+Shaped = Array | jax.ShapeDtypeStruct  # nothing but its shape and dtype is read
 
 # Below every score, and finite, so that a row that has seen nothing yet rescales by exp(0).
 LOWEST = -0.7 * float(np.finfo(np.float32).max)
-
 
 # Limits of the Pallas back-ends: a tree's bits are compared with every row, and the new keys are held
 # at once.
@@ -29,7 +29,7 @@ MAX_HEAD_DIM = 256
 
 
 def reason_against(
-    q: Array, ancestors: Array | None, dtypes: tuple[str, ...], *, new_tokens: bool
+    q: Shaped, ancestors: Array | None, dtypes: tuple[str, ...], *, new_tokens: bool
 ) -> str | None:
     """Why a Pallas back-end for `dtypes` cannot serve a call, or None if it can."""
     t, d = q.shape[1], q.shape[3]

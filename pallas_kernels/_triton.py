@@ -27,7 +27,7 @@ TOGETHER = 32
 
 
 def reason_against(
-    q: Array, ancestors: Array | None, *, new_tokens: bool, anywhere: bool = False
+    q: _rows.Shaped, ancestors: Array | None, *, new_tokens: bool, anywhere: bool = False
 ) -> str | None:
     """Why this back-end cannot serve a call here (or `anywhere`), or None if it can."""
     if not anywhere:

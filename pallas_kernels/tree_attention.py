@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from pallas_kernels import _mosaic_tpu, _reference, _triton, _xla, masks, tuning
 logger = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Backend(Protocol):
     """What a back-end implements: `tree_attention` after validation, every default filled in."""
 

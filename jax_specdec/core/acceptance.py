@@ -14,7 +14,7 @@ enumerated exactly, and an `Acceptance` object that the loop calls:
 
 import dataclasses
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ class Verification(NamedTuple):
     tokens: Int[Array, "B Q"]
 
 
+@runtime_checkable
 class Acceptance(Protocol):
     """A rule of acceptance: a frozen dataclass (static under jit).
 

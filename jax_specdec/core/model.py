@@ -27,6 +27,7 @@ class Output(NamedTuple):
     taps: dict[int, Float[Array, "B T E"]]
 
 
+@runtime_checkable
 class Cache(Protocol):
     """What a model remembers of the committed tokens."""
 

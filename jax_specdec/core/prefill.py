@@ -1,6 +1,6 @@
 """Reading text into a cache in chunks of a fixed width, however much of it is unread."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import lax
@@ -16,6 +16,7 @@ def default_chunk() -> int:
     return 64 if tuning.device().platform == "cpu" else 256
 
 
+@runtime_checkable
 class Reader(Protocol):
     """The part of a `Model` that reading text needs."""
 

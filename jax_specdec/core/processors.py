@@ -6,7 +6,7 @@ logits, before temperature and filters, at target and drafters alike (`core.law`
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -59,6 +59,7 @@ class History(flax.struct.PyTreeNode):
         return jnp.where(back < depth, new, old)
 
 
+@runtime_checkable
 class Processor(Protocol):
     """A logits processor; a frozen dataclass (static under jit)."""
 
