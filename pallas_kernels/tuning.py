@@ -156,7 +156,7 @@ def multiprocessors() -> int:
 def has_tensor_cores(gpu: Device) -> bool:
     """Whether a GPU has the compute capability that Triton's products need, 8.0."""
     first = default_device()
-    if first.device_kind != gpu.kind:  # described only; who compiles for it knows
+    if first.device_kind != gpu.kind:  # only described: whoever compiles for it knows
         return True
     major = str(getattr(first, "compute_capability", "")).partition(".")[0]
     return major.isdigit() and int(major) >= 8

@@ -6,7 +6,7 @@ from jax_specdec.core.drafter import Drafter, States
 
 
 class Composed:
-    """What drafters that are made of drafters share: they hold no state that is not their parts'."""
+    """The base of drafters that are made of drafters: all state belongs to the parts."""
 
     @property
     def parts(self) -> tuple[Drafter, ...]:
@@ -40,7 +40,7 @@ class Composed:
 
 
 def larger(states: States, more: States) -> States:
-    """Both, of a name that is in both the larger state: a cascade asks for slots of its own."""
+    """Both; of two states of one name the larger, since a cascade asks for more slots."""
 
     def size(state) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(state))

@@ -66,7 +66,7 @@ def _restore(
     manager: ocp.CheckpointManager, step: int, like: Any, settings: dict[str, Any], workdir: Path
 ) -> Any:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    # The settings first: of another model not even the shapes of the state would fit.
+    # The settings first: with another model not even the shapes of the state would fit.
     meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     meta = {"data": settings["data"], **meta}  # runs of earlier versions do not say
     changed = "data" if {**meta, "data": settings["data"]} == settings else "settings"
@@ -79,7 +79,7 @@ def _restore(
 
 
 def read_metrics(path: Path, up_to_step: int) -> list[dict]:
-    """The rows up to a step; a line that is none, such as the half of a killed run, is left out."""
+    """The rows up to a step; a damaged line, as a killed run may leave it, is left out with a warning."""
     if not path.is_file():
         return []
     rows: list[dict] = []
@@ -96,7 +96,7 @@ def read_metrics(path: Path, up_to_step: int) -> list[dict]:
 
 
 def plot_metrics(rows: Sequence[dict], path: Path) -> None:
-    """Training and held-out loss over tokens, and where it is measured acceptance by delay, as a PNG."""
+    """A PNG of training and held-out loss over tokens and, where measured, acceptance by delay."""
     import matplotlib
 
     matplotlib.use("Agg")
