@@ -98,7 +98,7 @@ def check_stats(result, loop):
 def plain():
     """Plain decoding of the ragged mixed batch."""
     return h.decode(
-        h.plain_loop(),
+        h.plain_loop(logprobs=True),
         h.all_params(),
         h.prompts_of(RAGGED),
         h.sampling_of(4, **MIXED),
@@ -174,7 +174,7 @@ HOW = ("any", "all", "tree")
 def oracle_run(plain, sampling, how="any", capacity=48):
     drafter = h.Oracle(TREE) if how == "tree" else h.chain_oracle(4)
     params = h.all_params(**h.Oracle.params(plain.text, certain=how == "all"))
-    loop = DecodeLoop(h.TARGET, drafter)
+    loop = DecodeLoop(h.TARGET, drafter, logprobs=True, margins=True)
     return h.decode(loop, params, h.prompts_of(RAGGED), sampling, capacity=capacity)
 
 

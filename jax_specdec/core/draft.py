@@ -72,13 +72,13 @@ class Draft(flax.struct.PyTreeNode):
     def depths(self) -> Int[Array, "#B T"]:
         """Depth of each node, root 0."""
         if self.depth is not None:
-            return self.depth
+            return jnp.asarray(self.depth)
         return jnp.arange(self.tokens.shape[1], dtype=jnp.int32)[None]
 
     def parents(self) -> Int[Array, "#B T"]:
         """Parent of each node, the root's being the root."""
         if self.parent is not None:
-            return self.parent
+            return jnp.asarray(self.parent)
         return jnp.maximum(jnp.arange(self.tokens.shape[1], dtype=jnp.int32) - 1, 0)[None]
 
     def on_path(self) -> Bool[Array, "#B T M"]:

@@ -196,8 +196,8 @@ def make_processing(
     if any(len(word) == 0 or min(word) < 0 for row in words for word in row):
         raise UserError("A bad word must be one token or more.")
 
-    def finite(value: float) -> bool:
-        return -np.inf < value < np.inf
+    def finite(value: Any) -> bool:
+        return bool(-np.inf < value < np.inf)
 
     made = Processing(
         bias_ids=_table([list(bias) for bias in biases], np.int32, -1),
