@@ -13,7 +13,6 @@ The switch also keeps XLA from moving the read of a cache behind the commit's wr
 need a copy of the whole cache.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -23,11 +22,9 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import masks
-from pallas_kernels._rows import exact
+from pallas_kernels._read import Read, buckets, dequantised, read_slots
+from pallas_kernels._softmax import Partial, Spec, each_row, merge, nothing, softmax
 
-# Prefix sizes that are compiled: powers of two from here up to the cache's own size. Each costs
-# about 30 ms of compilation a layer on CPU.
-SMALLEST_BUCKET = 128
 # Above this many bytes of scores the keys are taken block by block.
 MAX_SCORE_BYTES = 64 << 20
 SMALLEST_BLOCK = 64
@@ -38,37 +35,6 @@ LARGE_ROW = 1 << 20
 # In smaller caches on CPU, a loop over batch rows beats one batched product from this many queries of a
 # KV head (T * G) on.
 MIN_QUERIES_BY_ROW = 16
-
-# Keys and values [rows, K, size, D] of batch rows from `row` and slots from `start`, by
-# (row, rows, start, size).
-Read = Callable[[int | jax.Array, int, int | jax.Array, int], tuple[jax.Array, jax.Array]]
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["out", "top", "total"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class Partial:
-    """A softmax over some of the keys: sums of exp(score - top), float32.
-
-    Attributes:
-        out: [B, K, T, G, D], the sum of the values so weighted.
-        top: [B, K, T, G, 1], the largest score, and finite where no key is seen.
-        total: [B, K, T, G, 1], the sum of the weights; 0 where no key is seen.
-    """
-
-    out: jax.Array
-    top: jax.Array
-    total: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class _Spec:
-    """The static part of the call: how scores are made from products."""
-
-    scale: float
-    soft_cap: float | None
-    window: int | None
 
 
 def attend(
@@ -92,7 +58,7 @@ def attend(
     """See `pallas_kernels.tree_attention`; returns the output and the log-sum-exp."""
     b, t, n, d = q.shape
     k = k_cache.shape[-3]
-    spec = _Spec(scale, soft_cap, window)
+    spec = Spec(scale, soft_cap, window)
     slots = k_cache.shape[-2]
     q_bktgd = q.reshape(b, t, k, n // k, d).transpose(0, 2, 1, 3, 4)
 
@@ -106,15 +72,15 @@ def attend(
         depth = _depth(ancestors, t)
         low = length[:, None] + depth - (window - 1)
 
-    read = functools.partial(_read, k_cache, v_cache, layer)
+    read = functools.partial(read_slots, k_cache, v_cache, layer)
     if k_scale is not None and v_scale is not None:
-        read = functools.partial(_dequantised, read, k_scale, v_scale, q.dtype)
+        read = functools.partial(dequantised, read, k_scale, v_scale, q.dtype)
 
     def apart(q):
         part = _prefix(spec, q, read, slots, length, low, high)
         if k_new is not None:
             assert v_new is not None
-            part = _merge(part, _new_tokens(spec, q, k_new, v_new, ancestors))
+            part = merge(part, _new_tokens(spec, q, k_new, v_new, ancestors))
         return part
 
     def joined(q):
@@ -135,78 +101,6 @@ def attend(
         return out, None
     lse = (part.top + jnp.log(part.total)).astype(jnp.float32)
     return out, lse.transpose(0, 2, 1, 3, 4).reshape(b, t, n)
-
-
-def buckets(slots: int) -> tuple[int, ...]:
-    """Static prefix sizes for a cache of `slots` slots, smallest first; the last is `slots`."""
-    sizes = []
-    size = SMALLEST_BUCKET
-    while size < slots:
-        sizes.append(size)
-        size *= 2
-    return (*sizes, slots)
-
-
-# --- The softmax over one set of keys -----------------------------------------------------------
-
-
-def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Products of [B, K, ., .] arrays, summed in at least float32."""
-    wide = np.promote_types(x.dtype, np.float32)
-    dims = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
-    return lax.dot_general(x, y, dims, precision=exact(x.dtype), preferred_element_type=wide)
-
-
-def _softmax(
-    spec: _Spec,
-    q: jax.Array,  # [B, K, T, G, D]
-    keys: jax.Array,  # [B, K, P, D]
-    values: jax.Array,  # [B, K, P, D]
-    mask: jax.Array,  # bool[B or 1, 1, T or 1, 1, P]
-) -> Partial:
-    b, k, t, g, d = q.shape
-    size = keys.shape[2]
-    scores = _dot(q.reshape(b, k, t * g, d), keys, (3, 3)) * spec.scale
-    if spec.soft_cap is not None:
-        scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
-    scores = jnp.where(mask, scores.reshape(b, k, t, g, size), -jnp.inf)
-    # A finite floor under the maximum keeps a query that sees nothing at exp(-inf) = 0.
-    top = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(scores.dtype).min)
-    weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = _dot(weights.astype(values.dtype).reshape(b, k, t * g, size), values, (3, 2))
-    return Partial(out.reshape(b, k, t, g, d), top, total)
-
-
-def _merge(x: Partial, y: Partial) -> Partial:
-    top = jnp.maximum(x.top, y.top)
-    x_scale, y_scale = jnp.exp(x.top - top), jnp.exp(y.top - top)
-    return Partial(x.out * x_scale + y.out * y_scale, top, x.total * x_scale + y.total * y_scale)
-
-
-def _nothing(q: jax.Array) -> Partial:
-    wide = np.promote_types(q.dtype, np.float32)
-    one = (*q.shape[:-1], 1)
-    floor = jnp.full(one, jnp.finfo(wide).min, wide)
-    return Partial(jnp.zeros(q.shape, wide), floor, jnp.zeros(one, wide))
-
-
-def _each_row(of: Callable[..., Partial], q: jax.Array, *rest: jax.Array | None) -> Partial:
-    """`of(row, q, *rest)` for one batch row after the other, of arrays that keep a batch axis of 1."""
-    b = q.shape[0]
-    if b == 1:
-        return of(0, q, *rest)
-
-    def body(row, part):
-        def take(x):
-            return lax.dynamic_slice_in_dim(x, row, 1)
-
-        def put(x, y):
-            return lax.dynamic_update_slice_in_dim(x, y, row, 0)
-
-        return jax.tree.map(put, part, of(row, *jax.tree.map(take, (q, *rest))))
-
-    return lax.fori_loop(0, b, body, _nothing(q))
 
 
 def _large(q: jax.Array, slots: int) -> bool:
@@ -241,7 +135,7 @@ def _depth(ancestors: jax.Array | None, t: int) -> jax.Array:
     return masks.popcount(ancestors) - 1
 
 
-def _seen_new(spec: _Spec, ancestors: jax.Array | None, t: int) -> jax.Array:
+def _seen_new(spec: Spec, ancestors: jax.Array | None, t: int) -> jax.Array:
     """bool[B or 1, T, T]: which new tokens each new token sees."""
     bits = masks.chain(t)[None] if ancestors is None else ancestors
     seen = masks.unpack(bits, t)
@@ -252,7 +146,7 @@ def _seen_new(spec: _Spec, ancestors: jax.Array | None, t: int) -> jax.Array:
 
 
 def _new_tokens(
-    spec: _Spec,
+    spec: Spec,
     q: jax.Array,  # [B, K, T, G, D]
     k_new: jax.Array,  # [B, T, K, D]
     v_new: jax.Array,
@@ -266,8 +160,8 @@ def _new_tokens(
     for start in range(0, t, size):
         block = slice(start, min(start + size, t))
         mask = seen[:, None, :, None, block]
-        here = _softmax(spec, q, keys[:, :, block], values[:, :, block], mask)
-        part = here if part is None else _merge(part, here)
+        here = softmax(spec, q, keys[:, :, block], values[:, :, block], mask)
+        part = here if part is None else merge(part, here)
     assert part is not None
     return part
 
@@ -276,7 +170,7 @@ def _new_tokens(
 
 
 def _joined(
-    spec: _Spec,
+    spec: Spec,
     q: jax.Array,  # [B, K, T, G, D]
     k_new: jax.Array,  # [B, T, K, D]
     v_new: jax.Array,
@@ -305,12 +199,12 @@ def _joined(
             parts = (keys, k_row), (values, v_row), (mask, seen)
             if size == slots:  # read where it lies: a copy of a whole layer costs more than a merge
                 old, new = (
-                    _softmax(spec, q, k, v, m[:, None, :, None])
+                    softmax(spec, q, k, v, m[:, None, :, None])
                     for k, v, m in zip(*parts, strict=True)
                 )
-                return _merge(old, new)
+                return merge(old, new)
             keys, values, mask = (jnp.concatenate(pair, axis=2) for pair in parts)
-            return _softmax(spec, q, keys, values, mask[:, None, :, None])
+            return softmax(spec, q, keys, values, mask[:, None, :, None])
 
         sizes = buckets(slots)
         index = sum((end[0] > size).astype(jnp.int32) for size in sizes[:-1])
@@ -318,14 +212,14 @@ def _joined(
 
     k_rows, v_rows = k_new.swapaxes(1, 2), v_new.swapaxes(1, 2)
     seen = jnp.broadcast_to(seen, (b, t, t))
-    return _each_row(row_of, q, k_rows, v_rows, length, low, seen)
+    return each_row(row_of, q, k_rows, v_rows, length, low, seen)
 
 
 # --- The prefix ---------------------------------------------------------------------------------
 
 
 def _prefix(
-    spec: _Spec,
+    spec: Spec,
     q: jax.Array,  # [B, K, T, G, D]
     read: Read,
     slots: int,
@@ -342,7 +236,7 @@ def _prefix(
         def of(row, q, *bounds):
             return _slots(spec, q, read, slots, row, *bounds, block=min(CPU_BLOCK, slots))
 
-        return _each_row(of, q, length, low, high)
+        return each_row(of, q, length, low, high)
 
     if not _by_row(q, slots):
         return whole_batch(q, length, low, high)
@@ -350,49 +244,8 @@ def _prefix(
     return lax.platform_dependent(q, length, low, high, cpu=by_row, default=whole_batch)
 
 
-def _read(
-    k_cache: jax.Array,
-    v_cache: jax.Array,
-    layer: int | jax.Array | None,
-    row: int | jax.Array,
-    rows: int,
-    start: int | jax.Array,
-    size: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Keys and values [rows, K, size, D] of slots from `start`, of batch rows from `row`."""
-    k, _, d = k_cache.shape[-3:]
-    shape = (rows, k, size, d)
-    at = (row, 0, start, 0)
-    if layer is not None:
-        at, shape = (layer, *at), (1, *shape)
-    static = [i for i in at if isinstance(i, int)]
-    if len(static) == len(at):
-        end = [i + n for i, n in zip(static, shape, strict=True)]
-        keys, values = lax.slice(k_cache, static, end), lax.slice(v_cache, static, end)
-    else:
-        at = [jnp.asarray(i, jnp.int32) for i in at]
-        keys, values = (lax.dynamic_slice(x, at, shape) for x in (k_cache, v_cache))
-    return keys.reshape(shape[-4:]), values.reshape(shape[-4:])
-
-
-def _dequantised(
-    read: Read,
-    k_scale: jax.Array,  # float32[K]
-    v_scale: jax.Array,
-    dtype: np.dtype,
-    *where,
-) -> tuple[jax.Array, jax.Array]:
-    """What `read` reads of int8 caches, as `dtype`."""
-    wide = np.promote_types(dtype, np.float32)
-    keys, values = (
-        (x.astype(wide) * scale.astype(wide)[None, :, None, None]).astype(dtype)
-        for x, scale in zip(read(*where), (k_scale, v_scale), strict=True)
-    )
-    return keys, values
-
-
 def _slots(
-    spec: _Spec,
+    spec: Spec,
     q: jax.Array,  # [B, K, T, G, D]
     read: Read,
     slots: int,
@@ -423,7 +276,7 @@ def _slots(
             mask &= slot >= first
         if not all_live:  # 0 * NaN is NaN: dead slots must be zeroed, not only masked
             values = jnp.where(live.reshape(-1, 1, size, 1), values, 0)
-        return _softmax(spec, q, keys, values, mask)
+        return softmax(spec, q, keys, values, mask)
 
     def in_one(read: Callable[[int], Partial], live: jax.Array) -> Partial:
         """Over the smallest of `sizes` that holds `live` slots."""
@@ -436,16 +289,16 @@ def _slots(
         return in_one(functools.partial(some, 0), longest)
 
     def body(i, part):
-        return _merge(part, some(i * block, block, all_live=q.shape[0] == 1))
+        return merge(part, some(i * block, block, all_live=q.shape[0] == 1))
 
     def rest(part):
         # A read that would reach past the cache is moved back to end with it; repeated slots are masked.
         def last(size):
             return some(jnp.minimum(whole * block, slots - size), size, whole * block)
 
-        return _merge(part, in_one(last, longest - whole * block))
+        return merge(part, in_one(last, longest - whole * block))
 
     whole = longest // block
     first = 0 if low is None else jnp.maximum(jnp.min(low), 0) // block
-    part = lax.fori_loop(first, whole, body, _nothing(q))
+    part = lax.fori_loop(first, whole, body, nothing(q))
     return lax.cond(longest > whole * block, rest, lambda part: part, part)

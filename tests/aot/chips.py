@@ -55,7 +55,14 @@ def compile_for(generation: str, function: Callable, *args: Any, **jit: Any) -> 
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(function, **jit).lower(*jax.tree.map(placed, args)).compile()
+        lowered = jax.jit(function, **jit).lower(*jax.tree.map(placed, args))
+    # Kept in JAX's cache, it could not be read back: that takes a client of the chip.
+    shortest = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
 
 
 def loaded(generation: str, params: Any) -> Any:
