@@ -25,8 +25,9 @@ class Request:
 
     Attributes:
       prompt: text, or token ids.
-      id: name of the answer. The noise of a row is a function of seed and id, so that a text does not depend
-        on where in a list or file its prompt stands.
+      id: name of the answer; default: the prompt's number in its list.
+      key: what the seed is folded with, in [0, 2^31), so that a text depends on seed and key and not on the
+        place of its prompt; default: the prompt's number. `id_key` makes one from an id.
       max_new_tokens, min_new_tokens: the most tokens, and before how many no stop token may come.
       temperature: 0 is greedy. top_k, top_p, min_p: as in `Sampling`.
       seed: of the run, folded with the id; or of this row alone where `own_seed` is true.
@@ -37,7 +38,8 @@ class Request:
     """
 
     prompt: str | Sequence[int]
-    id: Any = 0
+    id: Any = None
+    key: int | None = None
     max_new_tokens: int = 128
     min_new_tokens: int = 0
     temperature: float = 0.0
@@ -55,13 +57,13 @@ class Request:
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     bad_words: tuple[str | tuple[int, ...], ...] = ()
 
-    @property
-    def number(self) -> int:
-        """The id as the number that noise is folded with, below 2^31."""
-        if isinstance(self.id, int) and 0 <= self.id < 2**31:
-            return self.id
-        digest = hashlib.blake2b(str(self.id).encode(), digest_size=4).digest()
-        return int.from_bytes(digest, "little") % 2**31
+
+def id_key(name: Any) -> int:
+    """A `Request.key` from an id: a number below 2^31 itself, a hash of anything else."""
+    if isinstance(name, int) and 0 <= name < 2**31:
+        return int(name)
+    digest = hashlib.blake2b(str(name).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") % 2**31
 
 
 # Fields whose value is itself a sequence or mapping: a list of them has one for each prompt.
@@ -103,17 +105,22 @@ def make_requests(
             value = list(value)
         rows[name] = value if isinstance(value, list) else [value] * count
         if len(rows[name]) != count:
-            raise UserError(f"Got {len(rows[name])} values of {name} for {count} prompts.")
+            if name == "stop":
+                raise UserError(f"Got stop strings for {len(rows[name])} of {count} prompts.")
+            raise UserError(f"Got {len(rows[name])} values for {count} prompts: {name}.")
     requests = []
     for row, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
         if isinstance(prompt, Request):
             if rows:
                 raise UserError("A request has options of its own: give none beside it.")
-            requests.append(prompt if ids is None else dataclasses.replace(prompt, id=name))
+            request = prompt if ids is None else dataclasses.replace(prompt, id=name)
         else:
-            requests.append(
-                Request(prompt, name, **{field: values[row] for field, values in rows.items()})
-            )
+            request = Request(prompt, name, **{field: of[row] for field, of in rows.items()})
+        filled = {"id": row if request.id is None else request.id}
+        filled["key"] = row if request.key is None else request.key
+        if not 0 <= filled["key"] < 2**31:
+            raise UserError(f"A key must be in [0, 2^31), got {filled['key']}.")
+        requests.append(dataclasses.replace(request, **filled))
     return requests
 
 

@@ -87,6 +87,7 @@ class SpeculativeDecoder:
         self.compilations = 0
         self.compile_time_s = 0.0
         self._programs: dict[Any, tuple[Callable, Callable]] = {}
+        self._batches: set[int] = set()
         self.token_bytes = None if target.tokenizer is None else TokenBytes(target.tokenizer)
 
     @property
@@ -161,6 +162,7 @@ class SpeculativeDecoder:
                 .compile()
             )
             self._programs[key] = (start, run)
+            self._batches.add(tokens.shape[0])
             self.compilations += 2
             self.compile_time_s += time.perf_counter() - began
         return self._programs[key]
@@ -199,7 +201,9 @@ class SpeculativeDecoder:
                 if len(requests) == 1:
                     raise
                 raise UserError(f"Prompt {request.id}: {error}") from None
-        return self._generate(encoded, min(batch_size, len(encoded)), on_chunk, rounds_per_chunk)
+        if batch_size not in self._batches:  # fewer prompts than rows need no copies of themselves
+            batch_size = min(batch_size, len(encoded))
+        return self._generate(encoded, batch_size, on_chunk, rounds_per_chunk)
 
     def _encode(self, request: Request) -> _Encoded:
         """The request on token ids, its values checked."""
@@ -252,7 +256,7 @@ class SpeculativeDecoder:
             for place, row in enumerate(batch):
                 tokens[place, : len(row.ids)] = row.ids
             lengths = jnp.asarray([len(row.ids) for row in batch], jnp.int32)
-            numbers = jnp.asarray([row.request.number for row in batch], jnp.int32)
+            numbers = jnp.asarray([row.request.key for row in batch], jnp.int32)
             spent = self.compile_time_s
             start, run = self._compiled(jnp.asarray(tokens), lengths, sampling, numbers, capacity)
             compiling = self.compile_time_s - spent

@@ -92,7 +92,7 @@ def case(name):
 )
 def test_no_copy_of_a_cache_in_the_loop(name, batch, monkeypatch):
     # A catching-up chunk of 256 has activations larger than these small caches.
-    monkeypatch.setattr(prefill.read_text, "__defaults__", (16,))
+    monkeypatch.setattr(prefill, "default_chunk", lambda: 16)
     loop, params = case(name)
     state, lowered = lowered_run(loop, params, batch)
     c = h.CONFIG
@@ -109,7 +109,7 @@ def test_no_copy_of_a_cache_in_the_loop(name, batch, monkeypatch):
 
 def test_copies_are_found(monkeypatch):
     """The negative control: writing that need not wait for the forward makes XLA copy the caches."""
-    monkeypatch.setattr(prefill.read_text, "__defaults__", (16,))
+    monkeypatch.setattr(prefill, "default_chunk", lambda: 16)
     monkeypatch.setattr(kv, "_wait_for", lambda start, after: start)
     layer = h.CONFIG.num_kv_heads * h.CONFIG.head_dim * CAPACITY
     _, lowered = lowered_run(h.plain_loop(), h.all_params(), 1)

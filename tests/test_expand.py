@@ -209,7 +209,7 @@ def rule_siblings(rule, vocab):
         probs = probs.astype(jnp.float32)
         fields = {"top_ids": jnp.pad(ids, pad), "top_probs": jnp.pad(probs, pad)}
         drafted = chain(text, tokens, probability=probs[..., 0], **fields)
-        return rule.widen(drafted, 2)
+        return rule.widen(drafted, text, 2)
 
     @functools.cache
     def of(chain_tokens, laws):

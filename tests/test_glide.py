@@ -11,6 +11,7 @@ import pytest
 
 from jax_specdec import DecodeLoop, Decoder, UserError
 from jax_specdec.core import cache as kv
+from jax_specdec.core.acceptance import Unverified
 from jax_specdec.core.context import TargetView, last_seen, make_context
 from jax_specdec.core.prng import shared_noise
 from jax_specdec.drafters.glide import GliDeDrafter
@@ -312,7 +313,7 @@ def test_contract(kind, rule):
     """Of trees the committed path need not lie in order, in the hidden states as in the keys."""
     target, params, model, joined = pair(*kind)
     drafter = GliDeDrafter(model, 3)
-    assert drafter.reads_hidden == kind[1]
+    assert bool(drafter.info.taps) == kind[1]
     check_drafter(
         drafter if rule is None else Expand(drafter, rule),
         {"glide": joined},
@@ -381,11 +382,11 @@ def test_targets_whose_layers_are_scanned():
 
 def test_a_draft_beyond_the_trained_delay_is_refused():
     _, _, model, _ = pair(1)
-    assert GliDeDrafter(model, 16).depth == 16
+    assert GliDeDrafter(model, 16).info.depth == 16
     with pytest.raises(UserError, match="trained for at most 16: draft 16 tokens or fewer"):
         GliDeDrafter(model, 17)
     vanilla = dataclasses.replace(model.config, cross_attention=False)
-    assert GliDeDrafter(GliDe(vanilla, model.target), 17).depth == 17
+    assert GliDeDrafter(GliDe(vanilla, model.target), 17).info.depth == 17
     with pytest.raises(UserError, match="trained for at most 16"):
         GliDeDrafter(GliDe(dataclasses.replace(vanilla, hidden_input=True), model.target), 17)
 

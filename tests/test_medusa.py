@@ -233,11 +233,11 @@ def test_cascades_that_reach_too_far_are_refused():
     inner = Cascade(lm, (drafter(3),), (3,))
     with pytest.raises(UserError, match="'medusa' drafts up to 6 places behind the text"):
         Horizontal((inner, drafter(3)), (1, 3))
-    assert Horizontal((inner, drafter(3)), (1, 3), cut=True).depth == 4
+    assert Horizontal((inner, drafter(3)), (1, 3), cut=True).info.depth == 4
 
 
 def test_more_tokens_than_heads():
-    assert drafter(4).depth == 4
+    assert drafter(4).info.depth == 4
     with pytest.raises(UserError, match=r"has 4 heads.*asked for 5: draft 4 tokens or fewer"):
         drafter(5)
 
@@ -290,7 +290,7 @@ def test_a_tree_takes_its_tokens_from_the_heads():
     probs = jnp.asarray([[[0.6, 0.4, 0.0], [0.5, 0.3, 0.2], [0, 0, 0]]], jnp.float32)
     draft = chain(text, ids[:, :2, 0], top_ids=ids, top_probs=probs)
     paths = ((0,), (0, 0), (1,), (2,), (1, 2), (2, 0), (0, 1))
-    got = StaticTree(8).widen(draft, paths)
+    got = StaticTree(8).widen(draft, text, paths)
     assert got.tokens.tolist() == [[7, 10, 20, 11, 12, 22, 20, 21]]
     assert got.valid.tolist() == [[True, True, True, True, False, True, False, True]]
     assert got.parent is not None and got.parent.tolist() == [[0, 0, 1, 0, 0, 3, 4, 1]]
@@ -315,7 +315,7 @@ def test_trees_that_are_refused():
         ("medusa:3+tree:16", r"'medusa' takes no \+tree: .*\+path or \+static expand it"),
         ("medusa:3+static:3", "takes 5 to 64 nodes"),
         ("medusa:40+static:8", "takes 42 to 64 nodes"),
-        ("medusa[max-gram:3]", "'medusa' cannot review"),
+        ("medusa[max-gram:3]", "'medusa' cannot verify"),
     ):
         with pytest.raises(UserError, match=message):
             parse_drafter(text)

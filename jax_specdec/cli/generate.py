@@ -158,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
     _check(records, settings)
 
     from jax_specdec.core.acceptance import RULES
+    from jax_specdec.generation import id_key
     from jax_specdec.pipeline import SpeculativeDecoder
 
     rule = RULES[args.rule](**chosen)
@@ -176,6 +177,7 @@ def run(args: argparse.Namespace) -> int:
         ignore_eos=args.ignore_eos,
         batch_size=args.batch_size,
         ids=[record.id for record in records],
+        key=[id_key(record.id) for record in records],
         on_chunk=streams.show if streams else None,
         rounds_per_chunk=2,
     )

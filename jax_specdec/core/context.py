@@ -141,7 +141,7 @@ class Context(flax.struct.PyTreeNode):
         self,
         logits: Float[Array, "B T V"],
         drafted: Int[Array, "B M"] | None = None,
-        on_path: Bool[Array, "B1 T M"] | None = None,
+        on_path: Bool[Array, "#B T M"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Log-weights of the law at each of T nodes, given the drafted tokens on the way to each.
 

@@ -136,10 +136,10 @@ def chain(
 def from_parents(
     text: Text,
     tokens: Int[Array, "B N"],
-    parent: Int[Array, "B1 N"],
+    parent: Int[Array, "#B N"],
     valid: Bool[Array, "B N"],
     depth_limit: int,
-    source: Int[Array, "B1 N"],
+    source: Int[Array, "#B N"],
     probability: Float[Array, "B N"] | None = None,
     **fields,
 ) -> Draft:

@@ -36,7 +36,7 @@ class Law(flax.struct.PyTreeNode):
         logits: Float[Array, "B T V"],
         text: Text,
         drafted: Int[Array, "B M"] | None = None,
-        on_path: Bool[Array, "B1 T M"] | None = None,
+        on_path: Bool[Array, "#B T M"] | None = None,
     ) -> Float[Array, "B T V"]:
         """The logits after all processors, each node with the history that leads to it."""
         if not self.has_history:
@@ -59,7 +59,7 @@ class Law(flax.struct.PyTreeNode):
         logits: Float[Array, "B T V"],
         text: Text,
         drafted: Int[Array, "B M"] | None = None,
-        on_path: Bool[Array, "B1 T M"] | None = None,
+        on_path: Bool[Array, "#B T M"] | None = None,
     ) -> Float[Array, "B T V"]:
         """`process`, then `sampling.warp`: log-weights of the law at every node."""
         return warping.warp(self.process(logits, text, drafted, on_path), self.sampling)

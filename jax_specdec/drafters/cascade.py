@@ -353,9 +353,7 @@ def _ahead(
     return jnp.take_along_axis(noise, place, axis=1)
 
 
-def _write(
-    old: Array, new: Array, start: Int[Array, " B"], count: Int[Array, " B"]
-) -> Float[Array, "B N ..."]:
+def _write(old: Array, new: Array, start: Int[Array, " B"], count: Int[Array, " B"]) -> Array:
     """`old [B, N, ...]` with the first `count[b]` of `new [B, P, ...]` at `start[b]` of each row."""
     place = jnp.arange(old.shape[1], dtype=jnp.int32)[None] - start[:, None]
     here = (place >= 0) & (place < count[:, None])

@@ -17,7 +17,13 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "top_p": ((int, float), "a number"),
     "min_p": ((int, float), "a number"),
     "seed": ((int,), "a whole number"),
+    "min_new_tokens": ((int,), "a whole number"),
+    "repetition_penalty": ((int, float), "a number"),
+    "presence_penalty": ((int, float), "a number"),
+    "frequency_penalty": ((int, float), "a number"),
 }
+# Those that are lists or objects.
+_WHOLE = ("stop", "stop_token_ids", "bad_words", "logit_bias")
 
 # What others call them, by their bare form.
 _ALIASES = {
@@ -27,6 +33,9 @@ _ALIASES = {
     "stopsequence": "stop",
     "stopstring": "stop",
     "randomseed": "seed",
+    "stopid": "stop_token_ids",
+    "eostokenid": "stop_token_ids",
+    "badword": "bad_words",
 }
 
 
@@ -59,7 +68,7 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
     """The prompts of a JSONL file.
 
     A record is `{"id", "prompt"}`, or one of Spec-Bench, `{"question_id", "category", "turns"}`, whose
-    first turn counts. It may carry `max_new_tokens, temperature, top_k, top_p, min_p, seed, stop`, and
+    first turn counts. It may carry settings of its own, named as the fields of `generation.Request`. and
     anything else that is not one of these misspelt. Without an id it gets its number, from 0.
 
     Raises:
@@ -114,18 +123,42 @@ def _settings(where: str, record: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise UserError(f'{where}: "{name}" must be {expected}, got {value!r:.80}.')
         settings[name] = value
-    stop = record.get("stop")
-    if stop is not None:
-        strings = [stop] if isinstance(stop, str) else stop
-        if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
-            raise UserError(f'{where}: "stop" must be a string or a list of non-empty strings.')
-        settings["stop"] = tuple(strings)
+    for name in ("stop", "bad_words"):
+        given = record.get(name)
+        if given is not None:
+            strings = [given] if isinstance(given, str) else given
+            if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
+                raise UserError(
+                    f'{where}: "{name}" must be a string or a list of non-empty strings.'
+                )
+            settings[name] = tuple(strings)
+    stops = record.get("stop_token_ids")
+    if stops is not None:
+        if not isinstance(stops, list) or not all(type(token) is int for token in stops):
+            raise UserError(f'{where}: "stop_token_ids" must be a list of token ids.')
+        settings["stop_token_ids"] = tuple(stops)
+    if record.get("logit_bias") is not None:
+        settings["logit_bias"] = _bias(where, record["logit_bias"])
     return settings
+
+
+def _bias(where: str, given: Any) -> dict[int, float]:
+    """`{"TOKEN ID": number}`, as JSON has it."""
+    try:
+        numbers = {int(token): value for token, value in given.items()}
+        good = all(type(value) in (int, float) for value in numbers.values())
+    except (AttributeError, ValueError):
+        numbers, good = {}, False
+    if not good:
+        raise UserError(
+            f'{where}: "logit_bias" must be an object of numbers by token id, as in {{"42": -5}}.'
+        )
+    return numbers
 
 
 def _misspelt(key: str) -> str | None:
     """The setting that a key nearly is: short names but for their spelling, long ones by likeness."""
-    names = {_bare(name): name for name in (*_KINDS, "stop")}
+    names = {_bare(name): name for name in (*_KINDS, *_WHOLE)}
     if key in names.values():
         return None
     bare = _bare(key)
