@@ -17,7 +17,7 @@ from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.specs.build import parse_drafter
 from jax_specdec.specs.sizes import depth_of
-from jax_specdec.tuning import costs, replay
+from jax_specdec.tuning import costs, measure, replay
 from jax_specdec.tuning import tune as tuning
 from jax_specdec.tuning.cascades import candidates, play
 from jax_specdec.tuning.costs import Costs
@@ -205,7 +205,7 @@ def test_the_reading_before_a_draft_stays_in_the_loop():
 
     def run(x, weights):
         def step(_, x):
-            return costs._after_reading(x, weights, jnp.minimum(x[0], 0))
+            return measure._after_reading(x, weights, jnp.minimum(x[0], 0))
 
         return jax.lax.fori_loop(0, 3, step, x)
 
