@@ -6,7 +6,7 @@ DATA ?= data
 RUNS ?= runs
 WORKERS ?= 2
 
-.PHONY: demo test aot smoke check identity bench notebooks clean
+.PHONY: demo test test-all slow second aot smoke check identity bench notebooks clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,19 @@ $(VENV)/aot/.installed: $(VENV)/.installed
 
 test: $(VENV)/.installed $(VENV)/aot/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20
+
+# What `test` leaves out: cases like others but for their shapes, and minutes of compilation.
+slow: $(VENV)/.installed $(VENV)/aot/.installed
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20 -m slow
+
+test-all: $(VENV)/.installed $(VENV)/aot/.installed
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20 -m "slow or not slow"
+
+# What differs between interpreters and versions of JAX: the loop, trees, a cascade, GliDe, the kernels.
+SECOND := tests/test_loop.py tests/test_tree.py tests/test_growth.py tests/test_glide.py \
+  tests/pallas_kernels tests/test_cascade.py::test_against_a_transcription
+second: smoke
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(SECOND)
 
 # Every generation, batch and context; `test` has a part of them.
 aot: $(VENV)/aot/.installed

@@ -2,6 +2,12 @@
 
 import math
 import re
+from typing import Any
+
+
+def compiled(lowered: Any) -> Any:
+    """Compiled with the fusions that a user's program has; the flags of the suite leave some out."""
+    return lowered.compile(compiler_options={"xla_cpu_use_fusion_emitters": True})
 
 
 def computations(text: str) -> dict[str, list[str]]:

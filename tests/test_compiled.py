@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo import large_copies
+from hlo import compiled, large_copies
 from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -74,20 +74,25 @@ def case(name):
     return DecodeLoop(h.TARGET, LM), h.all_params(lm=h.close_params())
 
 
-@pytest.mark.parametrize("batch", [1, 8])
+LOOPS = (
+    *("none", "lm", "tree", "cape", "grown", "scan", "stacked"),
+    *("glide 1", "glide 2", "glide 1 hidden"),
+)
+QUICK = (
+    "none",
+    "lm",
+    "glide 1",
+)  # with one row too; with eight, there is one more thing to look at
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "batch"),
     [
-        "none",
-        "lm",
-        "tree",
-        "cape",
-        "grown",
-        "scan",
-        "stacked",
-        "glide 1",
-        "glide 2",
-        "glide 1 hidden",
+        pytest.param(
+            name, batch, marks=pytest.mark.slow if batch == 1 and name not in QUICK else ()
+        )
+        for name in LOOPS
+        for batch in (1, 8)
     ],
 )
 def test_no_copy_of_a_cache_in_the_loop(name, batch, monkeypatch):
@@ -98,9 +103,9 @@ def test_no_copy_of_a_cache_in_the_loop(name, batch, monkeypatch):
     c = h.CONFIG
     layer = batch * c.num_kv_heads * c.head_dim * CAPACITY
     assert layer > max(x.size for x in jax.tree.leaves(params["target"])) or name == "scan"
-    compiled = lowered.compile()
-    assert large_copies(compiled.as_text(), layer) == []
-    memory = compiled.memory_analysis()
+    program = compiled(lowered)
+    assert large_copies(program.as_text(), layer) == []
+    memory = program.memory_analysis()
     # The state is updated in place, and scratch memory is no second copy of it.
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert memory.alias_size_in_bytes > 0.9 * size
@@ -113,7 +118,7 @@ def test_copies_are_found(monkeypatch):
     monkeypatch.setattr(kv, "_wait_for", lambda start, after: start)
     layer = h.CONFIG.num_kv_heads * h.CONFIG.head_dim * CAPACITY
     _, lowered = lowered_run(h.plain_loop(), h.all_params(), 1)
-    assert large_copies(lowered.compile().as_text(), layer)
+    assert large_copies(compiled(lowered).as_text(), layer)
 
 
 # One pure function
@@ -144,8 +149,8 @@ def emitted(out):
 
 
 def test_generate_under_jit_and_ahead_of_time(pure):
-    compiled = pure.jitted.lower(*pure.args).compile()
-    assert emitted(compiled(*pure.args)) == pure.want
+    ahead = pure.jitted.lower(*pure.args).compile()
+    assert emitted(ahead(*pure.args)) == pure.want
     out = pure.jitted(*pure.args)
     assert emitted(out) == pure.want
     assert out[1].rounds.shape == (4,)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo import compiled
 
 import jax_specdec as sd
 from jax_specdec.checkpoints.glide import save_glide, target_fingerprint
@@ -16,7 +17,7 @@ from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.specs.build import parse_drafter
 from jax_specdec.specs.sizes import depth_of
-from jax_specdec.tuning import costs, replay
+from jax_specdec.tuning import measure, replay
 from jax_specdec.tuning import tune as tuning
 from jax_specdec.tuning.cascades import candidates, play
 from jax_specdec.tuning.costs import Costs
@@ -204,11 +205,11 @@ def test_the_reading_before_a_draft_stays_in_the_loop():
 
     def run(x, weights):
         def step(_, x):
-            return costs._after_reading(x, weights, jnp.minimum(x[0], 0))
+            return measure._after_reading(x, weights, jnp.minimum(x[0], 0))
 
         return jax.lax.fori_loop(0, 3, step, x)
 
     x, weights = jnp.zeros((2,), jnp.int32), {"w": jnp.ones((64, 32))}
-    body = jax.jit(run).lower(x, weights).compile().as_text()
+    body = compiled(jax.jit(run).lower(x, weights)).as_text()
     assert "dynamic-slice(" in body
     assert run(x, weights).tolist() == [0, 0]

@@ -15,6 +15,14 @@ from pallas_kernels import tree_attention
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
 
 
+QUICK_HEADS = ((1, 64), (4, 80), (7, 128))
+
+
+def slow(*values):
+    """A case that is like another one but for its shape."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def random_tree(rng, t):
     """bool[T, T]: ancestors-or-self of a random tree whose node 0 is the root."""
     seen = np.eye(t, dtype=bool)
@@ -163,12 +171,19 @@ class TreeAttentionSuite:
 
     @pytest.mark.parametrize(
         ("g", "d"),
-        [*itertools.product((1, 4, 7), (64, 80, 128)), (8, 96), (1, 256), (8, 256)],
+        [
+            *(*QUICK_HEADS, (8, 96), (1, 256), (8, 256)),
+            *(
+                slow(*x)
+                for x in itertools.product((1, 4, 7), (64, 80, 128))
+                if x not in QUICK_HEADS
+            ),
+        ],
     )
     def test_heads(self, g, d):
         self.check(make_case(t=5, g=g, d=d))
 
-    @pytest.mark.parametrize("t", [1, 2, 32, 33, 64, 128])
+    @pytest.mark.parametrize("t", [1, slow(2), 32, 33, slow(64), 128])
     def test_tree_sizes(self, t):
         self.check(make_case(t=t, seed=t))
 
@@ -185,14 +200,14 @@ class TreeAttentionSuite:
     def test_small_cache(self):
         self.check(make_case(t=7, slots=24, lengths=(0, 11, 24)))
 
-    @pytest.mark.parametrize("t", [1, 7, 40])
+    @pytest.mark.parametrize("t", [1, slow(7), 40])
     def test_no_ancestors_is_a_chain(self, t):
         case = make_case(t=t, chain=True)
         self.check(case, explicit=False)
         for x, y in zip(self.call(case, explicit=False), self.call(case), strict=True):
             np.testing.assert_array_equal(x, y)
 
-    @pytest.mark.parametrize("window", [1, 2, 4, 130, 1000])
+    @pytest.mark.parametrize("window", [1, slow(2), 4, 130, slow(1000)])
     @pytest.mark.parametrize("chain", [False, True])
     def test_window(self, window, chain):
         self.check(make_case(t=12, chain=chain), explicit=not chain, window=window)
@@ -219,7 +234,7 @@ class TreeAttentionSuite:
         assert (np.asarray(out)[0, 2] == 0).all() and np.isneginf(np.asarray(lse)[0, 2]).all()
         self.check(case)
 
-    @pytest.mark.parametrize("t", [1, 8, 20])
+    @pytest.mark.parametrize("t", [1, slow(8), 20])
     def test_bfloat16(self, t):
         self.check(make_case(t=t, g=4, dtype="bfloat16"))
 
