@@ -1,11 +1,12 @@
 """Reading prompts, and every record that is wrong."""
 
 import json
+import os
 
 import pytest
 
 from jax_specdec.errors import UserError
-from jax_specdec.text.prompts import PromptRecord, read_prompts
+from jax_specdec.text.prompts import PromptRecord, prompt_of_input, read_prompts
 
 
 def write(path, *lines):
@@ -47,13 +48,29 @@ def test_byte_order_mark_and_line_ends(tmp_path):
         ({"prompt": 3}, 'line 2: expected a string in "prompt"'),
         ({"turns": []}, 'line 2: expected a list of strings in "turns"'),
         ({"turns": "no"}, 'line 2: expected a list of strings in "turns"'),
-        ({"prompt": " \n"}, "line 2: the prompt is empty"),
+        ({"prompt": ""}, "line 2: the prompt is empty"),
         ({"prompt": "\ud800"}, "line 2: the prompt is not valid Unicode"),
         ({"prompt": "a", "seed": 1.5}, 'line 2: "seed" must be a whole number, got 1.5'),
         ({"prompt": "a", "top_k": True}, 'line 2: "top_k" must be a whole number, got True'),
         ({"prompt": "a", "temperature": "0"}, "line 2: \"temperature\" must be a number, got '0'"),
         ({"prompt": "a", "stop": [""]}, 'line 2: "stop" must be'),
         ({"prompt": "a", "stop": 3}, 'line 2: "stop" must be'),
+        (
+            {"prompt": "a", "temprature": 1},
+            'line 2: unknown setting "temprature"; did you mean "temperature"?',
+        ),
+        (
+            {"prompt": "a", "max_tokens": 5},
+            'line 2: unknown setting "max_tokens"; did you mean "max_new_tokens"?',
+        ),
+        (
+            {"prompt": "a", "maxNewTokens": 5},
+            'line 2: unknown setting "maxNewTokens"; did you mean "max_new_tokens"?',
+        ),
+        ({"prompt": "a", "topK": 5}, 'line 2: unknown setting "topK"; did you mean "top_k"?'),
+        ({"prompt": "a", "top-p": 0.5}, 'line 2: unknown setting "top-p"; did you mean "top_p"?'),
+        ({"prompt": "a", "stops": ["x"]}, 'line 2: unknown setting "stops"; did you mean "stop"?'),
+        ({"prompt": "a", "Seed": 1}, 'line 2: unknown setting "Seed"; did you mean "seed"?'),
     ],
 )
 def test_bad_record(line, message, tmp_path):
@@ -61,6 +78,49 @@ def test_bad_record(line, message, tmp_path):
     with pytest.raises(UserError) as caught:
         read_prompts(file)
     assert f"{file}, {message}" in str(caught.value)
+
+
+def test_long_values_are_not_echoed_whole(tmp_path):
+    file = write(tmp_path / "p.jsonl", {"prompt": "a", "seed": "9" * 100_000})
+    with pytest.raises(UserError) as caught:
+        read_prompts(file)
+    assert len(str(caught.value)) < 300 + len(str(file))
+
+
+def test_keys_that_are_no_settings_are_kept_out(tmp_path):
+    """What a data set has beside its prompts is not taken for a misspelling."""
+    extra = {"answer": 1, "reference": [], "step": 2, "topic": "x", "speed": 3, "tokens": 4}
+    (record,) = read_prompts(write(tmp_path / "p.jsonl", {"prompt": "a", **extra}))
+    assert record.settings == {}
+
+
+def test_deeply_nested_json_is_refused(tmp_path):
+    file = write(tmp_path / "p.jsonl", "[" * 100_000)
+    with pytest.raises(UserError, match="line 1: not valid JSON"):
+        read_prompts(file)
+
+
+def test_white_space_is_a_prompt(tmp_path):
+    (record,) = read_prompts(write(tmp_path / "p.jsonl", {"prompt": " \n"}))
+    assert record.prompt == " \n"
+
+
+def test_prompts_from_a_pipe(tmp_path):
+    """Process substitution gives the name of a pipe, which is no regular file."""
+    read, write_end = os.pipe()
+    os.write(write_end, b'{"prompt": "a"}\n{"prompt": "b"}\n')
+    os.close(write_end)
+    try:
+        assert [record.prompt for record in read_prompts(f"/dev/fd/{read}")] == ["a", "b"]
+    finally:
+        os.close(read)
+
+
+def test_standard_input_as_a_prompt():
+    assert prompt_of_input("\ufeffOnce\r\n").prompt == "Once"
+    assert prompt_of_input(" \n").prompt == " "
+    with pytest.raises(UserError, match="The prompt is empty"):
+        prompt_of_input("\ufeff\n")
 
 
 def test_bad_files(tmp_path):
@@ -75,6 +135,6 @@ def test_bad_files(tmp_path):
 
 def test_prompt_of_the_command_line():
     with pytest.raises(UserError, match="The prompt is empty"):
-        PromptRecord(0, " ")
+        PromptRecord(0, "")
     with pytest.raises(UserError, match="not valid Unicode"):
         PromptRecord(0, "\udcff")

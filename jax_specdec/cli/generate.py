@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from jax_specdec.cli import common
 from jax_specdec.errors import UserError
-from jax_specdec.text.prompts import PromptRecord, read_prompts
+from jax_specdec.text.chat import chat_text
+from jax_specdec.text.prompts import PromptRecord, prompt_of_input, read_prompts
 
 if TYPE_CHECKING:
     from jax_specdec.checkpoints.targets import Target
@@ -209,8 +210,7 @@ def read_records(args: argparse.Namespace) -> list[PromptRecord]:
         text = sys.stdin.read()
     except UnicodeDecodeError as error:
         raise UserError(f"Standard input is not {sys.stdin.encoding} text ({error}).") from None
-    # The newline that ends a file, or that `echo` adds, is not part of the prompt.
-    return [PromptRecord(0, text.removesuffix("\n").removesuffix("\r"))]
+    return [prompt_of_input(text)]
 
 
 def as_record(record: PromptRecord, answer: "Generation", logprobs: bool = False) -> dict[str, Any]:
@@ -283,12 +283,7 @@ def _prompt(record: PromptRecord, target: "Target", args: argparse.Namespace) ->
     """The text, or its token ids where more than tokenising is asked for."""
     tokenizer = target.tokenizer
     if args.chat:
-        if not tokenizer.chat_template:
-            raise UserError(
-                f"The tokenizer of {target.path} has no chat template: leave out --chat."
-            )
-        message = [{"role": "user", "content": record.prompt}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        text = chat_text(tokenizer, record.prompt)
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     elif args.keep_last is None:
         return record.prompt

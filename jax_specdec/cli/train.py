@@ -91,6 +91,7 @@ def register_bigram(kinds: Any) -> None:
 
 
 def run_lm(args: argparse.Namespace) -> int:
+    from jax_specdec.checkpoints.generation_config import read_generation
     from jax_specdec.checkpoints.targets import load_params, load_tokenizer, save_pretrained
     from jax_specdec.models.config import ModelConfig
     from jax_specdec.models.decoder import Decoder
@@ -130,7 +131,12 @@ def run_lm(args: argparse.Namespace) -> int:
     )
     params = train(decoder, config, documents, heldout, out, initial=initial, resume=args.resume)
     save_pretrained(
-        out / "checkpoint", model, params, dtype=args.save_dtype, tokenizer=Path(source)
+        out / "checkpoint",
+        model,
+        params,
+        dtype=args.save_dtype,
+        tokenizer=Path(source),
+        generation=None if args.init is None else read_generation(Path(args.init)),
     )
     common.say(f"Wrote {out / 'checkpoint'}.")
     return 0

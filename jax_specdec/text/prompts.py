@@ -1,6 +1,7 @@
 """Prompts from the command line, a JSONL file or standard input."""
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,16 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "top_p": ((int, float), "a number"),
     "min_p": ((int, float), "a number"),
     "seed": ((int,), "a whole number"),
+}
+
+# What others call them, by their bare form.
+_ALIASES = {
+    "temp": "temperature",
+    "maxlength": "max_new_tokens",
+    "maxcompletiontoken": "max_new_tokens",
+    "stopsequence": "stop",
+    "stopstring": "stop",
+    "randomseed": "seed",
 }
 
 
@@ -36,7 +47,7 @@ class PromptRecord:
 
     def __post_init__(self):
         start = f"{self.where}: the" if self.where else "The"
-        if not self.prompt.strip():
+        if not self.prompt:
             raise UserError(f"{start} prompt is empty.")
         try:
             self.prompt.encode()
@@ -48,8 +59,8 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
     """The prompts of a JSONL file.
 
     A record is `{"id", "prompt"}`, or one of Spec-Bench, `{"question_id", "category", "turns"}`, whose
-    first turn counts. It may carry `max_new_tokens, temperature, top_k, top_p, min_p, seed, stop`.
-    Without an id it gets its number, from 0.
+    first turn counts. It may carry `max_new_tokens, temperature, top_k, top_p, min_p, seed, stop`, and
+    anything else that is not one of these misspelt. Without an id it gets its number, from 0.
 
     Raises:
       UserError: no such file, no records, or a record that is wrong, with its line.
@@ -61,6 +72,14 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
     if not records:
         raise UserError(f"{path} holds no prompts.")
     return records
+
+
+def prompt_of_input(text: str) -> PromptRecord:
+    """Standard input as one prompt.
+
+    A byte order mark, and the newline that ends a file or that `echo` adds, are not part of it.
+    """
+    return PromptRecord(0, text.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r"))
 
 
 def _record(where: str, number: int, record: dict[str, Any]) -> PromptRecord:
@@ -84,12 +103,16 @@ def _record(where: str, number: int, record: dict[str, Any]) -> PromptRecord:
 
 def _settings(where: str, record: dict[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
+    for key in record:
+        meant = _misspelt(key)
+        if meant:
+            raise UserError(f'{where}: unknown setting "{key:.80}"; did you mean "{meant}"?')
     for name, (kinds, expected) in _KINDS.items():
         value = record.get(name)
         if value is None:
             continue
         if not isinstance(value, kinds) or isinstance(value, bool):
-            raise UserError(f'{where}: "{name}" must be {expected}, got {value!r}.')
+            raise UserError(f'{where}: "{name}" must be {expected}, got {value!r:.80}.')
         settings[name] = value
     stop = record.get("stop")
     if stop is not None:
@@ -98,3 +121,20 @@ def _settings(where: str, record: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f'{where}: "stop" must be a string or a list of non-empty strings.')
         settings["stop"] = tuple(strings)
     return settings
+
+
+def _misspelt(key: str) -> str | None:
+    """The setting that a key nearly is: short names but for their spelling, long ones by likeness."""
+    names = {_bare(name): name for name in (*_KINDS, "stop")}
+    if key in names.values():
+        return None
+    bare = _bare(key)
+    if bare in names or bare in _ALIASES:
+        return names.get(bare) or _ALIASES[bare]
+    long = [name for name in names if len(name) > 6]
+    close = difflib.get_close_matches(bare, long, n=1, cutoff=0.8)
+    return names[close[0]] if close else None
+
+
+def _bare(name: str) -> str:
+    return name.casefold().translate(str.maketrans("", "", "_- ")).removesuffix("s")

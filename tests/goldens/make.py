@@ -50,6 +50,12 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "llama_bias": {"model_type": "llama", "attention_bias": True, "head_dim": 16},
     "mistral": {"model_type": "mistral", "sliding_window": 8},
+    "ministral": {  # as Ministral 8B is published; transformers reads it as that family
+        "model_type": "mistral",
+        "head_dim": 8,
+        "sliding_window": 6,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
     "qwen2": {"model_type": "qwen2"},
     "qwen2_window": {
         "model_type": "qwen2",

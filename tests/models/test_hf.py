@@ -9,7 +9,9 @@ import pytest
 
 from jax_specdec.errors import UserError
 from jax_specdec.models import ModelConfig, RopeConfig, config_from_hf, config_to_hf
+from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.models.hf import FAMILIES
+from jax_specdec.models.medusa import MedusaConfig
 
 make = runpy.run_path(str(Path(__file__).parents[1] / "goldens" / "make.py"))
 LLAMA = make["hf_config"]("llama")
@@ -63,6 +65,47 @@ def test_rope_spellings(keys, rope):
     assert config_from_hf({**LLAMA, **keys}).rope == rope
 
 
+BOTH = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    "rope_scaling": {"type": "linear", "factor": 4.0},
+}
+INSIDE = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
+
+
+@pytest.mark.parametrize(
+    "keys, rope",
+    [
+        (BOTH, RopeConfig(kind="linear", factor=4.0)),
+        ({**BOTH, "rope_theta": 7e4}, RopeConfig(theta=7e4, kind="linear", factor=4.0)),
+        ({**BOTH, "rope_scaling": {}}, RopeConfig(theta=5e5)),
+        (
+            {"rope_parameters": INSIDE, "original_max_position_embeddings": 32},
+            RopeConfig(kind="llama3", factor=8.0, original_context=32),
+        ),
+        (
+            {"rope_parameters": LLAMA3, "original_max_position_embeddings": 32},
+            RopeConfig(kind="llama3", factor=8.0, original_context=32),
+        ),
+        (
+            {"rope_parameters": INSIDE, "max_position_embeddings": 128},
+            RopeConfig(kind="llama3", factor=8.0, original_context=128),
+        ),
+    ],
+)
+def test_rope_in_two_places(keys, rope):
+    """As transformers 5.24 computes: logits of each were compared with its own."""
+    assert config_from_hf({**LLAMA, **keys}).rope == rope
+
+
+def test_rope_in_two_places_is_what_transformers_reads(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for keys in (BOTH, {**BOTH, "rope_theta": 7e4}, {**BOTH, "rope_scaling": {}}):
+        (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **keys}))
+        theirs = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
+        ours = config_from_hf({**LLAMA, **keys}).rope
+        assert (ours.kind, ours.theta) == (theirs["rope_type"], theirs["rope_theta"])
+
+
 def test_defaults_of_short_files():
     """transformers leaves out what equals its defaults in some versions."""
     sizes = {k: LLAMA[k] for k in LLAMA if k.endswith("size") or k.startswith("num_hidden")}
@@ -85,6 +128,22 @@ def test_windows():
     mistral = make["hf_config"]("mistral")
     assert config_from_hf(mistral).windows == (8, 8)
     assert config_from_hf({**mistral, "sliding_window": None}).windows == (None, None)
+
+
+def test_layer_types_of_mistral():
+    """transformers reads Mistral with layer_types as Ministral: the window is not in every layer."""
+    hf = make["hf_config"]("ministral")
+    assert hf["model_type"] == "mistral"
+    config = config_from_hf(hf)
+    assert (config.family, config.windows) == ("ministral", (None, 6))
+    assert config_from_hf({**hf, "layer_types": None}).windows == (6, 6)
+    full = {"layer_types": ["full_attention"] * 2}
+    assert config_from_hf({**hf, **full}).windows == (None, None)
+    assert config_from_hf({**hf, "model_type": "ministral"}) == config
+    qwen = {**make["hf_config"]("qwen2_window"), **full}
+    assert config_from_hf(qwen).windows == (None, None)
+    old = {**qwen, "layer_types": ["attention", "sliding_attention"]}
+    assert config_from_hf(old).windows == (None, 6)
 
 
 def test_end_of_text_ids():
@@ -116,11 +175,42 @@ def test_end_of_text_ids():
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3"),
         ({"rms_norm_eps": None}, "does not describe a model"),
         ({"rope_scaling": "linear"}, "does not describe a model"),
+        ({**BOTH, "rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn' are not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "factor is 0.0"),
+        ({"rope_parameters": {**LLAMA3, "high_freq_factor": 1.0}}, "not above its low_freq_factor"),
+        ({"eos_token_id": "</s>"}, "config.json must give eos_token_id as a token id .* '</s>'"),
+        ({"eos_token_id": [1, None]}, r"eos_token_id as a token id .* \[1, None\]"),
+        ({"eos_token_id": True}, "eos_token_id as a token id .* True"),
+        ({"bos_token_id": "<s>"}, "bos_token_id as a token id, not '<s>'"),
+        ({"quantization_config": "fp8"}, r"quantized \(fp8\)"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers as 1000000000, above 10000"),
+        ({"model_type": ["llama"]}, "are not supported; supported are"),
+        ({"model_type": "x" * 10**6}, "are not supported; supported are"),
     ],
 )
 def test_refused(keys, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         config_from_hf({**LLAMA, **keys})
+    assert len(str(caught.value)) < 400
+
+
+def test_refused_end_of_text_of_generation_config():
+    with pytest.raises(UserError, match=r"generation_config.json must give eos_token_id .*'</s>'"):
+        config_from_hf(LLAMA, {"eos_token_id": "</s>"})
+
+
+def test_layers_are_counted_before_they_are_listed():
+    """A billion layers once took half a minute and 8 GB to refuse."""
+    for case in ("llama", "mistral", "ministral", "qwen2_window"):
+        with pytest.raises(UserError, match="above 10000"):
+            config_from_hf({**make["hf_config"](case), "num_hidden_layers": 10**9})
+    config = config_from_hf(LLAMA)
+    with pytest.raises(ValueError, match="above 10000"):
+        replace(config, num_layers=10**9, windows=())
+    with pytest.raises(ValueError, match="above 10000"):
+        replace(GliDeConfig.paper(), num_layers=10**9)
+    with pytest.raises(ValueError, match="above 10000"):
+        MedusaConfig(num_heads=10**9)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +218,10 @@ def test_refused(keys, message):
     [
         ({"layer_types": ["full_attention"]}, "1 layer_types for 2"),
         ({"layer_types": ["x"] * 2}, "x"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 6},
+            "no sliding_window for them",  # use_sliding_window is false
+        ),
     ],
 )
 def test_refused_layer_types(keys, message):
