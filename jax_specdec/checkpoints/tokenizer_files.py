@@ -59,5 +59,5 @@ def _check_sentencepiece(folder: Path) -> None:
     if first == b"\n" and importlib.util.find_spec("sentencepiece") is None:
         raise UserError(
             f"{folder} has a sentencepiece tokenizer (tokenizer.model) and no tokenizer.json: "
-            "pip install sentencepiece protobuf."
+            "pip install 'jax-specdec[sentencepiece]'."
         )

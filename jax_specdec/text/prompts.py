@@ -38,6 +38,16 @@ _ALIASES = {
     "badword": "bad_words",
 }
 
+# What others call them, by their bare form.
+_ALIASES = {
+    "temp": "temperature",
+    "maxlength": "max_new_tokens",
+    "maxcompletiontoken": "max_new_tokens",
+    "stopsequence": "stop",
+    "stopstring": "stop",
+    "randomseed": "seed",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class PromptRecord:
