@@ -38,16 +38,6 @@ _ALIASES = {
     "badword": "bad_words",
 }
 
-# What others call them, by their bare form.
-_ALIASES = {
-    "temp": "temperature",
-    "maxlength": "max_new_tokens",
-    "maxcompletiontoken": "max_new_tokens",
-    "stopsequence": "stop",
-    "stopstring": "stop",
-    "randomseed": "seed",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class PromptRecord:
@@ -78,7 +68,7 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
     """The prompts of a JSONL file.
 
     A record is `{"id", "prompt"}`, or one of Spec-Bench, `{"question_id", "category", "turns"}`, whose
-    first turn counts. It may carry settings of its own, named as the fields of `generation.Request`. and
+    first turn counts. It may carry settings of its own, named as the fields of `generation.Request`, and
     anything else that is not one of these misspelt. Without an id it gets its number, from 0.
 
     Raises:
