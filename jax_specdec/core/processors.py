@@ -179,22 +179,7 @@ def make_processing(
     Raises:
       UserError: a value outside its range, with the value.
     """
-    biases = [logit_bias] * batch if isinstance(logit_bias, Mapping) else list(logit_bias)
-    biases = biases or [{}] * batch
-    words = [list(item) for item in bad_words]
-    if not words or any(isinstance(token, (int, np.integer)) for item in words for token in item):
-        words = [words] * batch
-    for name, given in (("logit_bias", biases), ("bad_words", words)):
-        if len(given) != batch:
-            raise UserError(f"Got {len(given)} values of {name} for {batch} rows.")
-    for bias in biases:
-        for token, value in bias.items():
-            if token < 0 or not value < np.inf:
-                raise UserError(
-                    f"logit_bias must give token ids a number below infinity, got {token}: {value}."
-                )
-    if any(len(word) == 0 or min(word) < 0 for row in words for word in row):
-        raise UserError("A bad word must be one token or more.")
+    biases, words = _biases(logit_bias, batch), _word_lists(bad_words, batch)
 
     def finite(value: Any) -> bool:
         return bool(-np.inf < value < np.inf)
@@ -227,6 +212,61 @@ def make_processing(
     on = made.bias_ids.shape[1] or made.bad_words.shape[1] or np.any(made.repetition != 1)
     on = on or any(np.any(x != 0) for x in (made.presence, made.frequency, made.min_new_tokens))
     return made if on else None
+
+
+def _is_token(value: Any) -> bool:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return whole and 0 <= value < 2**31
+
+
+def _biases(given: Any, batch: int) -> list[Mapping[int, float]]:
+    """`logit_bias` of each row, checked."""
+    expected = "logit_bias must give token ids numbers below infinity"
+    rows: list[Any] = [given] * batch if isinstance(given, Mapping) else _items(given, expected)
+    rows = rows or [{}] * batch
+    if len(rows) != batch:
+        raise UserError(f"Got {len(rows)} values of logit_bias for {batch} rows.")
+    for bias in rows:
+        if not isinstance(bias, Mapping):
+            raise UserError(f"{expected}, got {_shown(bias)}.")
+        for token, value in bias.items():
+            number = isinstance(value, (int, float, np.integer, np.floating))
+            if not _is_token(token) or not number or not np.float32(value) < np.inf:
+                raise UserError(f"{expected}, got {_shown(token)}: {_shown(value)}.")
+    return rows
+
+
+def _word_lists(given: Any, batch: int) -> list[list[list[int]]]:
+    """`bad_words` of each row, checked."""
+    expected = "bad_words must be sequences of one token id or more, or a list of them for each row"
+    items: list[Any] = [_items(item, expected) for item in _items(given, expected)]
+    if not any(items) and len(items) == batch:  # no row has any
+        return [[] for _ in items]
+    if any(isinstance(token, (int, float, np.number)) for item in items for token in item):
+        rows = [items] * batch
+    elif items and not any(items):
+        raise UserError(f"{expected}, got {_shown(given)}.")
+    else:
+        rows = items or [[] for _ in range(batch)]
+    if len(rows) != batch:
+        raise UserError(f"Got {len(rows)} values of bad_words for {batch} rows.")
+    rows = [[_items(word, expected) for word in row] for row in rows]
+    for word in (word for row in rows for word in row):
+        if not word or not all(map(_is_token, word)):
+            raise UserError(f"{expected}, got {_shown(word)}.")
+    return rows
+
+
+def _items(given: Any, expected: str) -> list[Any]:
+    """A sequence that is no text as a list."""
+    if isinstance(given, (str, bytes, Mapping)) or not hasattr(given, "__iter__"):
+        raise UserError(f"{expected}, got {_shown(given)}.")
+    return list(given)
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else f"{shown[:37]}..."
 
 
 def _padded(size: int) -> int:
