@@ -28,11 +28,12 @@ from jax_specdec.core.prefill import read_text
 from jax_specdec.drafters.cascade import Cascade, Horizontal
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.medusa import MedusaDrafter
+from jax_specdec.drafters.registry import longest as longest_draft
 from jax_specdec.expansions.cape import Cape
 from jax_specdec.expansions.expand import Expand
 from jax_specdec.expansions.static_tree import StaticTree, choose_tree
 from jax_specdec.models.medusa import Medusa, MedusaConfig
-from jax_specdec.specs.build import longest_draft, parse_drafter
+from jax_specdec.specs.build import parse_drafter
 from jax_specdec.testing import check_drafter
 from jax_specdec.training import medusa
 from jax_specdec.training.config import MedusaRecipe, TrainConfig
@@ -315,7 +316,7 @@ def test_trees_that_are_refused():
         ("medusa:3+tree:16", r"'medusa' takes no \+tree: .*\+path or \+static expand it"),
         ("medusa:3+static:3", "takes 5 to 64 nodes"),
         ("medusa:40+static:8", "takes 42 to 64 nodes"),
-        ("medusa[max-gram:3]", "'medusa' cannot review"),
+        ("medusa[max-gram:3]", "'medusa' cannot verify"),
     ):
         with pytest.raises(UserError, match=message):
             parse_drafter(text)
