@@ -204,8 +204,8 @@ def main() -> None:
             row["peak_memory_bytes"] = arm.decoder.peak_memory()
             if drafter is not None:
                 row["accepted_by_proposer"] = {
-                    proposer: sum(a.stats.per_drafter[proposer]["accepted"] for a in arm.answers)
-                    for proposer in drafter.drafter.info.sources
+                    source: sum(a.stats.per_drafter[source]["accepted"] for a in arm.answers)
+                    for source in drafter.drafter.info.sources
                 }
         rows[name] = row
 

@@ -105,9 +105,9 @@ def check(target, prompts, tokens: int, arms, peer=None):
         )
 
     def count(name: str, setting: str, batch: int, others) -> None:
-        verdicts = [compare(a, b) for a, b in zip(plain[setting], others, strict=True)]
-        row = {"arm": name, "setting": setting, "batch": batch, "prompts": len(verdicts)}
-        row |= {kind: verdicts.count(kind) for kind in ("equal", "near tie", "different")}
+        words = [compare(a, b) for a, b in zip(plain[setting], others, strict=True)]
+        row = {"arm": name, "setting": setting, "batch": batch, "prompts": len(words)}
+        row |= {word: words.count(word) for word in ("equal", "near tie", "different")}
         if not isinstance(others[0], list):
             steps = sum(o.stats.num_spec_steps for o in others)
             row["mean_acceptance_length"] = sum(o.stats.num_tokens for o in others) / steps

@@ -47,7 +47,7 @@ class Costs:
         return max(range(len(acceptance) + 1), key=lambda g: self.speedup(acceptance, g))
 
     def best_expansion(self, found: Record, rule: type[LeafSiblings]) -> tuple[float, int, int]:
-        """`(predicted speed, draft length, nodes)` of the best comb over measured widths and lengths."""
+        """`(predicted speed, draft length, nodes)` of the best leaf siblings over measured widths and lengths."""
         return max(
             (self.speedup(acceptance(found, g, rule(nodes)), g, nodes), g, nodes)
             for g in range(1, found.rank.shape[1] + 1)

@@ -1,6 +1,6 @@
 """Replaying drafts against a text that is known: what an expansion would have accepted.
 
-One record of long chains with all their siblings predicts every comb rule, draft length and budget, so
+One record of long chains with all their siblings predicts every rule of leaf siblings, draft length and budget, so
 that `tune` need not decode once for each.
 """
 

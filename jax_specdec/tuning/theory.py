@@ -39,7 +39,7 @@ def expected_speedup(rate: float, length: int, cost: float) -> float:
 
 
 def comb_tau(chain: Sequence[float], covered: Sequence[float]) -> float:
-    """Tokens a round of a comb: a main chain with siblings that nothing follows.
+    """Tokens a round of leaf siblings: a main chain with siblings that nothing follows.
 
     1 + the sum over depths i of (a_1 ... a_(i-1)) c_i.
 

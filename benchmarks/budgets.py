@@ -1,6 +1,6 @@
 """When a cascade beats its verifier alone: the best budgets at other costs than this machine's.
 
-    python benchmarks/quotas.py --prompts runs/data --out benchmarks/results/quotas.json
+    python benchmarks/budgets.py --prompts runs/data --out benchmarks/results/budgets.json
 
 Each neural drafter's chains are recorded at every token of greedy answers, and every draft length and
 cascade with Max-Gram is played on them (`jax_specdec.tuning.cascades`): tokens a round and calls, which do not
