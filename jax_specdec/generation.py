@@ -15,7 +15,11 @@ _NEAR_TIES = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.03}
 
 
 def near_tie(dtype: Any) -> float:
-    """The margin between two best scores below which rounding in a dtype decides which of them is first."""
+    """The margin between two best scores below which rounding in a dtype decides which of them is first.
+
+    >>> near_tie("float32"), near_tie("bfloat16")
+    (0.001, 0.25)
+    """
     return _NEAR_TIES[jnp.dtype(dtype).name]
 
 
@@ -59,7 +63,11 @@ class Request:
 
 
 def id_key(name: Any) -> int:
-    """A `Request.key` from an id: a number below 2^31 itself, a hash of anything else."""
+    """A `Request.key` from an id: a number below 2^31 itself, a hash of anything else.
+
+    >>> id_key(7), id_key("question 7") == id_key("question 7")
+    (7, True)
+    """
     if isinstance(name, int) and 0 <= name < 2**31:
         return int(name)
     digest = hashlib.blake2b(str(name).encode(), digest_size=4).digest()
@@ -80,6 +88,10 @@ def make_requests(
       prompts: texts, token id lists, or requests, which keep their own options.
       ids: names for the answers; default: the prompt's number.
       options: fields of `Request`, one value for all prompts or a list with one per prompt.
+
+    >>> first, second = make_requests(["a", "b"], None, {"temperature": [0.0, 0.7], "seed": 3})
+    >>> second.id, second.temperature, second.seed
+    (1, 0.7, 3)
 
     Raises:
       UserError: prompts that are no list, no prompts, an unknown option, or a list of another length.

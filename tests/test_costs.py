@@ -22,7 +22,7 @@ from jax_specdec.tuning import tune as tuning
 from jax_specdec.tuning.cascades import candidates, play
 from jax_specdec.tuning.costs import Costs
 from jax_specdec.tuning.measure import acceptance_by_position
-from jax_specdec.tuning.theory import comb_tau
+from jax_specdec.tuning.theory import siblings_tau
 from jax_specdec.tuning.tune import tune
 
 PROMPTS = ["Once upon a time, there was", "Question: Tom has 3 apples and buys", "the cat ran"]
@@ -105,7 +105,7 @@ def test_replayed_expansions(found, rule):
         covered[: n + sibling] += 1
     assert abs(1 + sum(got) - tau / len(agreed)) < 1e-9
     assert sum(got) > sum(replay.acceptance(record, 4)), "no sibling helps"
-    assert abs(comb_tau(kept / reached, covered / reached) - (1 + sum(got))) < 1e-9
+    assert abs(siblings_tau(kept / reached, covered / reached) - (1 + sum(got))) < 1e-9
 
 
 def test_predicted_tau_is_near_the_decoded_one(target, found):

@@ -31,7 +31,7 @@ def test_chain():
     for rate, length in [(0.3, 1), (0.7, 4), (0.95, 8)]:
         tau = 1 + sum(rate**i for i in range(1, length + 1))
         assert abs(theory.chain_tau(rate, length) - tau) < 1e-12
-        assert abs(theory.comb_tau([rate] * length, [rate] * length) - tau) < 1e-12
+        assert abs(theory.siblings_tau([rate] * length, [rate] * length) - tau) < 1e-12
     assert theory.expected_speedup(0.6, 3, 0.0) == theory.chain_tau(0.6, 3)
 
 
@@ -46,8 +46,8 @@ def test_comb_against_enumeration():
             tokens += on and what != "none"
             on = on and what == "chain"
         mean += chance * tokens
-    assert abs(theory.comb_tau(a, c) - mean) < 1e-12
-    assert theory.comb_tau([], []) == 1
+    assert abs(theory.siblings_tau(a, c) - mean) < 1e-12
+    assert theory.siblings_tau([], []) == 1
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_comb_against_enumeration():
 )
 def test_combs_that_cannot_be(chain, covered):
     with pytest.raises(ValueError):
-        theory.comb_tau(chain, covered)
+        theory.siblings_tau(chain, covered)
 
 
 def test_rates():

@@ -82,8 +82,8 @@ class Target:
     """
 
     decoder: Decoder
-    params: Params
-    tokenizer: Any
+    params: Params = dataclasses.field(repr=False)
+    tokenizer: Any = dataclasses.field(repr=False)
     path: Path
     generation: GenerationDefaults = dataclasses.field(default_factory=GenerationDefaults)
 

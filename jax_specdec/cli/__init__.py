@@ -23,6 +23,9 @@ REGISTER: tuple[Callable, ...] = (
 )
 
 
+LONGEST = 2000  # characters of an error
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence; sub-commands inherit it."""
 
@@ -84,7 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         status, sentence = _describe(error)
-        print("error:", " ".join(sentence.split()), file=sys.stderr)
+        sentence = " ".join(sentence.split())
+        if len(sentence) > LONGEST:  # it may quote what was given
+            sentence = f"{sentence[:LONGEST]} [...]"
+        print("error:", sentence, file=sys.stderr)
         return status
 
 
@@ -101,8 +107,26 @@ def _describe(error: Exception) -> tuple[int, str]:
             "The memory ran out: use a narrower --dtype, a smaller --batch-size or fewer "
             "--max-new-tokens."
         )
+    if isinstance(error, RecursionError):
+        return 2, "Something that was given is nested too deeply to be read."
+    if sentence := _no_device():
+        return 2, sentence
     if isinstance(error, OSError) and error.strerror:
         file = f" ({error.filename})" if error.filename else ""
         return 1, f"{error.strerror}{file}."
     first = (str(error).strip().splitlines() or [""])[0]
     return 1, f"internal {type(error).__name__}: {first} (rerun with --debug for the traceback)"
+
+
+def _no_device() -> str | None:
+    """Why JAX has no device to run on, if that is so."""
+    wanted = os.environ.get("JAX_PLATFORMS")
+    if not wanted or "jax" not in sys.modules:
+        return None
+    import jax
+
+    try:
+        jax.devices()
+    except Exception:
+        return f"JAX finds no device for JAX_PLATFORMS={wanted[:40]}: unset it, or install JAX for that platform."
+    return None

@@ -145,6 +145,13 @@ def from_parents(
 ) -> Draft:
     """A tree below the root, from the parent of each of its N nodes.
 
+    >>> text = Text(jnp.asarray([[5, 7, 0]]), jnp.asarray([2]))
+    >>> draft = from_parents(
+    ...     text, jnp.asarray([[8, 9, 3]]), jnp.asarray([[0, 1, 0]]), jnp.ones((1, 3), bool), 2, jnp.asarray([[1, 1, 2]])
+    ... )
+    >>> draft.tokens.tolist(), draft.depth.tolist()
+    ([[7, 8, 9, 3]], [[0, 1, 2, 1]])
+
     Args:
       parent: node indices, the root's being 0 and the first of `tokens` 1; smaller than the node's own. The
         main chain comes first: the parent of node d is d - 1 for d up to the depth limit.

@@ -38,8 +38,8 @@ def make_generate(
     Returns:
       `generate(params, tokens int32[B, Lp], lengths int32[B], sampling, request_ids int32[B]) ->
       (Text, Stats)` with `params = {"target": ..., "drafters": {name: ...}}`: jit it, shard it,
-      AOT-compile it or `jax.export` it. `Text.tokens` is `int32[B, Lp + max_new_tokens]`, 0 behind the
-      length of each row.
+      AOT-compile it or `jax.export` it (which needs the package flatbuffers). `Text.tokens` is `int32[B, Lp + max_new_tokens]`, 0 behind the
+      length of each row, and so are the per-token records of `Stats`.
     """
     whole: Any = drafter
     loop = DecodeLoop(
@@ -63,9 +63,18 @@ def make_generate(
         sampling = sampling.replace(max_new_tokens=most)
         state = loop.start(params, tokens, lengths, sampling, request_ids, capacity=capacity)
         state = loop.run(params, state, capacity)
-        place = jnp.arange(capacity, dtype=jnp.int32)[None]
-        kept = jnp.where(place < state.text.length[:, None], state.text.tokens[:, :capacity], 0)
-        return Text(kept, state.text.length), state.stats
+        inside = jnp.arange(capacity, dtype=jnp.int32)[None] < state.text.length[:, None]
+
+        def kept(record: Array | None) -> Array | None:  # not what was drafted behind the text
+            return None if record is None else jnp.where(inside, record[:, :capacity], 0)
+
+        stats = state.stats
+        stats = stats.replace(
+            source=kept(stats.source),
+            logprobs=kept(stats.logprobs),
+            margins=kept(stats.margins),
+        )
+        return Text(kept(state.text.tokens), state.text.length), stats  # type: ignore[arg-type]
 
     return generate
 

@@ -71,6 +71,9 @@ def make_sampling(
 ) -> Sampling:
     """Host values, scalars or one per row, to checked arrays.
 
+    >>> make_sampling(2, max_new_tokens=8, temperature=[0.0, 0.7]).temperature.tolist()
+    [0.0, 0.699999988079071]
+
     Args:
       repetition_penalty and what follows: see `processors.make_processing`.
 

@@ -50,6 +50,9 @@ def turns(
       stops: whether a draft that is shorter than the drafter's longest ends its turn; one of no token
         always does.
 
+    >>> turns([(0, 10), (0, 10)], (2, 10), (False, False), cut=False)
+    ((0, 10), (0, 10, 20))
+
     Returns:
       Per drafter, the most tokens before one of its calls, -1 if it is never called; and the sizes that
       the whole draft may have.

@@ -44,6 +44,9 @@ def choose_tree(accuracies: tuple[tuple[float, ...], ...], count: int) -> tuple[
     of equal nodes the shallower wins, then the one of better ranks. The paper's tree need not hold the
     chain; here node d is chain node d, and a tree never accepts less than its chain.
 
+    >>> choose_tree(((0.6, 0.2), (0.5, 0.1)), 1)
+    ((0,), (0, 0), (1,))
+
     Args:
       accuracies: in [0, 1], per depth and rank. count: at most as many nodes as there are.
     """

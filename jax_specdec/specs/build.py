@@ -42,7 +42,7 @@ class LoadedDrafter:
     """A drafter and its parameters, `{name: ...}`; `longest` is the longest draft it can be loaded for."""
 
     drafter: Drafter
-    params: dict[str, Any]
+    params: dict[str, Any] = dataclasses.field(repr=False)
     spec: str
     longest: int = MAX_NODES - 1
 

@@ -38,7 +38,7 @@ def expected_speedup(rate: float, length: int, cost: float) -> float:
     return chain_tau(rate, length) / (length * cost + 1)
 
 
-def comb_tau(chain: Sequence[float], covered: Sequence[float]) -> float:
+def siblings_tau(chain: Sequence[float], covered: Sequence[float]) -> float:
     """Tokens a round of leaf siblings: a main chain with siblings that nothing follows.
 
     1 + the sum over depths i of (a_1 ... a_(i-1)) c_i.
@@ -104,7 +104,7 @@ def horizontal_speedup(rates: Sequence[float], costs: Sequence[float]) -> float:
     """
     if len(rates) != len(costs):
         raise ValueError(f"{len(rates)} rates and {len(costs)} costs")
-    return comb_tau(rates, rates) / (1 + sum(costs))
+    return siblings_tau(rates, rates) / (1 + sum(costs))
 
 
 def two_segment_speedup(
