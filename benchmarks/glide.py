@@ -29,9 +29,10 @@ from tqdm.auto import tqdm
 
 import jax_specdec as sd
 from jax_specdec.checkpoints.glide import make_glide, save_glide, target_fingerprint
+from jax_specdec.drafters import registry
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.specs import language as specs
-from jax_specdec.specs.build import rules_for
+from jax_specdec.specs.build import expansions_of
 from jax_specdec.training import data, glide, trainer
 from jax_specdec.training.config import GliDeRecipe, TrainConfig
 from jax_specdec.tuning.measure import acceptance_by_position
@@ -254,7 +255,10 @@ def widen(args: argparse.Namespace) -> None:
     judge = Judge(args, "expansions")
     for name in specs.split(args.drafters):
         chain = f"{name}:{LENGTH}"
-        for spec in (chain, *(f"{chain}+{rule}:{args.nodes}" for rule in rules_for("glide"))):
+        for spec in (
+            chain,
+            *(f"{chain}+{rule}:{args.nodes}" for rule in expansions_of(registry.of("glide"))),
+        ):
             judge.add(spec, sd.load_drafter(spec, judge.target), {})
         # A sibling that nothing follows wins one token where the chain ends early, and never more.
         for setting in SETTINGS:

@@ -23,9 +23,10 @@ from pathlib import Path
 from _common import machine, read_prompts, write_json
 
 import jax_specdec as sd
+from jax_specdec.drafters import registry
 from jax_specdec.generation import near_tie
 from jax_specdec.specs import language as specs
-from jax_specdec.specs.build import longest_draft, rules_for
+from jax_specdec.specs.build import expansions_of
 
 NEAR_TIE = near_tie("float32")
 TEMPERATURES = (0.3, 1.0, 1.7)
@@ -143,8 +144,8 @@ def expansion_arms(home: Path, lengths) -> list[tuple[str, int]]:
         for name in (name, "medusa")
         if (home / name).is_dir()
         for length in lengths
-        if length <= longest_draft(name, home / name)
-        for suffix in ("", *(f"+{rule}" for rule in rules_for(name)))
+        if length <= registry.longest(name, home / name)
+        for suffix in ("", *(f"+{rule}" for rule in expansions_of(registry.of(name))))
     ]
 
 

@@ -1,12 +1,12 @@
-"""When a cascade beats its reviewer alone: the best quotas at other costs than this machine's.
+"""When a cascade beats its verifier alone: the best budgets at other costs than this machine's.
 
     python benchmarks/quotas.py --prompts runs/data --out benchmarks/results/quotas.json
 
 Each neural drafter's chains are recorded at every token of greedy answers, and every draft length and
 cascade with Max-Gram is played on them (`jax_specdec.tuning.cascades`): tokens a round and calls, which do not
 depend on the machine. The table combines them with costs: c, a step of the drafter in tokens of plain
-decoding, and v(16), a verification of 16 tokens, where v grows linearly with the tokens. A review of
-several tokens grows likewise. Max-Gram is free.
+decoding, and v(16), a verification of 16 tokens, where v grows linearly with the tokens. A verification
+of several tokens grows likewise. Max-Gram is free.
 """
 
 import argparse
@@ -36,8 +36,8 @@ def seconds(spec: Spec, calls, c: float, slope: float) -> float:
     first = spec.inner[0]
     if not first.inner:
         return width(1 + depth_of(spec)) + c * (first.length or 0)
-    reviewed = 1 + (first.inner[0].length or 0)
-    return width(1 + depth_of(spec)) + calls[0] * c * width(reviewed)
+    verified = 1 + (first.inner[0].length or 0)
+    return width(1 + depth_of(spec)) + calls[0] * c * width(verified)
 
 
 def main() -> None:

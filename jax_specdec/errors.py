@@ -7,3 +7,9 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """Something failed at run time. The command line prints the message alone and exits with 1."""
+
+
+def shown(text: object, most: int = 80) -> str:
+    """What a user gave, quoted for a message and cut where it is long."""
+    text = str(text)
+    return repr(text if len(text) <= most else f"{text[: most - 3]}...")

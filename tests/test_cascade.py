@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from k_matrix import from_matrix
 from test_drafters import best_match, copied
 from test_glide import pair
 
@@ -27,7 +28,7 @@ from jax_specdec.expansions.cape import Cape
 from jax_specdec.expansions.expand import Expand
 from jax_specdec.expansions.siblings import Fixed
 from jax_specdec.specs.build import parse_drafter
-from jax_specdec.specs.language import from_matrix, split
+from jax_specdec.specs.language import split
 from jax_specdec.specs.presets import PRESETS
 from jax_specdec.specs.sizes import depth_of
 from jax_specdec.testing import check_drafter

@@ -51,13 +51,13 @@ def found(target):
 def test_a_replay_is_the_decoding(found):
     """Of the drafter that was recorded the replay has every round, one by one."""
     record, answers = found
-    assert len(record.agreed) == sum(a.stats.num_spec_steps for a in answers)
+    assert len(record.matched) == sum(a.stats.num_spec_steps for a in answers)
     want = acceptance_by_position(answers)
     np.testing.assert_allclose(replay.acceptance(record, 5), want, atol=1e-12)
     assert replay.acceptance(record, 2) == replay.acceptance(record, 5)[:2]
-    rows = np.arange(len(record.agreed))
-    below = record.agreed < 5
-    assert (record.rank[rows[below], record.agreed[below]] != 0).all()
+    rows = np.arange(len(record.matched))
+    below = record.matched < 5
+    assert (record.rank[rows[below], record.matched[below]] != 0).all()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_replayed_expansions(found, rule):
     """The prediction is of the siblings that the rule takes, and is tau of a comb."""
     record, _ = found
     got = replay.acceptance(record, 4, rule)
-    agreed = np.minimum(record.agreed, 4)
+    agreed = np.minimum(record.matched, 4)
     chosen, some = (np.asarray(x) for x in select(rule.rank(record.probs[:, :4]), rule.nodes - 5))
     tau = 0
     reached, kept, covered = np.zeros(4), np.zeros(4), np.zeros(4)
@@ -164,7 +164,7 @@ def test_tune_chooses_a_cascade(target, tmp_path, monkeypatch):
     assert sd.load_drafter("cascade", target, tmp_path, drafts=drafts).spec == str(spec)
     with pytest.raises(sd.UserError, match="No cascade was chosen"):
         sd.load_drafter("cascade", target, tmp_path / "elsewhere")
-    with pytest.raises(sd.UserError, match="needs a drafter that can review"):
+    with pytest.raises(sd.UserError, match="needs a drafter that can verify"):
         tune(target, lambda s: sd.load_drafter(s, target), ["max-gram", "cascade"], PROMPTS)
 
 

@@ -21,9 +21,9 @@ from jax_specdec.checkpoints.glide import (
 )
 from jax_specdec.checkpoints.import_glide import import_glide
 from jax_specdec.checkpoints.targets import convert, save_pretrained
+from jax_specdec.drafters.registry import longest as longest_draft
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
-from jax_specdec.specs.build import longest_draft
 
 
 @pytest.fixture(scope="module")

@@ -28,11 +28,12 @@ from jax_specdec.core.prefill import read_text
 from jax_specdec.drafters.cascade import Cascade, Horizontal
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.medusa import MedusaDrafter
+from jax_specdec.drafters.registry import longest as longest_draft
 from jax_specdec.expansions.cape import Cape
 from jax_specdec.expansions.expand import Expand
 from jax_specdec.expansions.static_tree import StaticTree, choose_tree
 from jax_specdec.models.medusa import Medusa, MedusaConfig
-from jax_specdec.specs.build import longest_draft, parse_drafter
+from jax_specdec.specs.build import parse_drafter
 from jax_specdec.testing import check_drafter
 from jax_specdec.training import medusa
 from jax_specdec.training.config import MedusaRecipe, TrainConfig

@@ -21,6 +21,7 @@ from jax_specdec.checkpoints.target_bound import (
     target_fingerprint,
 )
 from jax_specdec.checkpoints.targets import Target
+from jax_specdec.checkpoints.vocabulary import check_vocabulary
 from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import unstack_layers
@@ -29,6 +30,7 @@ from jax_specdec.models.glide_config import GliDeConfig
 
 __all__ = [
     "KIND",
+    "fitted_glide",
     "from_decoder",
     "load_glide",
     "load_own_params",
@@ -64,22 +66,35 @@ def save_glide(
 
 
 def load_glide(
-    folder: str | os.PathLike[str], target: Target, dtype: Any = None
+    folder: str | os.PathLike[str],
+    target: Target,
+    dtype: Any = None,
+    read: tuple[GliDeConfig, str] | None = None,
 ) -> tuple[GliDe, Params]:
     """A drafter and its parameters, joined with the target's (see `GliDe.join`).
 
     Args:
       dtype: of parameters and computation; None is the target's.
+      read: `read_glide_config` of the folder, where it was called before.
 
     Raises:
       UserError: no such checkpoint, one that is damaged, or one for another target.
     """
+    model = fitted_glide(folder, target, dtype, read)
+    return model, model.join(load_own_params(Path(folder), model), target.params)
+
+
+def fitted_glide(
+    folder: str | os.PathLike[str],
+    target: Target,
+    dtype: Any = None,
+    read: tuple[GliDeConfig, str] | None = None,
+) -> GliDe:
+    """`load_glide` without parameters, the target's among them."""
     folder = Path(folder)
-    config, fingerprint = read_glide_config(folder)
+    config, fingerprint = read or read_glide_config(folder)
     check_target(KIND, folder, fingerprint, target)
-    model = make_glide(config, target.config, dtype or target.decoder.dtype)
-    own = load_own_params(folder, model)
-    return model, model.join(own, target.params)
+    return make_glide(config, target.config, dtype or target.decoder.dtype)
 
 
 def from_decoder(
@@ -96,9 +111,7 @@ def from_decoder(
       UserError: another vocabulary, a field that the decoder says otherwise, or a decoder of another kind
         than a GliDe drafter for this target is.
     """
-    from jax_specdec.checkpoints.vocabulary import check_vocabulary
-
-    check_vocabulary(target, small)
+    check_vocabulary(target.tokenizer, target.vocab_size, small.tokenizer, small.vocab_size)
     c = small.config
     names = (
         "hidden_size",

@@ -36,6 +36,12 @@ _LONGSPEC_IGNORED = re.compile(
 )
 
 
+def is_glide(folder: Path) -> bool:
+    """Whether a folder holds a drafter of either project."""
+    names = open_tensors(folder)
+    return any(name.startswith("glide.") or ".cross_attn.q_proj." in name for name in names)
+
+
 def import_glide(
     folder: str | os.PathLike[str], target: Target, dtype: Any = "float32"
 ) -> tuple[GliDe, Params]:

@@ -50,22 +50,33 @@ def save_medusa(
 
 
 def load_medusa(
-    folder: str | os.PathLike[str], target: Target, dtype: Any = None
+    folder: str | os.PathLike[str],
+    target: Target,
+    dtype: Any = None,
+    read: tuple[MedusaConfig, Accuracies, str] | None = None,
 ) -> tuple[Medusa, Params, Accuracies]:
     """A drafter, its parameters, joined with the target's (see `Medusa.join`), and its accuracies.
 
     Args:
       dtype: of parameters and computation; None is the target's.
+      read: `read_medusa_config` of the folder, where it was called before.
 
     Raises:
       UserError: no such checkpoint, one that is damaged, or one for another target.
     """
     folder = Path(folder)
-    config, accuracies, fingerprint = read_medusa_config(folder)
+    read = read or read_medusa_config(folder)
+    model = fitted_medusa(folder, target, dtype, read)
+    return model, model.join(read_own(folder, model.shapes()), target.params), read[1]
+
+
+def fitted_medusa(
+    folder: Path, target: Target, dtype: Any, read: tuple[MedusaConfig, Accuracies, str]
+) -> Medusa:
+    """`load_medusa` without parameters, the target's among them."""
+    config, _, fingerprint = read
     check_target(KIND, folder, fingerprint, target)
-    model = Medusa(config, target.config, dtype or target.decoder.dtype)
-    own = read_own(folder, model.shapes())
-    return model, model.join(own, target.params), accuracies
+    return Medusa(config, target.config, dtype or target.decoder.dtype)
 
 
 def read_medusa_config(folder: Path) -> tuple[MedusaConfig, Accuracies, str]:

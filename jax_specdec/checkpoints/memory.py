@@ -43,6 +43,26 @@ def memory_plan(
     )
 
 
+def sizes_of(config: ModelConfig) -> dict[str, Any]:
+    """What `info` says of a model, as JSON."""
+    names = (
+        "family",
+        "vocab_size",
+        "hidden_size",
+        "mlp_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "context",
+        "tied_head",
+    )
+    return {
+        "num_parameters": config.parameter_count(),
+        **{name: getattr(config, name) for name in names},
+    }
+
+
 def available_memory(device: Any = None) -> int | None:
     """Free bytes of a jax device (default: the default one), or None where it does not say."""
     device = device or tuning.default_device()

@@ -1,17 +1,21 @@
 """Arguments and steps that several commands share."""
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jax_specdec.errors import UserError
+from jax_specdec.errors import UserError, shown
 
 if TYPE_CHECKING:
     from jax_specdec.checkpoints.targets import Target
     from jax_specdec.specs.build import LoadedDrafter
+    from jax_specdec.specs.defaults import Setting
+    from jax_specdec.specs.language import Spec
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEMO_TARGET = Path(__file__).parents[2] / "checkpoints/demo/target"
@@ -37,17 +41,17 @@ def add_drafter(parser: argparse.ArgumentParser) -> None:
         "--drafter",
         metavar="SPEC",
         default="auto",
-        help="none, lm, glide, medusa, max-gram, prompt-lookup or bigram, with a draft length after a colon, "
-        "as in lm:4; lm and glide also with an expansion, cape, fixed, path, tree or beam, and its nodes, as "
-        "in lm:4+cape:16, medusa with cape, fixed, path or its own, static (default: the fastest measured for "
-        "the model, else prompt-lookup)",
+        help="a kind of drafter (`jax-specdec info --drafters` lists them) with a draft length after a colon, as "
+        "in lm:4, and maybe an expansion with its nodes, as in lm:4+cape:16; or a cascade of drafters (default: "
+        "the first --draft NAME; else the fastest measured for the model; else one that needs no checkpoint)",
     )
     parser.add_argument(
         "--draft",
         metavar="NAME=DIR",
         action="append",
         default=[],
-        help="where a drafter's checkpoint is (default: the folder NAME beside the model)",
+        help="where a drafter's checkpoint is, a folder or a model id of the Hugging Face hub (default: the "
+        "folder NAME beside the model)",
     )
 
 
@@ -66,49 +70,82 @@ def model_source(args: argparse.Namespace) -> str | Path:
     return DEMO_TARGET
 
 
-def draft_folders(items: Sequence[str]) -> dict[str, Path]:
-    """`NAME=DIR` arguments as a dictionary."""
-    from jax_specdec.specs.build import parse_drafter
-    from jax_specdec.specs.language import WITH_CHECKPOINT
+def draft_folders(items: Sequence[str]) -> dict[str, str]:
+    """`NAME=DIR` arguments as a dictionary; DIR may be a hub id."""
+    from jax_specdec.drafters import registry
+    from jax_specdec.specs.language import known_name
 
     folders = {}
     for item in items:
         name, equals, folder = item.partition("=")
         if not (name and equals and folder):
-            raise UserError(f"--draft takes NAME=DIR, as in lm=checkpoints/demo/lm, not {item!r}.")
-        spec = parse_drafter(name)
-        if str(spec) != spec.name or spec.kind not in WITH_CHECKPOINT:
-            *some, last = WITH_CHECKPOINT
             raise UserError(
-                f"--draft {item}: {name!r} has no checkpoint; {', '.join(some)} and {last} have one."
+                f"--draft takes NAME=DIR, as in lm=checkpoints/demo/lm, not {shown(item)}."
             )
-        folders[name] = Path(folder).expanduser()
+        kind = registry.find(name)
+        if kind is None:
+            known_name(name, "drafter", registry.names("needs_checkpoint"))
+        elif not kind.needs_checkpoint:
+            able = registry.listed(registry.names("needs_checkpoint"))
+            raise UserError(f"--draft {item[:80]}: {name!r} has no checkpoint; {able} have one.")
+        folders[name] = folder
     return folders
 
 
-def choose_drafter(args: argparse.Namespace, model: Path, folders: dict[str, Path]) -> str:
-    """The specification that `--drafter auto` stands for, or the given one, checked."""
+def given_drafter(args: argparse.Namespace) -> "Spec | None":
+    """What `--drafter` says, checked as far as it goes; None for `auto`."""
     from jax_specdec.specs.build import parse_drafter
-    from jax_specdec.specs.defaults import default_spec
 
-    if args.drafter != "auto":
-        parse_drafter(args.drafter)
-        return args.drafter
-    return next(iter(folders), None) or default_spec(model)
+    return None if args.drafter == "auto" else parse_drafter(args.drafter)
+
+
+def choose_drafter(setting: "Setting", folders: dict[str, str]) -> "tuple[Spec, str]":
+    """What `--drafter auto` stands for, and why."""
+    from jax_specdec.specs.build import parse_drafter
+    from jax_specdec.specs.defaults import USUAL, measured, measured_on
+
+    if folders:
+        name = next(iter(folders))
+        return parse_drafter(name), "the first --draft"
+    record = measured(setting.folder, setting)
+    default = record.get("default")
+    if default is None:
+        return parse_drafter(USUAL), "nothing was measured for this model, see `jax-specdec tune`"
+    return parse_drafter(default), f"{measured_on(record)} to be the fastest"
 
 
 def load(args: argparse.Namespace) -> "tuple[Target, LoadedDrafter]":
     """The target and the drafter that the arguments name; cheap mistakes fail first."""
     from jax_specdec.checkpoints.targets import find_checkpoint, load_target
     from jax_specdec.specs.build import load_drafter
+    from jax_specdec.specs.defaults import setting_of
 
-    folders = draft_folders(args.draft)
-    if args.drafter != "auto":
-        choose_drafter(args, Path(), folders)
-    folder = find_checkpoint(model_source(args))
-    spec = choose_drafter(args, folder, folders)
-    target = load_target(folder, dtype=args.dtype)
-    return target, load_drafter(spec, target, drafts=folders)
+    folders, spec = draft_folders(args.draft), given_drafter(args)
+    target = load_target(find_checkpoint(model_source(args)), dtype=args.dtype)
+    batch_size, reason = getattr(args, "batch_size", 1), ""
+    if spec is None:
+        spec, reason = choose_drafter(setting_of(target, batch_size), folders)
+    with warnings_said():
+        drafter = load_drafter(spec, target, drafts=folders, batch_size=batch_size)
+    if reason:
+        say(f"drafter {drafter.spec} ({reason})")
+    return target, drafter
+
+
+@contextlib.contextmanager
+def warnings_said() -> Iterator[None]:
+    """Warnings to users come as one line, without the place in the code."""
+    with warnings.catch_warnings():
+        shown_as = warnings.showwarning
+
+        def show(message, category, *place, **more):
+            if issubclass(category, UserWarning):
+                say(f"warning: {message}")
+            else:
+                shown_as(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def say(message: str) -> None:

@@ -12,8 +12,7 @@ def register(commands: Any) -> None:
         "convert",
         help="write a checkpoint in another dtype or other shards, or import a drafter",
         description="Writes a checkpoint again, in another dtype or other shards. With --target it reads a "
-        "drafter of the GliDe or LongSpec projects, and writes it for --drafter glide, or Medusa heads, and "
-        "writes them for --drafter medusa.",
+        "drafter of another project, whichever kind of drafter it is for, and writes it for --drafter.",
     )
     parser.add_argument("source", metavar="SRC", help="checkpoint folder or hub id")
     parser.add_argument("out", metavar="OUT", help="folder to write")
@@ -40,19 +39,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def import_drafter(args: argparse.Namespace, max_shard_bytes: int) -> None:
-    from jax_specdec.checkpoints.glide import save_glide
-    from jax_specdec.checkpoints.import_glide import import_glide
-    from jax_specdec.checkpoints.import_medusa import import_medusa, is_medusa
-    from jax_specdec.checkpoints.medusa import save_medusa
-    from jax_specdec.checkpoints.target_bound import target_fingerprint
     from jax_specdec.checkpoints.targets import find_checkpoint, load_target
+    from jax_specdec.drafters import registry
 
     source, target = find_checkpoint(args.source), load_target(args.target, tokenizer=False)
-    fingerprint = target_fingerprint(target.path)
-    dtype, shard = args.dtype or "bfloat16", max_shard_bytes
-    if is_medusa(source):
-        heads, params = import_medusa(source, target)
-        save_medusa(args.out, heads, params, fingerprint, dtype=dtype, max_shard_bytes=shard)
-    else:
-        model, params = import_glide(source, target)
-        save_glide(args.out, model, params, fingerprint, dtype=dtype, max_shard_bytes=shard)
+    given = registry.Foreign(source, target, args.out, args.dtype or "bfloat16", max_shard_bytes)
+    able = [kind for kind in registry.kinds() if kind.adopt is not None]
+    if not any(kind.adopt is not None and kind.adopt(given) for kind in able):
+        known = registry.listed([f"--drafter {kind.name}" for kind in able], "or")
+        raise UserError(f"{source} holds no drafter that can be imported for {known}.")

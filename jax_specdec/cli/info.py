@@ -28,6 +28,11 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="of them new (default: 128)"
     )
+    parser.add_argument(
+        "--drafters",
+        action="store_true",
+        help="list the kinds of drafters instead, and what each takes",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -37,6 +42,9 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+    if args.drafters:
+        print("\n".join(_kinds()))
+        return 0
     found = describe(args)
     if args.json:
         common.print_json(found)
@@ -47,20 +55,22 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Everything `info` knows, as a JSON object."""
-    from jax_specdec.checkpoints.memory import available_memory, memory_plan
-    from jax_specdec.checkpoints.targets import default_dtype, find_checkpoint, inspect_checkpoint
+    from jax_specdec.checkpoints.memory import available_memory, memory_plan, sizes_of
+    from jax_specdec.checkpoints.targets import (
+        Target,
+        default_dtype,
+        find_checkpoint,
+        inspect_checkpoint,
+        load_tokenizer,
+    )
     from jax_specdec.checkpoints.tokenizer_files import has_tokenizer
-    from jax_specdec.specs.build import complete, parse_drafter
-    from jax_specdec.specs.sizes import depth_of
+    from jax_specdec.models.decoder import Decoder
+    from jax_specdec.specs.build import Drafters
+    from jax_specdec.specs.defaults import setting_of
 
-    folders = common.draft_folders(args.draft)
+    folders, given = common.draft_folders(args.draft), common.given_drafter(args)
     folder = find_checkpoint(common.model_source(args))
     config, stored = inspect_checkpoint(folder)
-    parsed = parse_drafter(common.choose_drafter(args, folder, folders))
-    spec = complete(parsed, folder.parent, folders)
-    name = str(spec._replace(rule=None, nodes=None)) if spec.inner else spec.name
-    length = depth_of(spec)
-    width = spec.nodes or length + 1
     context = args.context or config.context
     if context > config.context:
         raise UserError(f"The model's context is {config.context} tokens, fewer than {context}.")
@@ -69,6 +79,15 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.max_new_tokens} new tokens leave no room for a prompt in a context of {context}."
         )
     dtype = args.dtype or default_dtype(folder)
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    target = Target(Decoder(config, dtype), {}, tokenizer, folder)
+    drafters = Drafters(target, drafts=folders, batch_size=args.batch_size)
+    if given is None:
+        given, _ = common.choose_drafter(setting_of(target, args.batch_size), folders)
+    with common.warnings_said():
+        spec, outline = drafters.outline(given)
+    name = str(spec._replace(rule=None, nodes=None)) if spec.inner else spec.name
+    length, width = outline.info.depth, outline.info.nodes + 1
     slots = context + width
     plan = memory_plan(config, dtype, args.batch_size, slots, width=width)
     total = plan.total
@@ -78,12 +97,14 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
 
     def part(name: str) -> dict[str, Any]:
         """What is known of one drafter, its memory among it unless it takes none."""
-        where = folders.get(name, folder.parent / name)
-        return _part(name, where, config, dtype, args.batch_size, slots)
+        request = drafters.request(name)
+        return request.kind.describe(request, args.batch_size, slots)
 
     if spec.inner:
         drafter["parts"] = {name: part(name) for name in spec.names}
-        sizes = [found["memory"]["total"] for found in drafter["parts"].values() if found]
+        sizes = [
+            found["memory"]["total"] for found in drafter["parts"].values() if "memory" in found
+        ]
         drafter["memory"] = {"total": sum(sizes)}
     else:
         drafter |= part(name)
@@ -92,9 +113,9 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     available = available_memory()
     return {
         "model": str(folder),
-        **_sizes(config),
+        **sizes_of(config),
         "stored_dtype": stored,
-        "tokenizer": has_tokenizer(folder),
+        "tokenizer": tokenizer is not None,
         "dtype": dtype,
         "batch_size": args.batch_size,
         "context_used": context,
@@ -107,76 +128,24 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _sizes(config: Any) -> dict[str, Any]:
-    return {
-        "family": config.family,
-        "num_parameters": config.parameter_count(),
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "mlp_size": config.mlp_size,
-        "num_layers": config.num_layers,
-        "num_heads": config.num_heads,
-        "num_kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "context": config.context,
-        "tied_head": config.tied_head,
-    }
+def _kinds() -> list[str]:
+    """A line for each kind of drafter."""
+    from jax_specdec.drafters import registry
+    from jax_specdec.specs.build import expansions_of
 
-
-def _part(
-    name: str, folder: Path, target: Any, dtype: Any, batch_size: int, slots: int
-) -> dict[str, Any]:
-    """What one drafter takes; a GliDe drafter uses its target's cache, and maybe embedding and head."""
-    import jax.numpy as jnp
-
-    from jax_specdec.checkpoints.glide import make_glide, read_glide_config
-    from jax_specdec.checkpoints.memory import memory_plan
-    from jax_specdec.checkpoints.targets import inspect_checkpoint
-    from jax_specdec.specs.language import WITH_CHECKPOINT, kind_of
-
-    kind = kind_of(name)
-    if kind not in WITH_CHECKPOINT:
-        return {}
-    if kind == "bigram":
-        size = 4 * target.vocab_size
-        return {"memory": {"parameters": size, "total": size}}
-    if not folder.is_dir():
-        raise UserError(
-            f"The drafter {name!r} has no checkpoint at {folder}: say where it is with --draft {name}=DIR."
-        )
-    if kind == "lm":
-        small, stored = inspect_checkpoint(folder)
-        plan = memory_plan(small, dtype, batch_size, slots)
-        memory = {**dataclasses.asdict(plan), "total": plan.total}
-        return {"path": str(folder), **_sizes(small), "stored_dtype": stored, "memory": memory}
-    if kind == "medusa":
-        return _medusa(folder, target, dtype, batch_size, slots)
-    model = make_glide(read_glide_config(folder)[0], target, dtype)
-    count = model.parameter_count()
-    cache = memory_plan(model.decoder.config, dtype, batch_size, slots).cache
-    parameters = count * jnp.dtype(dtype).itemsize
-    memory = {"parameters": parameters, "cache": cache, "total": parameters + cache}
-    return {"path": str(folder), "own_parameters": count, "memory": memory}
-
-
-def _medusa(folder: Path, target: Any, dtype: Any, batch_size: int, slots: int) -> dict[str, Any]:
-    """What Medusa heads take beside their target, whose hidden states are kept for them."""
-    import jax.numpy as jnp
-
-    from jax_specdec.checkpoints.medusa import read_medusa_config
-    from jax_specdec.models.medusa import Medusa
-
-    config, accuracies, _ = read_medusa_config(folder)
-    count, size = Medusa(config, target, dtype).parameter_count(), jnp.dtype(dtype).itemsize
-    hidden = batch_size * slots * target.hidden_size * size
-    memory = {"parameters": count * size, "cache": hidden, "total": count * size + hidden}
-    return {
-        "path": str(folder),
-        "num_heads": config.num_heads,
-        "own_parameters": count,
-        "accuracies": accuracies,
-        "memory": memory,
-    }
+    lines = []
+    for kind in registry.kinds():
+        about = ["a checkpoint" if kind.needs_checkpoint else "no checkpoint"]
+        if kind.usual_length:
+            about.append(f"{kind.usual_length} tokens a draft where nothing is said or measured")
+        if kind.verifies:
+            about.append("can verify others")
+        if kind.numbered:
+            about.append(f"may be several, as {kind.name}2")
+        if rules := expansions_of(kind):
+            about.append(" ".join(f"+{rule}" for rule in rules))
+        lines.append(f"{kind.name:14} {'; '.join(about)}")
+    return lines
 
 
 def _shape(found: dict[str, Any]) -> str:
@@ -208,8 +177,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines.append(f"         model   {_memory(found['memory'])}")
     if "memory" in drafter:
         parts = drafter.get("parts") or {"drafter": drafter}
-        shown = {name: part["memory"] for name, part in parts.items() if part}
-        lines += [f"         {name:7} {_memory(memory)}" for name, memory in shown.items()]
+        sizes = {name: part["memory"] for name, part in parts.items() if "memory" in part}
+        lines += [f"         {name:7} {_memory(memory)}" for name, memory in sizes.items()]
     free = found["available_bytes"]
     fits = (
         "unknown"

@@ -1,7 +1,6 @@
 """`tune`: measure costs and acceptance, and choose draft lengths from them."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--drafters",
         metavar="A,B,...",
-        help="drafters to tune, with an expansion (`lm+path`) or without, and `cascade` for the best cascade "
-        "of them (default: all drafters that there are)",
+        help="drafters to tune, by name, with an expansion (`lm+path`) or without, and `cascade` for the best "
+        "cascade of them (default: all drafters that there are)",
     )
     parser.add_argument("--draft", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument(
@@ -32,40 +31,45 @@ def register(commands: Any) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N")
     parser.add_argument(
-        "--out", metavar="FILE.json", help="default: draft_lengths.json beside the model's folder"
+        "--out",
+        metavar="FILE.json",
+        help="what was measured for other models, devices, dtypes and batch sizes is kept there (default: "
+        "draft_lengths.json beside the model's folder; for a model of the hub, in the user's cache)",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from jax_specdec.checkpoints.targets import load_target
-    from jax_specdec.specs import language as specs
-    from jax_specdec.specs.build import available_drafters, load_drafter, parse_drafter
-    from jax_specdec.specs.defaults import LENGTHS_FILE
+    from jax_specdec.specs.build import Drafters
+    from jax_specdec.specs.defaults import add_record, lengths_file, read_records
+    from jax_specdec.specs.language import split
     from jax_specdec.text.prompts import read_prompts
-    from jax_specdec.tuning.tune import tune
+    from jax_specdec.tuning.tune import check_names, tune
 
     for name in ("per_file", "longest", "max_new_tokens", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
-    wanted = specs.split(args.drafters) if args.drafters else []
-    names = [parse_drafter(name).key for name in wanted]
+    names = split(args.drafters) if args.drafters else []
+    check_names(names)
     folders = common.draft_folders(args.draft)
     prompts = [
         record.prompt for path in args.prompts for record in read_prompts(path)[: args.per_file]
     ]
     target = load_target(common.model_source(args), dtype=args.dtype)
+    drafters = Drafters(target, drafts=folders, batch_size=args.batch_size)
+    out = Path(args.out) if args.out else lengths_file(target.path.parent)
+    read_records(out)  # before an hour of measuring
     found = tune(
         target,
-        lambda spec: load_drafter(spec, target, drafts=folders),
-        names or available_drafters(target, folders),
+        drafters,
+        names or drafters.available(),
         prompts,
         longest=args.longest,
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
         report=common.say,
     )
-    out = Path(args.out) if args.out else target.path.parent / LENGTHS_FILE
-    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    add_record(out, found)
     common.say(f"default {found['default']}; wrote {out}")
     return 0

@@ -1,8 +1,10 @@
 """`bigram`: the most frequent successor of each token, counted from a corpus."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from jax_specdec._types import Array, Int
 from jax_specdec.core.draft import chain
 from jax_specdec.core.drafter import StatelessDrafter, chain_info
+from jax_specdec.drafters import registry
 from jax_specdec.errors import UserError
 
 
@@ -97,3 +100,23 @@ def load_bigram(folder: str | Path, vocab_size: int) -> np.ndarray:
     if table.min() < 0 or table.max() >= vocab_size:
         raise UserError(f"The bigram table names tokens outside the vocabulary of {vocab_size}.")
     return table
+
+
+def _make(request: registry.Request) -> registry.Make:
+    return functools.partial(Bigram, name=request.name)
+
+
+def _load(request: registry.Request) -> tuple[registry.Make, dict[str, Any]]:
+    table = load_bigram(request.folder, request.target.vocab_size)
+    return _make(request), {request.name: jnp.asarray(table)}
+
+
+def _describe(request: registry.Request, batch: int, slots: int) -> dict[str, Any]:
+    del batch, slots
+    size = load_bigram(request.folder, request.target.vocab_size).nbytes
+    return {"path": str(request.folder), "memory": {"parameters": size, "total": size}}
+
+
+KIND = registry.register(
+    registry.Kind("bigram", _make, _load, usual_length=2, needs_checkpoint=True, describe=_describe)
+)

@@ -18,7 +18,6 @@ reports a draft that is not the drafter's own.
 
 import dataclasses
 import functools
-import math
 
 import jax.numpy as jnp
 from jax import lax
@@ -35,7 +34,13 @@ from jax_specdec.core.drafter import (
     accepted_prefix,
 )
 from jax_specdec.core.numerics import argmax
-from jax_specdec.drafters.cascade_sizes import turns
+from jax_specdec.drafters.cascade_sizes import (
+    check_budget,
+    check_depth,
+    check_lenience,
+    turns,
+    verified,
+)
 from jax_specdec.drafters.composed import Composed, larger
 from jax_specdec.errors import UserError
 
@@ -67,8 +72,7 @@ class Horizontal(Composed):
                 f"{len(self.budgets)} for {len(self.drafters)}."
             )
         for budget in self.budgets:
-            if budget < 1:
-                raise UserError(f"A budget must be at least 1, got {budget}.")
+            check_budget(budget)
         for drafter in self.drafters:
             if not drafter.info.is_chain or not drafter.info.depth:
                 raise UserError(
@@ -228,8 +232,7 @@ class Cascade(Composed):
         if not isinstance(self.verifier, Verifier):
             name = self.verifier.info.name
             raise UserError(f"The drafter {name!r} cannot verify what others propose.")
-        if not 1 <= self.lenience < math.inf:
-            raise UserError(f"A lenience must be finite and at least 1, got {self.lenience:g}.")
+        check_lenience(self.lenience)
         _check(self.info)
 
     @functools.cached_property
@@ -248,13 +251,14 @@ class Cascade(Composed):
     @functools.cached_property
     def _info(self) -> Info:
         own, inner = self.verifier.info, self.inner.info
-        depth = inner.depth + 1
+        sizes = verified(inner.sizes)
+        depth = max(sizes)
         verifying = [dataclasses.replace(use, deepest=depth, verifies=True) for use in own.models]
         return Info(
             name=f"{own.name}[{inner.name}]",
             nodes=depth,
             depth=depth,
-            sizes=tuple(range(1, depth + 1)),
+            sizes=sizes,
             sources=(own.name, *(f"{own.name}[{name}]" for name in inner.sources)),
             taps=_taps((own, inner)),
             distribution=own.distribution,
@@ -319,11 +323,7 @@ def _taps(infos) -> tuple[int, ...]:
 
 def _check(info: Info) -> None:
     """What must hold of a whole nesting, and is checked at each of its levels."""
-    if info.depth >= MAX_NODES:
-        raise UserError(
-            f"This cascade may draft {info.depth} tokens at once, and a draft has at most "
-            f"{MAX_NODES - 1}: lower its budgets and lengths, or cut."
-        )
+    check_depth(info.depth)
     identities: dict[str, object] = {}
     for use in info.models:
         if identities.setdefault(use.name, use.identity) != use.identity:

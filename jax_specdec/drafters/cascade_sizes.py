@@ -1,6 +1,44 @@
-"""How long the drafts of a cascade can get."""
+"""How long the drafts of a cascade can get, and what is refused of its numbers.
 
-from collections.abc import Sequence
+A specification is judged by this before anything is loaded, and the drafters themselves are.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from jax_specdec.core.draft import MAX_NODES
+from jax_specdec.errors import UserError
+
+
+def check_depth(depth: int) -> None:
+    """Raises `UserError` for a draft of more tokens than a verification takes."""
+    if depth >= MAX_NODES:
+        raise UserError(
+            f"This cascade may draft {depth} tokens at once, and a draft has at most {MAX_NODES - 1}: "
+            "lower its budgets and lengths, or cut."
+        )
+
+
+def check_budget(budget: int) -> None:
+    """Raises `UserError` for a budget that asks for nothing."""
+    if budget < 1:
+        raise UserError(f"A budget must be at least 1, got {budget}.")
+
+
+def check_lenience(lenience: float) -> None:
+    """Raises `UserError` for a lenience that would refuse a verifier's own tokens, or take all."""
+    if not 1 <= lenience < math.inf:
+        raise UserError(f"A lenience must be finite and at least 1, got {lenience:g}.")
+
+
+def verified(sizes: Iterable[int]) -> tuple[int, ...]:
+    """Sizes of a draft that a drafter has verified, its own next token included."""
+    return tuple(range(1, max(sizes) + 2))
+
+
+def ended_early(length: int) -> tuple[int, ...]:
+    """Sizes of a draft that may end behind any of its tokens."""
+    return tuple(range(1, length + 1))
 
 
 def turns(

@@ -6,6 +6,8 @@ drafted (the i-th token of a draft is predicted at delay i).
 """
 
 import dataclasses
+import functools
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,11 +16,18 @@ from jax_specdec._types import Array, Params
 from jax_specdec.core.cache import KVCache
 from jax_specdec.core.context import Proposal, TargetView
 from jax_specdec.core.model import Output
+from jax_specdec.drafters import registry
 from jax_specdec.drafters.early_exit import Stop
 from jax_specdec.drafters.neural import PENDING, NeuralDrafter
 from jax_specdec.errors import UserError
 from jax_specdec.models.decoder import Decoder
 from jax_specdec.models.glide import GliDe, glimpse_view
+from jax_specdec.models.glide_config import GliDeConfig
+
+
+def _max_depth(config: GliDeConfig) -> int | None:
+    """How far behind the last key of the target it may draft: as far as in training, if it reads any."""
+    return config.trained_delay if config.sees_target else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +73,7 @@ class GliDeDrafter(NeuralDrafter):
 
     @property
     def max_depth(self):
-        config = self.model.config
-        return config.trained_delay if config.sees_target else None
+        return _max_depth(self.model.config)
 
     @property
     def body(self):
@@ -157,3 +165,84 @@ class GliDeReader:
 
     def head(self, params: Params, hidden: Array) -> Array:
         return self.model.head(params, hidden)
+
+
+def _read(folder: Path) -> Any:
+    from jax_specdec.checkpoints.glide import read_glide_config
+
+    return read_glide_config(folder)
+
+
+def _longest(request: registry.Request) -> int:
+    limit = _max_depth(request.config[0])
+    return registry.LONGEST if limit is None else limit
+
+
+def _of(model: GliDe, request: registry.Request) -> registry.Make:
+    return functools.partial(GliDeDrafter, model, name=request.name)
+
+
+def _make(request: registry.Request) -> registry.Make:
+    from jax_specdec.checkpoints.glide import fitted_glide
+
+    return _of(fitted_glide(request.folder, request.target, request.dtype, request.config), request)
+
+
+def _load(request: registry.Request) -> tuple[registry.Make, dict[str, Any]]:
+    from jax_specdec.checkpoints.glide import load_glide
+
+    model, params = load_glide(request.folder, request.target, request.dtype, request.config)
+    return _of(model, request), {request.name: params}
+
+
+def _describe(request: registry.Request, batch: int, slots: int) -> dict[str, Any]:
+    """It reads its target's cache, and shares maybe embedding and head."""
+    from jax_specdec.checkpoints.glide import make_glide
+    from jax_specdec.checkpoints.memory import memory_plan
+
+    target, size = request.target.config, jnp.dtype(request.dtype).itemsize
+    model = make_glide(request.config[0], target, request.dtype)
+    count = model.parameter_count()
+    cache = memory_plan(model.decoder.config, request.dtype, batch, slots).cache
+    if model.config.hidden_input:  # the target's hidden states are kept for it
+        cache += batch * slots * target.hidden_size * size
+    memory = {"parameters": count * size, "cache": cache, "total": count * size + cache}
+    return {"path": str(request.folder), "own_parameters": count, "memory": memory}
+
+
+def _adopt(given: registry.Foreign) -> bool:
+    from jax_specdec.checkpoints.glide import save_glide
+    from jax_specdec.checkpoints.import_glide import import_glide, is_glide
+    from jax_specdec.checkpoints.target_bound import target_fingerprint
+
+    if not is_glide(given.source):
+        return False
+    model, params = import_glide(given.source, given.target)
+    save_glide(
+        given.out,
+        model,
+        params,
+        target_fingerprint(given.target.path),
+        dtype=given.dtype,
+        max_shard_bytes=given.max_shard_bytes,
+    )
+    return True
+
+
+KIND = registry.register(
+    registry.Kind(
+        "glide",
+        _make,
+        _load,
+        needs_checkpoint=True,
+        numbered=True,
+        verifies=True,
+        distribution=True,
+        grows=True,
+        ends_early=True,
+        read=_read,
+        longest=_longest,
+        describe=_describe,
+        adopt=_adopt,
+    )
+)

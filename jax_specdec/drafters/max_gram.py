@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from jax_specdec.core.draft import chain
 from jax_specdec.core.drafter import StatelessDrafter, chain_info
+from jax_specdec.drafters import registry
 from jax_specdec.drafters.bigram import successors
 from jax_specdec.drafters.ngram import Ties, longest_suffix_match
 
@@ -33,7 +34,7 @@ class MaxGram(StatelessDrafter):
 
     @property
     def info(self):
-        sizes = (0, self.length) if self.fill is None else (self.length,)
+        sizes = KIND.sizes(self.length) if self.fill is None else (self.length,)
         return chain_info(self.name, self.length, sizes)
 
     def draft(self, params, states, ctx):
@@ -53,3 +54,13 @@ class MaxGram(StatelessDrafter):
             )
             found = jnp.ones_like(found)
         return chain(text, tokens, valid=jnp.broadcast_to(found, tokens.shape)), states
+
+
+KIND = registry.register(
+    registry.Kind(
+        "max-gram",
+        lambda request: MaxGram,
+        usual_length=6,
+        sizes=lambda length: (0, length),
+    )
+)

@@ -9,6 +9,8 @@ every node, and a tree of them (`expansions.static_tree`) costs no more than a c
 """
 
 import dataclasses
+import functools
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from jax_specdec.core.context import Context, Proposal, TargetView
 from jax_specdec.core.draft import Text, chain
 from jax_specdec.core.drafter import ModelUse, StatelessDrafter, chain_info
 from jax_specdec.core.numerics import argmax
+from jax_specdec.drafters import registry
 from jax_specdec.errors import UserError
 from jax_specdec.models.medusa import Medusa
 
@@ -109,3 +112,78 @@ class MedusaDrafter(StatelessDrafter):
             tokens = tokens.at[:, depth].set(token[:, 0])
             scores.append(here)
         return jnp.concatenate(scores, axis=1), tokens
+
+
+def _read(folder: Path) -> Any:
+    from jax_specdec.checkpoints.medusa import read_medusa_config
+
+    return read_medusa_config(folder)
+
+
+def _of(model: Medusa, request: registry.Request) -> registry.Make:
+    return functools.partial(MedusaDrafter, model, name=request.name, accuracies=request.config[1])
+
+
+def _make(request: registry.Request) -> registry.Make:
+    from jax_specdec.checkpoints.medusa import fitted_medusa
+
+    model = fitted_medusa(request.folder, request.target, request.dtype, request.config)
+    return _of(model, request)
+
+
+def _load(request: registry.Request) -> tuple[registry.Make, dict[str, Any]]:
+    from jax_specdec.checkpoints.medusa import load_medusa
+
+    model, params, _ = load_medusa(request.folder, request.target, request.dtype, request.config)
+    return _of(model, request), {request.name: params}
+
+
+def _describe(request: registry.Request, batch: int, slots: int) -> dict[str, Any]:
+    """The target's hidden states are kept for them."""
+    (config, accuracies, _), target = request.config, request.target.config
+    size = jnp.dtype(request.dtype).itemsize
+    count = Medusa(config, target, request.dtype).parameter_count()
+    hidden = batch * slots * target.hidden_size * size
+    return {
+        "path": str(request.folder),
+        "num_heads": config.num_heads,
+        "own_parameters": count,
+        "accuracies": accuracies,
+        "memory": {"parameters": count * size, "cache": hidden, "total": count * size + hidden},
+    }
+
+
+def _adopt(given: registry.Foreign) -> bool:
+    from jax_specdec.checkpoints.import_medusa import import_medusa, is_medusa
+    from jax_specdec.checkpoints.medusa import save_medusa
+    from jax_specdec.checkpoints.target_bound import target_fingerprint
+
+    if not is_medusa(given.source):
+        return False
+    heads, params = import_medusa(given.source, given.target)
+    save_medusa(
+        given.out,
+        heads,
+        params,
+        target_fingerprint(given.target.path),
+        dtype=given.dtype,
+        max_shard_bytes=given.max_shard_bytes,
+    )
+    return True
+
+
+KIND = registry.register(
+    registry.Kind(
+        "medusa",
+        _make,
+        _load,
+        usual_length=3,
+        needs_checkpoint=True,
+        distribution=True,
+        independent=True,
+        read=_read,
+        longest=lambda request: request.config[0].num_heads,
+        describe=_describe,
+        adopt=_adopt,
+    )
+)

@@ -17,6 +17,7 @@ from jax_specdec.core.drafter import Info, ModelUse, Outcome, States, chain_info
 from jax_specdec.core.model import Model
 from jax_specdec.core.numerics import argmax
 from jax_specdec.core.prefill import read_ending, read_text
+from jax_specdec.drafters.cascade_sizes import ended_early
 from jax_specdec.drafters.early_exit import Stop
 
 # A drafter lags by one or two tokens after a normal round; the first step of a draft reads that many.
@@ -72,7 +73,7 @@ class NeuralDrafter:
 
     @property
     def info(self) -> Info:
-        sizes = None if self.stop is None else tuple(range(1, self.length + 1))
+        sizes = None if self.stop is None else ended_early(self.length)
         use = ModelUse(self.name, self.body, self.length, self.max_depth)
         return chain_info(
             self.name,

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from jax_specdec.core.draft import chain
 from jax_specdec.core.drafter import StatelessDrafter, chain_info
+from jax_specdec.drafters import registry
 from jax_specdec.drafters.ngram import longest_suffix_match
 
 
@@ -24,7 +25,7 @@ class PromptLookup(StatelessDrafter):
 
     @property
     def info(self):
-        return chain_info(self.name, self.length, tuple(range(self.length + 1)))
+        return chain_info(self.name, self.length, KIND.sizes(self.length))
 
     def draft(self, params, states, ctx):
         del params
@@ -38,3 +39,13 @@ class PromptLookup(StatelessDrafter):
         source = jnp.minimum(source, text.tokens.shape[1] - 1)
         tokens = jnp.take_along_axis(text.tokens, source, axis=1)
         return chain(text, tokens, valid=valid), states
+
+
+KIND = registry.register(
+    registry.Kind(
+        "prompt-lookup",
+        lambda request: PromptLookup,
+        usual_length=6,
+        sizes=lambda length: tuple(range(length + 1)),
+    )
+)

@@ -1,7 +1,7 @@
 """Expansion: wider drafts from any drafter of chains."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from jax_specdec._types import Params
 from jax_specdec.core.context import Context
@@ -17,9 +17,11 @@ class Rule:
     Attributes:
       nodes: the budget of every verification, the root included. Shapes are static: all of it is spent,
         on invalid nodes if a rule finds too few.
+      needs: the flag of a drafter's kind that the rule goes by, see `drafters.registry`.
     """
 
     nodes: int
+    needs: ClassVar[str] = "distribution"
 
     def check(self, drafter: Drafter) -> None:
         """Raises `UserError` for a drafter that the rule cannot widen."""

@@ -14,7 +14,7 @@ In both the drafter's main chain is kept whatever its probability, so that node 
 expansion never accepts less than its chain.
 """
 
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +86,8 @@ class GrownTree(Rule):
     Made for the match rule. It is exact under the rejection rule too, where its tokens count as certain,
     but there only the chain and its siblings can be accepted.
     """
+
+    needs: ClassVar[str] = "grows"
 
     def shape(self, depth: int) -> tuple[int, int]:
         """(width, children): nodes read at each depth, and candidates below each of them."""

@@ -11,7 +11,7 @@ import functools
 import heapq
 import math
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +82,8 @@ class StaticTree(Rule):
     Exact under both acceptance rules; under the rejection rule only the chain and its siblings can be
     accepted.
     """
+
+    needs: ClassVar[str] = "independent"
 
     def check(self, drafter):
         info = drafter.info

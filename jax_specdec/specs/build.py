@@ -1,48 +1,30 @@
-"""From a `--drafter` specification and a checkpoint folder to a drafter with its parameters."""
+"""From a `--drafter` specification and checkpoint folders to a drafter with its parameters."""
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jax_specdec.checkpoints.glide import load_glide, read_glide_config
-from jax_specdec.checkpoints.medusa import load_medusa, read_medusa_config
-from jax_specdec.checkpoints.targets import Target, load_target
-from jax_specdec.checkpoints.vocabulary import check_vocabulary
+from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.draft import MAX_NODES
 from jax_specdec.core.drafter import Drafter
-from jax_specdec.core.plain import NoDrafter
-from jax_specdec.drafters.bigram import Bigram, load_bigram
+from jax_specdec.drafters import registry
 from jax_specdec.drafters.cascade import Cascade, Horizontal
+from jax_specdec.drafters.cascade_sizes import check_budget, check_depth, check_lenience
 from jax_specdec.drafters.early_exit import Stop
-from jax_specdec.drafters.glide import GliDeDrafter
-from jax_specdec.drafters.lm import LmDrafter
-from jax_specdec.drafters.max_gram import MaxGram
-from jax_specdec.drafters.medusa import MedusaDrafter
-from jax_specdec.drafters.prompt_lookup import PromptLookup
+from jax_specdec.drafters.registry import Make, Request
 from jax_specdec.errors import UserError
 from jax_specdec.expansions.beam_search import BeamSearch
 from jax_specdec.expansions.cape import Cape
 from jax_specdec.expansions.dynamic_tree import DynamicTree
 from jax_specdec.expansions.expand import Expand, Rule
-from jax_specdec.expansions.grown import GrownTree
 from jax_specdec.expansions.siblings import Fixed, PathProbability
 from jax_specdec.expansions.static_tree import StaticTree
-from jax_specdec.specs.defaults import FALLBACK_LENGTHS, _measured
-from jax_specdec.specs.language import (
-    CASCADE,
-    EXAMPLE,
-    NAMES,
-    REVIEWERS,
-    WITH_CHECKPOINT,
-    Spec,
-    known_name,
-    parse,
-)
+from jax_specdec.specs.defaults import Setting, measured, measured_on, setting_of
+from jax_specdec.specs.language import CASCADE, EXAMPLE, Spec, known_name, parse
 from jax_specdec.specs.sizes import depth_of
 
 RULES: dict[str, type[Rule]] = {
@@ -66,7 +48,7 @@ class LoadedDrafter:
 
 
 def parse_drafter(text: str) -> Spec:
-    """A specification in the language of `drafters.specs`, checked as far as it goes without checkpoints.
+    """A specification in the language of `specs.language`, checked as far as it goes without checkpoints.
 
     Raises:
       UserError: an unknown name (the nearest ones are named), a length outside 1..63, a drafter that has
@@ -74,13 +56,10 @@ def parse_drafter(text: str) -> Spec:
         length, or any length.
     """
     spec = parse(text)
-    _check_lengths(spec)
-    length = None if _open(spec) else depth_of(spec)
-    if length is not None and length >= MAX_NODES:
-        raise UserError(
-            f"This cascade may draft {length} tokens at once, and a draft has at most {MAX_NODES - 1}: "
-            "lower its budgets and lengths, or cut."
-        )
+    _check_numbers(spec)
+    length = None if _has_unset_length(spec) else depth_of(spec)
+    if length is not None:
+        check_depth(length)
     if spec.rule is None:
         return spec
     known_name(spec.rule, "expansion", tuple(RULES))
@@ -88,12 +67,9 @@ def parse_drafter(text: str) -> Spec:
         raise UserError(
             f"The drafter {spec.name!r} has no distribution to expand: leave out +{spec.rule}."
         )
-    fitting = rules_for(spec.kind)
-    if not spec.inner and spec.rule not in fitting:
-        *some, last = (f"+{name}" for name in fitting)
-        raise UserError(
-            f"The drafter {spec.name!r} takes no +{spec.rule}: {', '.join(some)} or {last} expand it."
-        )
+    if not spec.inner and spec.name != CASCADE and spec.rule not in expansions_of(spec.kind):
+        able = registry.listed([f"+{name}" for name in expansions_of(spec.kind)], "or")
+        raise UserError(f"The drafter {spec.name!r} takes no +{spec.rule}: {able} expand it.")
     if length is not None:
         expand(spec.rule, length, spec.nodes)
     elif spec.nodes is not None and not 3 <= spec.nodes <= MAX_NODES:
@@ -104,38 +80,34 @@ def parse_drafter(text: str) -> Spec:
     return spec
 
 
-def rules_for(kind: str) -> tuple[str, ...]:
-    """The expansions that a drafter of a kind takes, none where it has no distribution."""
-    if not Spec(kind).has_distribution:
+def expansions_of(kind: registry.Kind) -> tuple[str, ...]:
+    """The expansions that drafters of a kind take, none where they have no distribution."""
+    if not kind.distribution:
         return ()
-
-    def fits(rule: type[Rule]) -> bool:
-        if issubclass(rule, GrownTree):
-            return kind in REVIEWERS
-        return rule is not StaticTree or kind == "medusa"
-
-    return tuple(name for name, rule in RULES.items() if fits(rule))
+    return tuple(name for name, rule in RULES.items() if getattr(kind, rule.needs))
 
 
-def _check_lengths(spec: Spec) -> None:
+def _check_numbers(spec: Spec) -> None:
     length = spec.length
-    if spec.name == "none" and length is not None:
-        raise UserError("The drafter 'none' drafts nothing and takes no length.")
-    if spec.inner and length is not None and length < 1:
-        raise UserError(f"A budget must be at least 1, got {length}.")
+    if spec.inner:
+        check_lenience(spec.lenience)
+        if length is not None:
+            check_budget(length)
+    elif length is not None and not spec.kind.usual_length:
+        raise UserError(f"The drafter {spec.name!r} drafts nothing and takes no length.")
     if length is not None and not 1 <= length < MAX_NODES:
         raise UserError(f"A draft length must be in 1..{MAX_NODES - 1}, got {length}.")
-    if spec.lenience < 1:
-        raise UserError(f"A lenience must be finite and at least 1, got {spec.lenience:g}.")
     if spec.stop is not None:
         Stop(*spec.stop)
     for inner in spec.inner:
-        _check_lengths(inner)
+        _check_numbers(inner)
 
 
-def _open(spec: Spec) -> bool:
+def _has_unset_length(spec: Spec) -> bool:
     """Whether a length was left out that decides how long drafts are."""
-    return any(map(_open, spec.inner)) or (spec.length is None and not spec.inner)
+    if spec.inner:
+        return any(map(_has_unset_length, spec.inner))
+    return spec.length is None
 
 
 def expand(rule: str, length: int, nodes: int | None) -> Rule:
@@ -149,16 +121,23 @@ def expand(rule: str, length: int, nodes: int | None) -> Rule:
     return made
 
 
-def complete(spec: Spec, folder: Path, drafts: Mapping[str, str | Path] | None = None) -> Spec:
-    """The specification with nothing left out: as measured for a checkpoint folder, or a fallback.
+def complete(
+    spec: Spec,
+    folder: Path,
+    longest: Callable[[str], int] | None = None,
+    setting: Setting | None = None,
+) -> Spec:
+    """The specification with nothing left out: as measured for a checkpoint folder, or as usual.
+
+    A length that was measured not to pay is warned of, and the usual one taken.
 
     Args:
-      folder, drafts: as in `load_drafter`. A length that was left out is at most the drafter's longest.
+      folder: as in `load_drafter`. longest: the longest draft of a drafter by its name, by default as its
+        checkpoint in the folder says; a length that was left out is at most that.
+      setting: which measurements count, see `defaults.measured`.
     """
-    if spec.name == "none":
-        return spec
     if spec.name == CASCADE and not spec.inner:
-        chosen = _measured(folder).get(CASCADE)
+        chosen = measured(folder, setting).get(CASCADE)
         if chosen is None:
             raise UserError(
                 f"No cascade was chosen for the checkpoints in {folder}: name one, as in {EXAMPLE}, or run "
@@ -170,14 +149,18 @@ def complete(spec: Spec, folder: Path, drafts: Mapping[str, str | Path] | None =
         if spec.rule is not None:
             spec = spec._replace(nodes=expand(spec.rule, depth_of(spec), spec.nodes).nodes)
         return spec
-    found = _measured(folder)
+    if not spec.kind.usual_length:
+        return spec
     length, nodes = spec.length, spec.nodes
     if length is None:
-        lengths = found.get("lengths", {})
-        best = int(lengths.get(spec.key) or lengths.get(spec.name) or FALLBACK_LENGTHS[spec.name])
-        length = min(
-            best, longest_draft(spec.name, Path((drafts or {}).get(spec.name, folder / spec.name)))
+        found = measured(folder, setting)
+        best = _usual_length(spec, found)
+        most = (
+            registry.longest(spec.name, folder / spec.name)
+            if longest is None
+            else longest(spec.name)
         )
+        length = min(best, most)
         if nodes is None and length == best:
             nodes = found.get("nodes", {}).get(spec.key)
     if spec.rule is not None:
@@ -185,137 +168,163 @@ def complete(spec: Spec, folder: Path, drafts: Mapping[str, str | Path] | None =
     return spec._replace(length=length, nodes=nodes)
 
 
+def _usual_length(spec: Spec, found: dict[str, Any]) -> int:
+    """The measured length, where it pays, or what is usual for the kind."""
+    lengths = found.get("lengths", {})
+    own, plain = lengths.get(spec.key), lengths.get(spec.name)
+    best = int(own or plain or spec.kind.usual_length)
+    if own == 0 or (own is None and plain == 0):
+        warnings.warn(
+            f"The drafter {spec.key} was {measured_on(found)} not to pay: plain decoding is faster. It "
+            f"drafts {best} tokens all the same, since it was named.",
+            stacklevel=4,
+        )
+    return best
+
+
 def _filled(spec: Spec) -> Spec:
-    """With a quota of 1 for what reviews, and the usual length for what does not."""
+    """With a budget of 1 for what verifies, and the usual length for what does not."""
     if spec.name == CASCADE:
         return spec._replace(inner=tuple(map(_filled, spec.inner)))
-    usual = 1 if spec.inner else FALLBACK_LENGTHS[spec.kind]
+    usual = 1 if spec.inner else spec.kind.usual_length
     length = usual if spec.length is None else spec.length
     return spec._replace(length=length, inner=tuple(map(_filled, spec.inner)))
 
 
-def longest_draft(name: str, folder: Path) -> int:
-    """The longest draft of a drafter whose checkpoint, if it has one, is `folder`."""
-    if name == "glide" and folder.is_dir():
-        config, _ = read_glide_config(folder)
-        if config.cross_attention:
-            return min(config.trained_delay, MAX_NODES - 1)
-    if name == "medusa" and folder.is_dir():
-        return min(read_medusa_config(folder)[0].num_heads, MAX_NODES - 1)
-    return MAX_NODES - 1
+class Drafters:
+    """The drafters beside one target, by specification; a name that comes again is loaded once.
+
+    Args:
+      folder, drafts, dtype: as in `load_drafter`. batch_size: which measured lengths count.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        folder: str | Path | None = None,
+        *,
+        drafts: Mapping[str, str | Path] | None = None,
+        dtype: Any = None,
+        batch_size: int = 1,
+    ):
+        self.target = target
+        self.home = Path(folder) if folder is not None else target.path.parent
+        self.drafts = dict(drafts or {})
+        self.dtype = dtype or target.decoder.dtype
+        self.setting = setting_of(target, batch_size)
+        self._requests: dict[str, Request] = {}
+        self._loaded: dict[str, tuple[Make, dict[str, Any]]] = {}
+
+    def request(self, name: str) -> Request:
+        """A name with its checkpoint, whose configuration is read once."""
+        if name not in self._requests:
+            kind = registry.of(name)
+            source = self.drafts.get(name, self.home / name) if kind.needs_checkpoint else None
+            self._requests[name] = Request(kind, name, source, self.target, self.dtype)
+        return self._requests[name]
+
+    def available(self) -> list[str]:
+        """Names of the drafters that need no checkpoint or have one."""
+        names = dict.fromkeys((*registry.names("usual_length"), *self.drafts))
+
+        def there(name: str) -> bool:
+            if name in self.drafts or not registry.of(name).needs_checkpoint:
+                return True
+            return (self.home / name).is_dir()
+
+        return [name for name in names if there(name)]
+
+    def complete(self, spec: Spec | str) -> Spec:
+        """`complete`, for this target."""
+        parsed = parse_drafter(spec) if isinstance(spec, str) else spec
+        return complete(parsed, self.home, lambda name: self.request(name).longest, self.setting)
+
+    def outline(self, spec: Spec | str) -> tuple[Spec, Drafter]:
+        """The whole specification and its drafter, without parameters: refuses what loading would."""
+        whole = self.complete(spec)
+        return whole, _assemble(
+            whole, lambda name: self.request(name).kind.make(self.request(name))
+        )
+
+    def __call__(self, spec: Spec | str) -> LoadedDrafter:
+        """See `load_drafter`."""
+        whole = self.complete(spec)
+        names = whole.names
+        for name in names:
+            if name not in self._loaded:
+                self._loaded[name] = self.request(name).load()
+        params = {key: p for name in names for key, p in self._loaded[name][1].items()}
+        drafter = _assemble(whole, lambda name: self._loaded[name][0])
+        _warn_of_larger(whole, params)
+        longest = MAX_NODES - 1 if whole.name == CASCADE else self.request(whole.name).longest
+        return LoadedDrafter(drafter, params, str(whole), longest)
 
 
 def load_drafter(
-    spec: str,
+    spec: str | Spec,
     target: Target,
     folder: str | Path | None = None,
     *,
     drafts: Mapping[str, str | Path] | None = None,
     dtype: Any = None,
+    batch_size: int = 1,
 ) -> LoadedDrafter:
     """Builds the drafter of a specification for a target.
 
     Args:
-      spec: `none`, `lm`, `glide`, `medusa`, `max-gram`, `prompt-lookup` or `bigram`, with a draft length
-        after a colon, or a cascade of them (`drafters.specs`) or a preset's name; and for drafters with a
-        distribution an expansion, `+cape`, `+fixed`, `+path`, `+tree`, `+beam` or `+static`
-        (`rules_for`), with the nodes of a verification after a colon, as in `lm:4+cape:16`.
+      spec: the name of a kind (`registry.names()`), with a draft length after a colon, or a cascade of
+        them (`specs.language`) or a preset's name; and for drafters with a distribution an expansion
+        (`expansions_of`), with the nodes of a verification after a colon, as in `lm:4+cape:16`.
       folder: where drafters' checkpoints lie by name; default: the folder that the target's is in.
-      drafts: checkpoint folders by name, in place of `folder/name`.
+      drafts: checkpoint folders or hub ids by name, in place of `folder/name`.
       dtype: of the drafter's parameters; default: the target's.
+      batch_size: which measured lengths count where the specification has none.
 
     Raises:
-      UserError: an unknown drafter, a missing checkpoint, another vocabulary or tokenizer; for `glide`
-        another target than it was trained for, or a longer draft.
+      UserError: an unknown drafter, a missing checkpoint, or another tokenizer; for a drafter that reads
+        the target another one than it was trained for, or a longer draft.
     """
-    home = Path(folder) if folder is not None else target.path.parent
-    parsed = parse_drafter(spec)
-    whole = complete(parsed, home, drafts)
-    params: dict[str, Any] = {}
+    return Drafters(target, folder, drafts=drafts, dtype=dtype, batch_size=batch_size)(spec)
+
+
+def _assemble(whole: Spec, make: Callable[[str], Make]) -> Drafter:
+    """The drafter of a complete specification, from those of its names."""
 
     def single(item: Spec, length: int) -> Any:
-        """The drafter of a name with its own length and stop; every name is loaded once."""
-        where = Path((drafts or {}).get(item.name, home / item.name))
-        known = loaded.get(item.name)
-        if known is None:
-            known = loaded[item.name] = _load_chain(item.name, length, target, where, dtype)
-            params.update(known[1])
-        drafter: Any = known[0]
-        if item.stop is not None:
-            drafter = dataclasses.replace(drafter, stop=Stop(*item.stop))
-        return dataclasses.replace(drafter, length=length) if length else drafter
+        drafter: Any = make(item.name)(length)
+        return drafter if item.stop is None else dataclasses.replace(drafter, stop=Stop(*item.stop))
 
     def build(item: Spec) -> Any:
         if not item.inner:
             return single(item, item.length or 0)
         inner = tuple(map(build, item.inner))
-        quotas = tuple(part.length or 1 for part in item.inner)
+        budgets = tuple(part.length or 1 for part in item.inner)
         if item.name == CASCADE:
-            return Horizontal(inner, quotas, item.cut)
-        _warn_of_larger(single(item, 1), inner, params)
+            return Horizontal(inner, budgets, item.cut)
         copies = True if item.copies else None
-        return Cascade(single(item, 1), inner, quotas, item.lenience, copies, item.cut)
+        return Cascade(single(item, 1), inner, budgets, item.lenience, copies, item.cut)
 
-    loaded: dict[str, Any] = {}
-    drafter = build(whole)
-    quota = whole.length or 1
-    if whole.inner and quota > 1:  # several reviews for one draft
-        drafter = Horizontal((drafter,), (quota,))
+    drafter, budget = build(whole), whole.length or 1
+    if whole.inner and budget > 1:  # several verifications for one draft
+        drafter = Horizontal((drafter,), (budget,))
     if whole.rule is not None:
         drafter = Expand(drafter, expand(whole.rule, drafter.info.depth, whole.nodes))
-    longest = longest_draft(whole.name, Path((drafts or {}).get(whole.name, home / whole.name)))
-    return LoadedDrafter(drafter, params, str(whole), longest)
+    return drafter
 
 
-def _warn_of_larger(verifier: Drafter, inner: tuple[Drafter, ...], params: dict[str, Any]) -> None:
+def _warn_of_larger(spec: Spec, params: dict[str, Any]) -> None:
     """Warns of drafters that cost more than the one that verifies what they draft."""
 
     def size(name: str) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(params.get(name, ())))
 
-    own = verifier.info.name
-    for name in dict.fromkeys(use.name for drafter in inner for use in drafter.info.models):
-        if size(name) > size(own):
-            warnings.warn(
-                f"The drafter {name!r} has {size(name):,} parameters, and {own!r}, which verifies it, "
-                f"{size(own):,}: such a cascade can hardly pay.",
-                stacklevel=3,
-            )
-
-
-def _load_chain(
-    name: str, length: int, target: Target, where: Path, dtype: Any
-) -> tuple[Drafter, dict[str, Any]]:
-    """The drafter of one name, and its parameters."""
-    if name == "none":
-        return NoDrafter(), {}
-    if name == "max-gram":
-        return MaxGram(length), {}
-    if name == "prompt-lookup":
-        return PromptLookup(length), {}
-    if not where.is_dir():
-        raise UserError(
-            f"The drafter {name!r} has no checkpoint at {where}: say where it is with --draft {name}=DIR."
-        )
-    if name == "bigram":
-        table = load_bigram(where, target.vocab_size)
-        return Bigram(length), {name: jnp.asarray(table)}
-    if name.startswith("glide"):
-        model, params = load_glide(where, target, dtype)
-        return GliDeDrafter(model, length, name), {name: params}
-    if name == "medusa":
-        heads, params, accuracies = load_medusa(where, target, dtype)
-        return MedusaDrafter(heads, length, name, accuracies), {name: params}
-    small = load_target(where, dtype=dtype or target.decoder.dtype)
-    check_vocabulary(target, small)
-    return LmDrafter(small.decoder, length, name), {name: small.params}
-
-
-def available_drafters(target: Target, drafts: Mapping[str, str | Path]) -> list[str]:
-    """Names of the drafters that need no checkpoint or have one, where `load_drafter` looks for it."""
-    home = target.path.parent
-
-    def there(name: str) -> bool:
-        return name not in WITH_CHECKPOINT or Path(drafts.get(name, home / name)).is_dir()
-
-    return [name for name in NAMES if name != "none" and there(name)]
+    for part in spec.inner:
+        if spec.name != CASCADE:
+            for name in part.names:
+                if size(name) > size(spec.name):
+                    warnings.warn(
+                        f"The drafter {name!r} has {size(name):,} parameters, and {spec.name!r}, which "
+                        f"verifies it, {size(spec.name):,}: such a cascade can hardly pay.",
+                        stacklevel=4,
+                    )
+        _warn_of_larger(part, params)

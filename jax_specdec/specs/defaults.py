@@ -1,28 +1,60 @@
-"""What stands in for what a specification leaves out: measured lengths, or a fallback."""
+"""What was measured for a model by `jax-specdec tune`: where it is kept, and which of it counts.
 
+A record belongs to a model, a device, a dtype and a batch size. It lies beside the model's folder with
+those of other models, or, where that is the hub's own cache, in the user's.
+"""
+
+import dataclasses
+import functools
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from jax_specdec.checkpoints.target_bound import target_fingerprint
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.draft import MAX_NODES
 from jax_specdec.errors import UserError
-from jax_specdec.specs.language import (
-    CASCADE,
-)
-
-# Where nothing was measured for a checkpoint: see `jax-specdec tune`.
-FALLBACK_LENGTHS = {
-    "lm": 4,
-    "glide": 4,
-    "medusa": 3,
-    "max-gram": 6,
-    "prompt-lookup": 6,
-    "bigram": 2,
-}
-
 
 LENGTHS_FILE = "draft_lengths.json"
+# What one record is filed under.
+KEY = ("model", "device", "dtype", "batch_size")
+# Where nothing was measured: it needs no checkpoint.
+USUAL = "prompt-lookup"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setting:
+    """What a decoding runs with, as far as it is known.
+
+    Attributes:
+      path: the target's folder. dtype: None where it is not settled yet.
+    """
+
+    path: Path
+    dtype: str | None = None
+    batch_size: int = 1
+
+    @functools.cached_property
+    def model(self) -> str:
+        """The target's fingerprint, for which its files are read."""
+        return target_fingerprint(self.path)
+
+    @functools.cached_property
+    def device(self) -> str:
+        return jax.devices()[0].device_kind
+
+    @property
+    def folder(self) -> Path:
+        """Where drafters and measurements lie by default."""
+        return self.path.parent
+
+
+def setting_of(target: Target, batch_size: int = 1) -> Setting:
+    return Setting(target.path, str(target.decoder.dtype), batch_size)
 
 
 def default_spec(target: Target | str | Path) -> str:
@@ -31,26 +63,91 @@ def default_spec(target: Target | str | Path) -> str:
     Args:
       target: a loaded one, or its folder; the measurements lie beside it.
     """
-    folder = target.path if isinstance(target, Target) else Path(target)
-    return _measured(folder.parent).get("default") or "prompt-lookup"
+    setting = setting_of(target) if isinstance(target, Target) else Setting(Path(target))
+    return measured(setting.folder, setting).get("default") or USUAL
 
 
-def _measured(folder: Path) -> dict[str, Any]:
-    """What `jax-specdec tune` found for the checkpoints in a folder: `{}` where it never ran.
+def lengths_file(folder: Path) -> Path:
+    """The file of measurements for the models in a folder; the hub's cache takes no files of others."""
+    if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = Path(cache).expanduser() / "jax_specdec"
+    return folder / LENGTHS_FILE
+
+
+def measured(folder: Path, setting: Setting | None = None) -> dict[str, Any]:
+    """The record for the models in a folder that fits a setting best: `{}` where there is none.
+
+    It is of the same model, or names none. Of several, the device decides, then the dtype, then the
+    nearest batch size.
 
     Raises:
       UserError: the file is not what `tune` writes.
     """
-    path = folder / LENGTHS_FILE
+    records = read_records(lengths_file(folder))
+    named = any("model" in record for record in records)
+    model = setting.model if setting is not None and named else None
+    fitting = [record for record in records if record.get("model") in (None, model)]
+
+    def nearness(record: dict[str, Any]) -> tuple[bool, bool, bool, float]:
+        if setting is None:
+            return (False, False, False, 0.0)
+        ratio = record.get("batch_size", 1) / setting.batch_size
+        return (
+            "model" in record,
+            record.get("device") == setting.device,
+            record.get("dtype") == setting.dtype,
+            -abs(math.log(ratio)),
+        )
+
+    return max(fitting, key=nearness, default={})
+
+
+def measured_on(record: dict[str, Any]) -> str:
+    """Where a record is from, for people."""
+    if "device" not in record:
+        return "measured"
+    return f"measured on {record['device']} in {record.get('dtype')} at batch {record.get('batch_size')}"
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All records of a file, none where it does not exist; a file may be one record alone.
+
+    Raises:
+      UserError: the file is not what `tune` writes.
+    """
     if not path.is_file():
-        return {}
+        return []
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        counts = [*found.get("lengths", {}).values(), *found.get("nodes", {}).values()]
-        good = all(n is None or 0 <= n <= MAX_NODES for n in counts)
-        good = good and all(isinstance(found.get(k, ""), str) for k in ("default", CASCADE))
-    except (OSError, ValueError, TypeError, AttributeError):
-        good = False
+        records = found.get("records", [found])
+        good = isinstance(records, list) and all(map(_good, records))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        good, records = False, []
     if not good:
         raise UserError(f"{path} is damaged: write it again with `jax-specdec tune`, or delete it.")
-    return found
+    return records
+
+
+def _good(record: dict[str, Any]) -> bool:
+    counts = [*record.get("lengths", {}).values(), *record.get("nodes", {}).values()]
+    texts = ("default", "cascade", "model", "device", "dtype")
+    return (
+        all(n is None or 0 <= n <= MAX_NODES for n in counts)
+        and all(isinstance(record.get(name, ""), str) for name in texts)
+        and record.get("batch_size", 1) >= 1
+    )
+
+
+def add_record(path: Path, record: dict[str, Any]) -> None:
+    """Adds what `tune` measured to a file, in place of an older record of the same key.
+
+    Raises:
+      UserError: the file is there and damaged.
+    """
+    key = [record.get(name) for name in KEY]
+    others = [old for old in read_records(path) if [old.get(name) for name in KEY] != key]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps({"records": [*others, record]}, indent=1) + "\n", encoding="utf-8")
+    new.replace(path)

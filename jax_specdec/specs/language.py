@@ -4,8 +4,8 @@ lm:4                                          a drafter and its draft length
 lm:4+cape:16                                  an expansion and its node budget
 lm[confidence=0.4]:8                          drafts end behind tokens that it is unsure of; also entropy=
 medusa:3+static:16                            Medusa's tree, chosen by the accuracies of its checkpoint
-lm[max-gram:10]                               lm reviews what max-gram drafts
-cascade(lm[max-gram:10]:2, max-gram:10)       drafters in turn, each with its quota
+lm[max-gram:10]                               lm verifies what max-gram drafts
+cascade(lm[max-gram:10]:2, max-gram:10)       drafters in turn, each with its budget
 lm[lm2[max-gram:10]:1, max-gram:10; lenience=3]:8     any nesting, with options behind semicolons
 cascade                                       the one that `jax-specdec tune` chose for the checkpoint
 """
@@ -17,17 +17,16 @@ from typing import Any, NamedTuple
 
 import lark
 
-from jax_specdec.errors import UserError
+from jax_specdec.drafters import registry
+from jax_specdec.errors import UserError, shown
 from jax_specdec.specs.presets import PRESETS
 
-NAMES = ("none", "lm", "glide", "medusa", "max-gram", "prompt-lookup", "bigram")
-WITH_CHECKPOINT = ("lm", "glide", "medusa", "bigram")
-REVIEWERS = ("lm", "glide")  # of which there may be several: lm2, lm3
-WITH_DISTRIBUTION = (*REVIEWERS, "medusa")
 OPTIONS = ("lenience", "copies", "cut")
 STOPS = ("confidence", "entropy")
 CASCADE = "cascade"
 EXAMPLE = "cascade(lm[max-gram:10]:2, max-gram:10)"
+# Longer or deeper ones mean nothing: a draft has 63 tokens at most.
+MOST_CHARACTERS, MOST_LEVELS = 1000, 16
 
 
 GRAMMAR = r"""
@@ -47,18 +46,13 @@ NUMBER: /-?\d+(\.\d+)?/
 """
 
 
-def kind_of(name: str) -> str:
-    """A name without the number that tells drafters of a kind apart."""
-    return name.rstrip("0123456789")
-
-
 class Spec(NamedTuple):
     """A parsed specification; `str` gives it back. None stands for the default.
 
     Attributes:
-      length: tokens per draft, or the quota of a drafter that reviews.
-      inner: the drafters whose draft it reviews, or those of a `cascade`.
-      lenience, copies, cut: as in `drafters.cascade`. stop: as in `drafters.neural.Stop`.
+      length: tokens per draft, or the budget of a drafter that verifies.
+      inner: the drafters whose draft it verifies, or those of a `cascade`.
+      lenience, copies, cut: as in `drafters.cascade`. stop: as in `drafters.early_exit.Stop`.
     """
 
     name: str
@@ -72,8 +66,9 @@ class Spec(NamedTuple):
     stop: tuple[Any, float] | None = None
 
     @property
-    def kind(self) -> str:
-        return kind_of(self.name)
+    def kind(self) -> registry.Kind:
+        """Not of a `cascade`, which is made of others."""
+        return registry.of(self.name)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -90,7 +85,7 @@ class Spec(NamedTuple):
     def has_distribution(self) -> bool:
         if self.name == CASCADE:  # without drafters: the one that was chosen by measurement
             return not self.inner or any(inner.has_distribution for inner in self.inner)
-        return self.kind in WITH_DISTRIBUTION
+        return self.kind.distribution
 
     def __str__(self) -> str:
         def item(name: str, count: int | None) -> str:
@@ -121,6 +116,7 @@ def parse(text: str) -> Spec:
       UserError: wrong syntax, with the place, or an unknown drafter or option, with the nearest ones.
         Whether lengths and budgets make sense is not looked at.
     """
+    _check_size(text)
     chain, plus, rule = text.partition("+")
     if chain.strip() in PRESETS:
         chain = PRESETS[chain.strip()]
@@ -134,14 +130,32 @@ def parse(text: str) -> Spec:
     except lark.exceptions.VisitError as error:
         raise error.orig_exc from None
     except lark.exceptions.UnexpectedInput as error:
-        if not set("([])") & set(text):
-            known_name(chain.partition(":")[0].strip(), "drafter", (*NAMES, *PRESETS), refuse=True)
+        name = chain.partition(":")[0].strip()
+        if not set("([])") & set(text) and registry.find(name) is None:
+            known_name(name, "drafter", (*registry.names(), *PRESETS))
         token: Any = getattr(error, "token", None)
         ended = token is not None and token.type == "$END"
         column = error.column
         rest = "" if ended else text[column - 1 :]
         what = f"has an unexpected {rest[0]!r} at character {column}" if rest else "ends too early"
-        raise UserError(f"The drafter {text!r} {what}: it should read like {EXAMPLE}.") from None
+        raise UserError(
+            f"The drafter {shown(text)} {what}: it should read like {EXAMPLE}."
+        ) from None
+
+
+def _check_size(text: str) -> None:
+    """Raises `UserError` for a text that no drafter needs, before it is read any further."""
+    if len(text) > MOST_CHARACTERS:
+        raise UserError(
+            f"The drafter {shown(text)} has {len(text):,} characters, and {MOST_CHARACTERS:,} is the most."
+        )
+    depth = 0
+    for place, character in enumerate(text, 1):
+        depth += (character in "[(") - (character in ")]")
+        if depth > MOST_LEVELS:
+            raise UserError(
+                f"The drafter {shown(text)} nests deeper than {MOST_LEVELS} brackets at character {place}."
+            )
 
 
 def split(text: str) -> list[str]:
@@ -161,17 +175,25 @@ def _parser() -> lark.Lark:
     return lark.Lark(GRAMMAR, parser="lalr", maybe_placeholders=True)
 
 
-def known_name(name: str, what: str, known: Sequence[str], refuse: bool = False) -> str:
-    """The name, if it is one of the known and not refused all the same.
+def known_name(name: str, what: str, known: Sequence[str]) -> str:
+    """The name, if it is one of the known.
 
     Raises:
       UserError: it is not; the nearest ones are named.
     """
-    if name in known and not refuse:
+    if name in known:
         return name
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    close = difflib.get_close_matches(name[:80], known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}."
-    raise UserError(f"Unknown {what} {name!r}: {hint}")
+    raise UserError(f"Unknown {what} {shown(name)}: {hint}")
+
+
+def _short(token: lark.Token) -> str:
+    if len(token) > 20:
+        raise UserError(
+            f"The number {shown(token, 20)} at character {token.column} of the drafter is too long."
+        )
+    return str(token)
 
 
 class _Build(lark.Transformer):
@@ -181,10 +203,10 @@ class _Build(lark.Transformer):
         return str(token)
 
     def INT(self, token):
-        return int(token)
+        return int(_short(token))
 
     def NUMBER(self, token):
-        return float(token)
+        return float(_short(token))
 
     def items(self, children):
         return tuple(children)
@@ -212,32 +234,38 @@ class _Build(lark.Transformer):
 
     def item(self, children):
         name, review, length = children
-        spec = Spec(name, length)
-        kind = spec.kind if spec.kind in REVIEWERS else name
-        known_name(kind, "drafter", NAMES if review else (*NAMES, *PRESETS))
-        if kind in PRESETS:
+        kind = registry.find(name)
+        if kind is None:
+            known_name(name, "drafter", registry.names() if review else self._all_names())
             raise UserError(
                 f"The preset {name!r} takes no length and stands alone, not in a cascade."
             )
+        spec = Spec(name, length)
         if review is None:
             return spec
         if isinstance(review, dict):
-            if kind not in REVIEWERS:
-                raise UserError(f"The drafter {name!r} has no probabilities to stop a draft by.")
+            if not kind.ends_early:
+                raise UserError(
+                    f"The drafter {shown(name)} has no probabilities to stop a draft by."
+                )
             return spec._replace(**review)
-        if kind not in REVIEWERS:
+        if not kind.verifies:
+            able = registry.listed(registry.names("verifies"))
             raise UserError(
-                f"The drafter {name!r} cannot verify: {' and '.join(REVIEWERS)} can, as in lm[{name}:4]."
+                f"The drafter {shown(name)} cannot verify: {able} can, as in lm[{name}:4]."
             )
         inner, options = review
         return spec._replace(inner=_drafting(inner), **options)
+
+    def _all_names(self) -> tuple[str, ...]:
+        return (*registry.names(), *PRESETS)
 
     def turns(self, children):
         name, inner, options = children
         known_name(name, "combination", (CASCADE,))
         if "lenience" in options or "copies" in options:
             raise UserError(
-                "The target takes no lenience, which would change its output: a reviewing drafter does, "
+                "The target takes no lenience, which would change its output: a verifying drafter does, "
                 "as in lm[max-gram:10; lenience=3]."
             )
         return Spec(CASCADE, inner=_drafting(inner), **options)
@@ -256,53 +284,8 @@ class _Build(lark.Transformer):
 
 def _drafting(inner: tuple[Spec, ...]) -> tuple[Spec, ...]:
     for spec in inner:
-        if spec.name == "none":
-            raise UserError("The drafter 'none' drafts nothing: leave it out of the cascade.")
-    return inner
-
-
-def from_matrix(
-    quotas: Sequence[Sequence[int]],
-    names: Sequence[str],
-    *,
-    lenience: float = 1.0,
-    copies: bool = False,
-    cut: bool = False,
-) -> Spec:
-    """The specification of a K matrix (arXiv 2312.11462, Algorithm 1), as its published code takes it.
-
-    Args:
-      quotas: row r is a reviewer, the target first; column c >= r is a proposer, and its entry what the
-        proposer adds to the quota, 0 for nothing. names: the proposers, the last one statistical.
-      lenience: of every drafter that reviews another neural one, and with `copies` of all that review.
-
-    Raises:
-      UserError: not a square upper triangular matrix of non-negative integers with a name for each
-        column, or a reviewer without quotas.
-    """
-    size = len(names)
-    if len(quotas) != size or any(len(row) != size for row in quotas):
-        raise UserError(f"A K matrix for {size} drafters has {size} rows of {size} quotas.")
-    for r, row in enumerate(quotas):
-        if any(int(k) != k or k < 0 for k in row) or any(row[:r]):
+        if not spec.inner and not spec.kind.usual_length:
             raise UserError(
-                "A K matrix holds integers of at least 0, and only 0 below its diagonal, got row "
-                f"{list(row)}."
+                f"The drafter {spec.name!r} drafts nothing: leave it out of the cascade."
             )
-
-    def proposers(row: int) -> tuple[Spec, ...]:
-        found = tuple(proposer(row, c) for c in range(row, size) if quotas[row][c])
-        if not found:
-            raise UserError(f"Row {row} of this K matrix is all 0: nothing would be proposed.")
-        return found
-
-    def proposer(row: int, column: int) -> Spec:
-        spec = Spec(names[column], int(quotas[row][column]))
-        if column == size - 1:
-            return spec
-        inner = proposers(column + 1)
-        neural = any(s.has_distribution for s in inner)
-        mild = lenience if neural or copies else 1.0
-        return spec._replace(inner=inner, lenience=float(mild), copies=copies, cut=cut)
-
-    return parse(str(Spec(CASCADE, inner=proposers(0), cut=cut)))
+    return inner

@@ -1,6 +1,6 @@
-"""Quotas of a cascade, chosen by playing every round of greedy decoding again.
+"""Budgets of a cascade, chosen by playing every round of greedy decoding again.
 
-A reviewer without lenience drafts what it would have drafted alone. So its own chains from every place of
+A verifier without lenience drafts what it would have drafted alone. So its own chains from every place of
 a text, recorded once, tell what any cascade of it and Max-Gram drafts there, how often each of them is
 called and what the target accepts: no cascade has to be compiled to be judged.
 """
@@ -11,14 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jax_specdec.specs.build import parse_drafter
 from jax_specdec.specs.language import CASCADE, Spec
 from jax_specdec.specs.sizes import depth_of
 from jax_specdec.tuning.replay import Record
 
 STATISTICAL = "max-gram"
-# Quotas of a reviewer or drafter, tokens proposed to a reviewer, and behind what it drafted.
-QUOTAS = range(1, 9)
+# Budgets of a verifier or drafter, tokens proposed to a verifier, and behind what it drafted.
+BUDGETS = range(1, 9)
 PROPOSED = (2, 4, 6)
 BEHIND = (2, 4)
 
@@ -29,7 +28,7 @@ class Played(NamedTuple):
     Attributes:
       tau: tokens a round, the target's own included.
       calls: of each drafter by its place in the cascade, from the left: drafts of one that drafts alone,
-        reviews of one that reviews.
+        verifications of one that verifies.
     """
 
     tau: float
@@ -39,21 +38,21 @@ class Played(NamedTuple):
 def candidates(
     neural: Sequence[str],
     deepest: int,
-    quotas: Iterable[int] = QUOTAS,
+    budgets: Iterable[int] = BUDGETS,
     proposed: Iterable[int] = PROPOSED,
     behind: Iterable[int] = BEHIND,
 ) -> Iterator[Spec]:
     """Cascades of one neural drafter and Max-Gram that draft at most `deepest` tokens.
 
-    Vertical, horizontal and both; drafts are cut to the quotas, since every verification is as wide as
+    Vertical, horizontal and both; drafts are cut to the budgets, since every verification is as wide as
     the longest.
     """
     tails = [(), *((Spec(STATISTICAL, length),) for length in behind)]
     inners = [(), *((Spec(STATISTICAL, length),) for length in proposed)]
-    for name, quota, tail, inner in itertools.product(neural, quotas, tails, inners):
-        spec = Spec(CASCADE, inner=(Spec(name, quota, inner=inner), *tail), cut=True)
+    for name, budget, tail, inner in itertools.product(neural, budgets, tails, inners):
+        spec = Spec(CASCADE, inner=(Spec(name, budget, inner=inner), *tail), cut=True)
         if (inner or tail) and depth_of(spec) <= deepest:
-            yield parse_drafter(str(spec))
+            yield spec
 
 
 def play(spec: Spec, texts: Sequence[Sequence[int]], found: Mapping[str, Record]) -> Played:
@@ -84,15 +83,15 @@ def play(spec: Spec, texts: Sequence[Sequence[int]], found: Mapping[str, Record]
 
 
 def _first(part: Spec, prefix: list[int], own: list[int]) -> tuple[list[int], int]:
-    """What the neural drafter drafts for its quota, and in how many calls."""
-    quota = part.length or 1
+    """What the neural drafter drafts for its budget, and in how many calls."""
+    budget = part.length or 1
     if not part.inner:
-        return own[:quota], 1
+        return own[:budget], 1
     done = made = 0
-    while done < quota:
+    while done < budget:
         proposed = max_gram(prefix + own[:done], part.inner[0].length or 0)
         done, made = done + _agreed(proposed, own[done:]) + 1, made + 1
-    return own[: min(done, quota)], made
+    return own[: min(done, budget)], made
 
 
 def _agreed(draft: Sequence[int], text: Sequence[int]) -> int:

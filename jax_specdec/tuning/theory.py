@@ -121,7 +121,7 @@ def two_segment_speedup(
 
 
 class Nesting(Protocol):
-    """A drafter as `drafters.specs.Spec` describes it: see there."""
+    """A drafter as `specs.language.Spec` describes it: see there."""
 
     @property
     def name(self) -> str: ...
@@ -164,8 +164,8 @@ def simulate(
     Args:
       nesting: with every length given, `parse_drafter("cascade(lm[max-gram:10]:2, max-gram:10)")` for
         instance.
-      rates: chance that a reviewer accepts a token of the drafter that handed it on, by (reviewer, drafter);
-        the last reviewer is `target`. A drafter without one is never right.
+      rates: chance that a verifier accepts a token of the drafter that handed it on, by (verifier, drafter);
+        the last verifier is `target`. A drafter without one is never right.
       costs: of one forward of each drafter in units of the target's; 0 where there is none.
       verify: cost of a verification of so many nodes, in the same units.
     """
@@ -182,18 +182,18 @@ def simulate(
 
     def turns(item: Nesting) -> list[str]:
         draft: list[str] = []
-        quota = 0
+        budget = 0
         for part in item.inner:
-            quota += part.length or 1
-            while len(draft) < quota:
+            budget += part.length or 1
+            while len(draft) < budget:
                 draft += propose(part)
             if item.cut:
-                del draft[quota:]
+                del draft[budget:]
         return draft
 
-    def accepted(reviewer: str, draft: list[str]) -> int:
+    def accepted(verifier: str, draft: list[str]) -> int:
         for place, drafter in enumerate(draft):
-            if rng.random() >= rates.get((reviewer, drafter), 0.0):
+            if rng.random() >= rates.get((verifier, drafter), 0.0):
                 return place
         return len(draft)
 

@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jax_specdec.checkpoints.target_bound import target_fingerprint
 from jax_specdec.checkpoints.targets import Target
+from jax_specdec.drafters import registry
 from jax_specdec.errors import UserError
 from jax_specdec.expansions.siblings import LeafSiblings
 from jax_specdec.generation import Generation
 from jax_specdec.pipeline import SpeculativeDecoder
 from jax_specdec.specs.build import RULES, LoadedDrafter, parse_drafter
-from jax_specdec.specs.language import CASCADE, REVIEWERS, Spec
+from jax_specdec.specs.language import CASCADE, Spec
 from jax_specdec.specs.sizes import depth_of
 from jax_specdec.tuning.cascades import BEHIND, PROPOSED, STATISTICAL, Played, candidates, play
 from jax_specdec.tuning.costs import Costs, _interpolate
@@ -43,9 +45,31 @@ def _plans(spec: Spec, longest: int, widest: int) -> list[Spec]:
     return [spec._replace(length=g, nodes=n) for g, n in budgets if n <= widest and rule(n).fits(g)]
 
 
+def check_names(names: Sequence[str]) -> tuple[list[Spec], bool]:
+    """The drafters to tune, and whether a cascade of them is to be chosen.
+
+    Raises:
+      UserError: a name that says what is to be chosen, or more than one drafter.
+    """
+    specs = list(dict.fromkeys(map(parse_drafter, names)))
+    for spec in specs:
+        if spec.inner:
+            raise UserError(
+                f"{spec} has no single draft length to tune: name its drafters alone, and `{CASCADE}` for the "
+                "best one of them."
+            )
+        if str(spec) != spec.key or (spec.name == CASCADE and spec.rule is not None):
+            name = spec.name if spec.name == CASCADE else spec.key
+            raise UserError(
+                f"What is tuned is the draft length and the nodes, without a threshold: name {name} for {spec}."
+            )
+    drafters = [spec for spec in specs if spec.name != CASCADE and spec.kind.usual_length]
+    return drafters, any(spec.name == CASCADE for spec in specs)
+
+
 def tune(
     target: Target,
-    make_drafter: Callable[[str], LoadedDrafter],
+    make_drafter: Callable[[Spec], LoadedDrafter],
     names: Sequence[str],
     prompts: Sequence[str],
     *,
@@ -58,29 +82,32 @@ def tune(
     """Measures v, d and acceptance, and chooses lengths, budgets and the default drafter.
 
     Args:
-      make_drafter: specification -> drafter. names: what to tune, drafters (`lm`) and drafters with an
-        expansion (`lm+cape`). Siblings of a chain are predicted for every length and budget; trees that
-        grow are decoded with at a few.
-      prompts: real ones; the first `batch_size` of them are the text that costs are measured on.
+      make_drafter: specification -> drafter; `specs.build.Drafters` keeps one copy of each one's weights.
+      names: what to tune, drafters (`lm`) and drafters with an expansion (`lm+cape`), and `cascade`.
+        Siblings of a chain are predicted for every length and budget; trees that grow are decoded with at
+        a few.
+      prompts: real ones; the first `batch_size` of them are the text that costs are measured on. With fewer
+        prompts the batch is as small as that, and recorded so.
       longest: lengths 1..longest are considered, as far as a drafter goes.
 
     Returns:
       A JSON-ready record: `lengths` by name (0: drafting does not pay), `nodes` by name of an
-      expansion, `cascade` where it was among the names (`allocation`), `default`, and under `measured` the
-      figures that decided.
+      expansion, `cascade` where it was among the names, `default`, `model` and what else it belongs to, and
+      under `measured` the figures that decided.
+
+    Raises:
+      UserError: a name with a length, nodes or a threshold, which would not be kept; or a cascade without a
+        drafter that can verify.
     """
-    specs = [parse_drafter(name) for name in names if name not in ("none", CASCADE)]
-    if any(spec.inner for spec in specs):
-        raise UserError(
-            "A cascade has no single draft length to tune: name the drafters alone, and `cascade` for the "
-            "best one of them."
-        )
-    neural = [s.name for s in specs if s.rule is None and s.kind in REVIEWERS]
-    if CASCADE in names and not neural:
-        raise UserError("A cascade needs a drafter that can review, lm or glide, to be tuned too.")
-    limits = {spec.key: min(longest, make_drafter(spec.name).longest) for spec in specs}
+    specs, cascades = check_names(names)
+    neural = [spec.name for spec in specs if spec.rule is None and spec.kind.verifies]
+    if cascades and not neural:
+        able = registry.listed(registry.names("verifies"), "or")
+        raise UserError(f"A cascade needs a drafter that can verify, {able}, to be tuned too.")
+    rows = min(batch_size, len(prompts))
+    limits = {spec.key: min(longest, make_drafter(Spec(spec.name)).longest) for spec in specs}
     longest = max(limits.values(), default=1)
-    ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts[:batch_size]]
+    ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts[:rows]]
     widths = {1, 2, 3, 4, 5, 6, 7, 9, 11, 1 + longest} & set(range(1, longest + 2))
     if any(spec.rule for spec in specs):
         widths |= {8, 12, 16, 20, 24, 32}
@@ -91,22 +118,21 @@ def tune(
         report(f"compiled a verification of {nodes} nodes")
     for key, several in plans.items():
         for plan in several:
-            arms[plan] = draft_arm(target, make_drafter(str(plan)), ids)
+            arms[plan] = draft_arm(target, make_drafter(plan), ids)
         report(f"compiled {key}")
-    for name in neural if CASCADE in names else ():
-        for proposed in PROPOSED:  # one review
+    for name in neural if cascades else ():
+        for proposed in PROPOSED:  # one verification
             spec = Spec(name, 1, inner=(Spec(STATISTICAL, proposed),))
-            arms[spec] = draft_arm(target, make_drafter(str(spec)), ids)
-        report(f"compiled reviews by {name}")
-    if CASCADE in names:
+            arms[spec] = draft_arm(target, make_drafter(spec), ids)
+        report(f"compiled verifications by {name}")
+    if cascades:
         spec = Spec(STATISTICAL, max(BEHIND))
-        arms[spec] = draft_arm(target, make_drafter(str(spec)), ids)
+        arms[spec] = draft_arm(target, make_drafter(spec), ids)
     seconds = {key: statistics.median(v) for key, v in medians(arms, repeats).items()}
     verify = {t: seconds[t] for t in sorted(widths)}
 
     def decode(spec: Spec) -> tuple[SpeculativeDecoder, list[Generation]]:
-        decoder = SpeculativeDecoder(target, make_drafter(str(spec)))
-        rows = min(batch_size, len(prompts))
+        decoder = SpeculativeDecoder(target, make_drafter(spec))
         return decoder, list(
             decoder.generate(prompts, max_new_tokens=max_new_tokens, batch_size=rows)
         )
@@ -146,7 +172,7 @@ def tune(
         texts = [decoder.encode(a.prompt) + a.token_ids for a in answers]
         starts = [len(t) - len(a.token_ids) for t, a in zip(texts, answers, strict=True)]
         chains = {
-            name: record(target, make_drafter(f"{name}:{deepest}"), texts, starts, everywhere=True)
+            name: record(target, make_drafter(Spec(name, deepest)), texts, starts, everywhere=True)
             for name in neural
         }
         choices = []
@@ -155,11 +181,11 @@ def tune(
             drafts = {p.length or 0: seconds[p] for p in plans[first.name]}
             took = _interpolate(verify, 1 + depth_of(spec))
             if first.inner:
-                # The first review reads weights that the target's have pushed out of the caches.
-                review = seconds[first._replace(length=1)]
+                # The first verification reads weights that the target's have pushed out of the caches.
+                first_one = seconds[first._replace(length=1)]
                 step = (_interpolate(drafts, deepest) - drafts[1]) / max(1, deepest - 1)
-                again = max(review - drafts[1] + step, 0.0)
-                took += review + (played.calls[0] - 1) * again
+                again = max(first_one - drafts[1] + step, 0.0)
+                took += first_one + (played.calls[0] - 1) * again
             else:
                 took += _interpolate(drafts, first.length or 1)
             took += sum(played.calls[1:]) * seconds[Spec(STATISTICAL, max(BEHIND))]
@@ -177,7 +203,7 @@ def tune(
         report(f"{choice.spec}: predicted {choice.speedup:.2f} times plain")
     ranking = {str(choice.spec): choice.speedup for choice in chosen.values()}
     cascade: dict[str, Any] = {}
-    if CASCADE in names:
+    if cascades:
         speedup, spec, played = best_cascade()
         cascade = {"spec": str(spec), "tau": played.tau, "predicted_speedup": speedup}
         ranking[str(spec)] = speedup
@@ -188,10 +214,11 @@ def tune(
         "lengths": {key: c.spec.length for key, c in chosen.items()},
         "nodes": {key: c.spec.nodes for key, c in chosen.items() if c.spec.nodes is not None},
         "default": best if ranking[best] > 1 else "none",
+        "model": target_fingerprint(target.path),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "dtype": str(target.decoder.dtype),
-        "batch_size": batch_size,
+        "batch_size": rows,
         "prompts": len(prompts),
         "measured": {
             "verify_s": verify,
