@@ -316,6 +316,6 @@ def test_auto_says_what_it_took(home, record):
 @pytest.mark.parametrize("name", ["lm:4", "lm[confidence=0.4]", "lm+cape:16", "cascade+fixed"])
 def test_tune_refuses_what_it_would_not_keep(name):
     """It was tuned as another one, without a word."""
-    with pytest.raises(UserError, match="without a threshold: name (lm|lm\\+cape|cascade) for"):
+    with pytest.raises(UserError, match=r"without a threshold: name (lm|lm\+cape|cascade) for"):
         check_names([name])
     assert [str(spec) for spec in check_names(["lm", "lm", "none", "cascade"])[0]] == ["lm"]
