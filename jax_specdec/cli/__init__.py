@@ -13,6 +13,8 @@ from typing import NoReturn
 from jax_specdec.cli import convert, demo, generate, info, train, tune
 from jax_specdec.errors import RunError, UserError
 
+LONGEST_MESSAGE = 2000  # characters: what a user gave may be echoed
+
 REGISTER: tuple[Callable, ...] = (
     generate.register,
     demo.register,
@@ -84,7 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         status, sentence = _describe(error)
-        print("error:", " ".join(sentence.split()), file=sys.stderr)
+        sentence = " ".join(sentence.split())
+        if len(sentence) > LONGEST_MESSAGE:
+            sentence = f"{sentence[:LONGEST_MESSAGE]} ..."
+        print("error:", sentence, file=sys.stderr)
         return status
 
 
