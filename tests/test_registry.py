@@ -111,10 +111,11 @@ def test_info_of_it(tiny_checkpoints, capsys):
 def test_tune_takes_it(target, monkeypatch):
     monkeypatch.setattr(tuning, "verify_arm", lambda target, nodes, ids: lambda: 1.0)
     monkeypatch.setattr(tuning, "draft_arm", lambda target, drafter, ids: lambda: 0.0)
-    settings = {"longest": 2, "max_new_tokens": 8, "repeats": 1}
+    settings = {"longest": 2, "max_new_tokens": 8, "repeats": 1, "batch_size": 32}
     out = tuning.tune(target, Drafters(target), ["theirs"], [PROMPT], **settings)
     assert 0 <= out["lengths"]["theirs"] <= 2
     assert list(out["measured"]["drafters"]) == ["theirs"]
+    assert out["batch_size"] == 1, "that of the one prompt there was, which is what was measured"
 
 
 def test_plug_ins_by_entry_point(monkeypatch):

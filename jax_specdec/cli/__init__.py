@@ -13,6 +13,8 @@ from typing import NoReturn
 from jax_specdec.cli import convert, demo, generate, info, train, tune
 from jax_specdec.errors import RunError, UserError
 
+LONGEST_MESSAGE = 2000  # characters: what a user gave may be echoed
+
 REGISTER: tuple[Callable, ...] = (
     generate.register,
     demo.register,
@@ -21,9 +23,6 @@ REGISTER: tuple[Callable, ...] = (
     info.register,
     tune.register,
 )
-
-
-LONGEST = 2000  # characters of an error
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         status, sentence = _describe(error)
         sentence = " ".join(sentence.split())
-        if len(sentence) > LONGEST:  # it may quote what was given
-            sentence = f"{sentence[:LONGEST]} [...]"
+        if len(sentence) > LONGEST_MESSAGE:
+            sentence = f"{sentence[:LONGEST_MESSAGE]} ..."
         print("error:", sentence, file=sys.stderr)
         return status
 

@@ -116,15 +116,17 @@ def choose_drafter(setting: "Setting", folders: dict[str, str]) -> "tuple[Spec, 
 
 def load(args: argparse.Namespace) -> "tuple[Target, LoadedDrafter]":
     """The target and the drafter that the arguments name; cheap mistakes fail first."""
-    from jax_specdec.checkpoints.targets import find_checkpoint, load_target
+    from jax_specdec.checkpoints.targets import default_dtype, find_checkpoint, load_target
     from jax_specdec.specs.build import load_drafter
-    from jax_specdec.specs.defaults import setting_of
+    from jax_specdec.specs.defaults import Setting
 
     folders, spec = draft_folders(args.draft), given_drafter(args)
-    target = load_target(find_checkpoint(model_source(args)), dtype=args.dtype)
+    folder = find_checkpoint(model_source(args))
     batch_size, reason = getattr(args, "batch_size", 1), ""
     if spec is None:
-        spec, reason = choose_drafter(setting_of(target, batch_size), folders)
+        setting = Setting(folder, args.dtype or default_dtype(folder), batch_size)
+        spec, reason = choose_drafter(setting, folders)
+    target = load_target(folder, dtype=args.dtype)
     with warnings_said():
         drafter = load_drafter(spec, target, drafts=folders, batch_size=batch_size)
     if reason:

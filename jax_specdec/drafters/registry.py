@@ -63,7 +63,10 @@ class Request:
         if isinstance(source, str) and _HUB_ID.fullmatch(source):
             from jax_specdec.checkpoints.targets import find_checkpoint
 
-            return find_checkpoint(source)
+            try:
+                return find_checkpoint(source)
+            except UserError as error:
+                raise UserError(f"The drafter {self.name!r}: {error}") from None
         raise UserError(
             f"The drafter {self.name!r} has no checkpoint at {local}: say where it is with --draft "
             f"{self.name}=DIR."
@@ -125,7 +128,7 @@ class Foreign:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of drafter; what the flags say of it is checked against `Info` by `testing.check_kind`.
+    """A kind of drafter.
 
     Attributes:
       name: in a specification: lower-case letters, digits and hyphens.

@@ -32,9 +32,9 @@ MOST_CHARACTERS, MOST_LEVELS = 1000, 16
 GRAMMAR = r"""
 start: (turns | item) ("+" rule)*
 turns: NAME "(" items options ")"
-item: NAME [verified | unsure] [":" INT]
+item: NAME [verify | unsure] [":" INT]
 unsure: "[" NAME "=" NUMBER "]"
-verified: "[" items options "]"
+verify: "[" items options "]"
 items: item ("," item)*
 options: (";" option)*
 option: NAME ["=" NUMBER]
@@ -225,7 +225,7 @@ class _Build(lark.Transformer):
     def options(self, children):
         return dict(children)
 
-    def verified(self, children):
+    def verify(self, children):
         return children
 
     def unsure(self, children):
@@ -233,28 +233,28 @@ class _Build(lark.Transformer):
         return {"stop": (known_name(name, "option", STOPS), value)}
 
     def item(self, children):
-        name, verified, length = children
+        name, verify, length = children
         kind = registry.find(name)
         if kind is None:
-            known_name(name, "drafter", registry.names() if verified else self._all_names())
+            known_name(name, "drafter", registry.names() if verify else self._all_names())
             raise UserError(
                 f"The preset {name!r} takes no length and stands alone, not in a cascade."
             )
         spec = Spec(name, length)
-        if verified is None:
+        if verify is None:
             return spec
-        if isinstance(verified, dict):
+        if isinstance(verify, dict):
             if not kind.ends_early:
                 raise UserError(
                     f"The drafter {shown(name)} has no probabilities to stop a draft by."
                 )
-            return spec._replace(**verified)
+            return spec._replace(**verify)
         if not kind.verifies:
             able = registry.listed(registry.names("verifies"))
             raise UserError(
                 f"The drafter {shown(name)} cannot verify: {able} can, as in lm[{name}:4]."
             )
-        inner, options = verified
+        inner, options = verify
         return spec._replace(inner=_drafting(inner), **options)
 
     def _all_names(self) -> tuple[str, ...]:

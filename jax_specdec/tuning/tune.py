@@ -105,7 +105,7 @@ def tune(
         able = registry.listed(registry.names("verifies"), "or")
         raise UserError(f"A cascade needs a drafter that can verify, {able}, to be tuned too.")
     rows = min(batch_size, len(prompts))
-    limits = {spec.key: min(longest, make_drafter(Spec(spec.name)).longest) for spec in specs}
+    limits = {spec.key: min(longest, make_drafter(Spec(spec.name, 1)).longest) for spec in specs}
     longest = max(limits.values(), default=1)
     ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts[:rows]]
     widths = {1, 2, 3, 4, 5, 6, 7, 9, 11, 1 + longest} & set(range(1, longest + 2))
