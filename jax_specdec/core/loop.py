@@ -305,11 +305,13 @@ class DecodeLoop:
         margin, sound = self._examine(ctx, draft, scores)
 
         place = jnp.arange(self.window, dtype=jnp.int32)[None]
-        inside = place <= verified.accepted[:, None]
-        failed = jnp.any(inside & ~jnp.take_along_axis(sound, verified.path, axis=1), axis=1)
-        count = jnp.where(failed, 0, verified.accepted + 1)
-        count, finish, stop_state = self._cut(state, verified.tokens, count, active)
-        finish = jnp.where(failed & active, FAILED, finish)
+        # Tokens before the first node without a law are right; unless they end the row, it fails behind them.
+        sound = jnp.take_along_axis(sound, verified.path, axis=1)
+        sound = jnp.sum(jnp.cumprod(sound.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
+        whole = jnp.minimum(verified.accepted + 1, sound)
+        count, finish, stop_state = self._cut(state, verified.tokens, whole, active)
+        failed = (sound <= verified.accepted) & (finish == RUNNING)
+        finish = jnp.where(failed, FAILED, finish)
         accepted = jnp.minimum(verified.accepted, count)  # counted up to where the text was cut
         on_chain = (verified.path == place) & (place >= 1) & (place <= accepted[:, None])
         matched = text.length + jnp.sum(on_chain, axis=1, dtype=jnp.int32)
