@@ -34,8 +34,8 @@ test-all: $(VENV)/.installed $(VENV)/aot/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20 -m "slow or not slow"
 
 # What differs between interpreters and versions of JAX: the loop, trees, a cascade, GliDe, the kernels.
-SECOND := tests/test_loop.py tests/test_tree.py tests/test_growth.py tests/test_glide.py \
-  tests/pallas_kernels tests/test_cascade.py::test_against_a_transcription
+SECOND := tests/loop tests/test_tree.py tests/test_growth.py tests/test_glide.py \
+  tests/pallas_kernels tests/cascade/test_transcription.py
 second: smoke
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(SECOND)
 

@@ -367,12 +367,10 @@ def measure(point: Point, names: list[str], repeats: int, bandwidth: float) -> d
 
 def plot(path: str, record: dict) -> None:
     """A roofline: arithmetic a second against arithmetic per byte, below the bandwidth of copies."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
     by_arm: dict[str, list[tuple[float, float]]] = {}
     for point in record["points"]:
         for name, arm in point["arms"].items():

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 checked.install()
+pytest.register_assert_rewrite("enumeration", "loop_runs", "small_checkpoint")
 
 # What one test has compiled, no other test, worker, command or run compiles again. JAX's key holds its
 # version, the compiler's flags and the program.

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_acceptance import enumerate_reject, norm, pair
-from test_loop import MIXED, RAGGED, check_stats
-from test_sampling import LEVEL, chi_square, exact_law, sample
+from enumeration import enumerate_reject, norm, pair
+from loop_runs import MIXED, RAGGED, check_stats
+from sampled_laws import LEVEL, chi_square, exact_law, sample
 
 from jax_specdec import DecodeLoop, UserError, load_target
 from jax_specdec.core import acceptance

@@ -1,10 +1,4 @@
-"""A conformance test for drafters: does any object keep the contract of `jax_specdec.Drafter`?
-
-In a test of your own:
-
-    from jax_specdec.testing import check_drafter
-    check_drafter(MyDrafter(...), {"my-drafter": params}, target.decoder, target.params)
-"""
+"""A run that drafts, commits and decodes with a drafter, beside plain decoding."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -18,14 +12,14 @@ from jax_specdec._types import Params
 from jax_specdec.core import prng
 from jax_specdec.core import sampling as laws
 from jax_specdec.core.context import Context, Tapped, TargetView
-from jax_specdec.core.draft import MAX_NODES, TOP, Draft, Text
-from jax_specdec.core.drafter import Info, Outcome
+from jax_specdec.core.draft import Draft, Text
+from jax_specdec.core.drafter import Outcome
 from jax_specdec.core.law import Law
 from jax_specdec.core.loop import DecodeLoop
 from jax_specdec.core.model import Model
 from jax_specdec.core.plain import NoDrafter
 from jax_specdec.core.prefill import read_text
-from pallas_kernels import masks
+from jax_specdec.testing.draft import check_draft, check_static, require
 
 # Two best scores closer than this may change places between a one-row and a T-row forward.
 NEAR_TIE = 1e-3
@@ -57,7 +51,7 @@ def check_drafter(
     Raises:
       AssertionError: what the drafter does, and what it should do.
     """
-    _check_static(drafter)
+    check_static(drafter)
     if prompts is None:
         rng = np.random.default_rng(seed)
         prompts = [rng.integers(0, target.vocab_size, n).tolist() for n in (1, 2, 5, 9, 3)]
@@ -68,162 +62,6 @@ def check_drafter(
     run.check_reset()
     run.check_inactive_rows()
     run.check_text()
-
-
-def check_draft(draft: Draft, info: Info, text: Text, vocab: int, wants_q: bool) -> None:
-    """Checks one draft alone: shapes, dtypes, order and the tree's consistency.
-
-    Raises:
-      AssertionError: what is wrong with it.
-    """
-    batch, nodes = text.length.shape[0], info.nodes + 1
-
-    def array(name: str, shape: tuple[int, ...], dtype: str, optional: bool = False) -> Any:
-        value = getattr(draft, name)
-        if value is None:
-            _require(optional, f"Draft.{name} must be an array, not None")
-            return None
-        _require(
-            value.shape == shape and value.dtype == jnp.dtype(dtype),
-            f"Draft.{name} must be {dtype}{shape}, got {value.dtype}{value.shape}",
-        )
-        return np.asarray(value)
-
-    words = masks.num_words(nodes)
-    tokens, valid = array("tokens", (batch, nodes), "int32"), array("valid", (batch, nodes), "bool")
-    source = array("source", (batch, nodes), "int32")
-    chance = array("probability", (batch, nodes), "float32")
-    parent = array("parent", (batch, nodes), "int32", optional=True)
-    depth = array("depth", (batch, nodes), "int32", optional=True)
-    bits = array("ancestors", (batch, nodes, words), "int32", optional=True)
-    top = (batch, nodes, min(TOP, vocab))
-    ids = array("top_ids", top, "int32", optional=True)
-    top_probs = array("top_probs", top, "float32", optional=True)
-    q = array("q", (batch, info.depth, vocab), "float32", optional=True)
-
-    _require(
-        draft.depth_limit == info.depth,
-        f"Draft.depth_limit must be the drafter's depth {info.depth}, got {draft.depth_limit}",
-    )
-    given = [x is not None for x in (parent, depth, bits)]
-    _require(
-        all(given) or not any(given),
-        "parent, depth and ancestors must all be given (a tree) or all be None (a chain)",
-    )
-    _require(
-        (tokens[:, 0] == np.asarray(text.root())).all() and valid[:, 0].all(),
-        "node 0 must be the root: the last committed token, valid",
-    )
-    inside = (tokens >= 0) & (tokens < vocab)
-    _require(inside.all(), f"drafted tokens must be in the vocabulary of {vocab}, valid or not")
-    _require((source[:, 0] == 0).all(), "the root's source must be 0")
-    known = (source[:, 1:] >= 1) & (source[:, 1:] <= len(info.sources))
-    _require(
-        (known | ~valid[:, 1:]).all(),
-        f"the source of a drafted node must be in 1..{len(info.sources)}",
-    )
-    in_range = (chance >= 0) & (chance <= 1 + 1e-5)
-    _require((in_range | ~valid).all(), "the probability of a node must be in [0, 1]")
-
-    if bits is None:
-        _require(nodes == info.depth + 1, "a chain must have as many nodes as its depth")
-        parent = np.broadcast_to(np.maximum(np.arange(nodes) - 1, 0), tokens.shape)
-    else:
-        _check_tree(parent, depth, bits, info.depth)
-    above = np.take_along_axis(valid, parent, axis=1)
-    _require((above | ~valid).all(), "a node below an invalid one must be invalid")
-
-    _require((ids is None) == (top_probs is None), "top_ids and top_probs must be given together")
-    if ids is not None:
-        _require(
-            ((ids >= 0) & (ids < vocab)).all(), f"top_ids must be in the vocabulary of {vocab}"
-        )
-        known = top_probs.max(axis=-1) > 0
-        # A token drawn from q comes first whatever its chance, and so does one that lenience let pass.
-        start = 1 if wants_q or not info.ranked else 0
-        _require(
-            (np.diff(top_probs[..., start:], axis=-1) <= 0).all(),
-            "top_probs must be in falling order, except that a token drawn from q comes first",
-        )
-        drafted = known[:, : info.depth] & valid[:, 1 : info.depth + 1]
-        _require(
-            (ids[:, : info.depth, 0] == tokens[:, 1 : info.depth + 1])[drafted].all(),
-            "the first of a main-chain node's top_ids must be the next token of the chain",
-        )
-    if not wants_q:
-        _require(q is None, "q must be None where ctx.return_q is false")
-    elif q is not None:
-        live = valid[:, 1 : info.depth + 1]
-        _require(
-            (abs(q.sum(-1) - 1)[live] < 1e-4).all() and (q >= 0).all(), "q must be probabilities"
-        )
-        drawn = np.take_along_axis(q, tokens[:, 1 : info.depth + 1, None], axis=-1)[..., 0]
-        _require((drawn[live] > 0).all(), "a drawn token must be possible under q")
-
-
-def _check_tree(parent: np.ndarray, depth: np.ndarray, bits: np.ndarray, limit: int) -> None:
-    nodes = parent.shape[1]
-    place = np.arange(nodes)[None]
-    _require((parent[:, 0] == 0).all(), "the root must be its own parent")
-    _require(
-        ((parent[:, 1:] >= 0) & (parent[:, 1:] < place[:, 1:])).all(),
-        "a node must come after its parent",
-    )
-    chain = slice(1, limit + 1)
-    _require(
-        (parent[:, chain] == place[:, chain] - 1).all(),
-        "the main chain must come first: the parent of node d is d - 1 for d up to the depth",
-    )
-    want = np.zeros_like(parent)
-    seen = np.zeros((*parent.shape, nodes), bool)
-    seen[:, 0, 0] = True
-    rows = np.arange(parent.shape[0])
-    for i in range(1, nodes):
-        want[:, i] = want[rows, parent[:, i]] + 1
-        seen[:, i] = seen[rows, parent[:, i]]
-        seen[:, i, i] = True
-    _require((depth == want).all(), "a node's depth must be its parent's plus 1, the root's 0")
-    _require((want <= limit).all(), f"no node may be deeper than the drafter's depth {limit}")
-    given = np.asarray(masks.unpack(jnp.asarray(bits), nodes))
-    _require(
-        (given == seen).all(),
-        "bit j of a node's ancestors must be set if and only if j is the node or above it",
-    )
-
-
-def _check_static(drafter: Any) -> None:
-    wanted = ("info", "init", "reset", "extend", "draft", "commit")
-    missing = [name for name in wanted if not hasattr(drafter, name)]
-    _require(not missing, f"a drafter must have {', '.join(missing)}")
-    try:
-        hash(drafter)
-    except TypeError as error:
-        raise AssertionError(
-            f"a drafter must be hashable, as a frozen dataclass is: {error}"
-        ) from None
-    info = drafter.info
-    _require(isinstance(info, Info), f"info must be an Info, got {info!r}")
-    counts = (info.nodes, info.depth)
-    _require(
-        all(isinstance(n, int) for n in counts) and 0 <= counts[1] <= counts[0] < MAX_NODES,
-        f"0 <= depth <= nodes < {MAX_NODES} must hold, got depth {counts[1]}, nodes {counts[0]}",
-    )
-    names = info.sources
-    _require(
-        isinstance(names, tuple) and all(isinstance(n, str) for n in names),
-        f"sources must be a tuple of names, got {names!r}",
-    )
-    _require(bool(names) == bool(info.nodes), "a drafter has sources if it drafts nodes")
-    sizes = info.sizes
-    _require(
-        sizes == tuple(sorted(set(sizes))) and max(sizes) == info.depth and sizes[0] >= 0,
-        f"sizes must rise to the depth {info.depth}, got {sizes!r}",
-    )
-
-
-def _require(holds: Any, sentence: str) -> None:
-    if not holds:
-        raise AssertionError(sentence + ".")
 
 
 def _shapes(tree: Any) -> Any:
@@ -312,7 +150,7 @@ class _Run:
     def fresh(self, text: Text, view: TargetView) -> dict[str, Any]:
         """States that have read the text at once, beside those of another drafter."""
         states = self.init(text.length.shape[0], self.columns)
-        _require(
+        require(
             isinstance(states, dict) and all(isinstance(name, str) for name in states),
             "init must return a dictionary of states by drafter name",
         )
@@ -336,13 +174,13 @@ class _Run:
         )
 
     def same(self, before, after, function: str):
-        _require(
+        require(
             isinstance(after, dict)
             and FOREIGN in after
             and np.asarray(after[FOREIGN]).tolist() == [0, 1, 2],
             f"{function} must pass on the states of other drafters as they are",
         )
-        _require(
+        require(
             jax.tree.structure(before) == jax.tree.structure(after)
             and _shapes(before) == _shapes(after),
             f"{function} must return states of the structure, shapes and dtypes that it was given",
@@ -360,7 +198,7 @@ class _Run:
         self.same(states, after, "draft")
         if active.all():
             check_draft(draft, self.info, text, vocab, wants_q)
-            _require(
+            require(
                 (draft.top_ids is not None) == self.info.distribution,
                 "top_ids must be given when they are asked for, if and only if info.distribution",
             )
@@ -456,7 +294,7 @@ class _Run:
     def equal(self, got: Draft, want: Draft, rows: np.ndarray, sentence: str) -> None:
         live = want.valid & rows[:, None]
         same = (got.valid == want.valid)[rows].all() and (got.tokens == want.tokens)[live].all()
-        _require(same, sentence)
+        require(same, sentence)
 
     def check_text(self) -> None:
         """The whole loop, ragged, greedy and sampled rows: the text is plain decoding's."""
@@ -472,8 +310,8 @@ class _Run:
             first = int(apart[0]) if len(apart) else n
             tie = first < n and self.plain.stats.margins[b, start + first] < NEAR_TIE
             kind = "at temperature 0" if self.sampling.temperature[b] == 0 else "with the same seed"
-            _require(
+            require(
                 tie, f"row {b} must be plain decoding's text {kind}, and differs at token {first}"
             )
         drafted, accepted = got.stats.drafted, got.stats.accepted
-        _require((accepted <= drafted).all(), "no more tokens can be accepted than were drafted")
+        require((accepted <= drafted).all(), "no more tokens can be accepted than were drafted")
