@@ -104,10 +104,11 @@ def shared_uniform_law(p, q):
     for low, high in itertools.pairwise(cuts):
         middle = (low + high) / 2
         token = int(np.searchsorted(cdf, middle) - 1)
-        if bool(acceptance.accepts(middle, p[token], q[token])):
+        drawn = (jnp.asarray(x) for x in (middle, p[token], q[token]))
+        if bool(acceptance.accepts(*drawn)):
             out[token] += high - low
         else:
-            out += (high - low) * np.asarray(acceptance.residual(p, q))
+            out += (high - low) * np.asarray(acceptance.residual(jnp.asarray(p), jnp.asarray(q)))
     return out
 
 
@@ -172,8 +173,9 @@ def test_accept_probability_matches_the_draw():
     chance = np.asarray(acceptance.accept_probability(jnp.asarray(p), jnp.asarray(q)))
     below, above = np.maximum(chance - NUDGE, 0), np.minimum(chance + NUDGE, np.nextafter(1, 0))
     some = p > 0
-    assert acceptance.accepts(below, p, q)[some].all()
-    assert not acceptance.accepts(above, p, q)[chance < 1].any()
+    low, high, given, drawn = (jnp.asarray(x) for x in (below, above, p, q))
+    assert acceptance.accepts(low, given, drawn)[some].all()
+    assert not acceptance.accepts(high, given, drawn)[chance < 1].any()
 
 
 # Match under shared noise

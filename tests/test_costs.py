@@ -93,7 +93,9 @@ def test_replayed_expansions(found, rule):
     record, _ = found
     got = replay.acceptance(record, 4, rule)
     agreed = np.minimum(record.matched, 4)
-    chosen, some = (np.asarray(x) for x in select(rule.rank(record.probs[:, :4]), rule.nodes - 5))
+    chosen, some = (
+        np.asarray(x) for x in select(rule.rank(jnp.asarray(record.probs[:, :4])), rule.nodes - 5)
+    )
     tau = 0
     reached, kept, covered = np.zeros(4), np.zeros(4), np.zeros(4)
     for r, n in enumerate(agreed):

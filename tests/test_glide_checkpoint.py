@@ -90,7 +90,7 @@ def test_round_trip(target, tmp_path, fields):
 
 def test_loading_by_name(target, folder):
     loaded = load_drafter("glide:4", target, drafts={"glide": folder})
-    assert (loaded.spec, loaded.drafter.name, loaded.drafter.depth) == ("glide:4", "glide", 4)
+    assert (loaded.spec, loaded.drafter.name, loaded.drafter.info.depth) == ("glide:4", "glide", 4)
     assert loaded.params["glide"]["head"] is target.params["head"]
     with pytest.raises(UserError, match="trained for at most 16: draft 16 tokens or fewer"):
         load_drafter("glide:17", target, drafts={"glide": folder})

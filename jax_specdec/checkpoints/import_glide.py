@@ -38,6 +38,8 @@ _LONGSPEC_IGNORED = re.compile(
 
 def is_glide(folder: Path) -> bool:
     """Whether a folder holds a drafter of either project."""
+    if not any(folder.glob("model.safetensors*")):
+        return False
     names = open_tensors(folder)
     return any(name.startswith("glide.") or ".cross_attn.q_proj." in name for name in names)
 

@@ -216,7 +216,7 @@ def make_processing(
 
 def _is_token(value: Any) -> bool:
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    return whole and 0 <= value < 2**31
+    return whole and bool(0 <= value < 2**31)
 
 
 def _biases(given: Any, batch: int) -> list[Mapping[int, float]]:

@@ -8,6 +8,7 @@ import pytest
 from commands import lines
 
 from jax_specdec import pipeline
+from jax_specdec.core.acceptance import MATCH
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def shared_programs(decoders, monkeypatch):
     """Commands that would build the same decoder share one, and so its compiled programs."""
     real: Any = pipeline.SpeculativeDecoder
 
-    def make(target, drafter=None, *, rule="match", **loop):
+    def make(target, drafter=None, *, rule=MATCH, **loop):
         spec = drafter.spec if drafter else "none"
         # Copies of the checkpoints hold the same parameters.
         key = (target.decoder, spec, rule, *loop.values())

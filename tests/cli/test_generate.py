@@ -194,8 +194,8 @@ def test_demo_tells_of_a_difference(model, capsys, monkeypatch, margin, status):
     class Wrong:
         """Changes the third token of plain answers."""
 
-        def __init__(self, target, drafter=None):
-            self._inner, self._wrong = real(target, drafter), drafter is None
+        def __init__(self, target, drafter=None, **options):
+            self._inner, self._wrong = real(target, drafter, **options), drafter is None
 
         def __getattr__(self, name):
             return getattr(self._inner, name)

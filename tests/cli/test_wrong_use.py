@@ -147,7 +147,8 @@ def test_other_vocabulary(copy, data, capsys, tmp_path):
 def test_no_memory(model, capsys, monkeypatch):
     args = ["generate", "--model", model, "--drafter", "none", "--prompt", PROMPT, *SHORT]
     monkeypatch.setattr(pipeline, "available_memory", lambda: 1000)
-    message = fails(capsys, *args, "--batch-size", 5)  # a program that no other test compiles
+    # A program that no other test compiles.
+    message = fails(capsys, *args, *["--prompt", PROMPT] * 4, "--batch-size", 5)
     assert "cache" in message and "are free" in message
     monkeypatch.setattr(checkpoints, "available_memory", lambda: 1000)
     assert "parameters" in fails(capsys, *args)
