@@ -213,19 +213,10 @@ def _describe(request: registry.Request, batch: int, slots: int) -> dict[str, An
 def _adopt(given: registry.Foreign) -> bool:
     from jax_specdec.checkpoints.glide import save_glide
     from jax_specdec.checkpoints.import_glide import import_glide, is_glide
-    from jax_specdec.checkpoints.target_bound import target_fingerprint
 
     if not is_glide(given.source):
         return False
-    model, params = import_glide(given.source, given.target)
-    save_glide(
-        given.out,
-        model,
-        params,
-        target_fingerprint(given.target.path),
-        dtype=given.dtype,
-        max_shard_bytes=given.max_shard_bytes,
-    )
+    given.write(save_glide, *import_glide(given.source, given.target))
     return True
 
 

@@ -156,19 +156,10 @@ def _describe(request: registry.Request, batch: int, slots: int) -> dict[str, An
 def _adopt(given: registry.Foreign) -> bool:
     from jax_specdec.checkpoints.import_medusa import import_medusa, is_medusa
     from jax_specdec.checkpoints.medusa import save_medusa
-    from jax_specdec.checkpoints.target_bound import target_fingerprint
 
     if not is_medusa(given.source):
         return False
-    heads, params = import_medusa(given.source, given.target)
-    save_medusa(
-        given.out,
-        heads,
-        params,
-        target_fingerprint(given.target.path),
-        dtype=given.dtype,
-        max_shard_bytes=given.max_shard_bytes,
-    )
+    given.write(save_medusa, *import_medusa(given.source, given.target))
     return True
 
 

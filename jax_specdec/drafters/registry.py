@@ -125,6 +125,14 @@ class Foreign:
     dtype: Any
     max_shard_bytes: int
 
+    def write(self, save: Callable[..., None], model: Any, params: Any) -> None:
+        """Has `save` of the kind's checkpoints write a model that was imported for the target."""
+        from jax_specdec.checkpoints.target_bound import target_fingerprint
+
+        fingerprint = target_fingerprint(self.target.path)
+        options = {"dtype": self.dtype, "max_shard_bytes": self.max_shard_bytes}
+        save(self.out, model, params, fingerprint, **options)
+
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
