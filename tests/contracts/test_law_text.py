@@ -19,7 +19,7 @@ from jax_specdec.drafters.lm import LmDrafter
 ROWS, NEW = 8, 24
 PROMPTS = h.prompts_of([5, 1, 9, 12, 7, 3, 6, 4], seed=2)
 HEAT = [1.0, 0.7, 1.2, 1.0, 1.5, 1.0, 0.8, 1.0]
-OFF = [[-1, -1]] * ROWS
+OFF = np.full((ROWS, 2), -1, np.int32)
 
 
 def decode(loop, params, hot, **fields):
