@@ -112,7 +112,7 @@ def test_a_target_that_is_not_finite(length, plain):
         assert text == sound[: len(text)] and (length or text == sound)
         assert got.stats.finish[row] == (LENGTH if len(text) == 24 else FAILED)
         finished += len(text) == 24
-    assert got.tokens[1] == [] and finished > 0
+    assert got.tokens[1] == [] and (length or finished > 0)
 
 
 # Depth 0, and both limits

@@ -19,7 +19,7 @@ from jax_specdec.drafters.lm import LmDrafter
 ROWS, NEW = 8, 24
 PROMPTS = h.prompts_of([5, 1, 9, 12, 7, 3, 6, 4], seed=2)
 HEAT = [1.0, 0.7, 1.2, 1.0, 1.5, 1.0, 0.8, 1.0]
-OFF = [[-1, -1]] * ROWS
+OFF = np.full((ROWS, 2), -1, np.int32)
 
 
 def decode(loop, params, hot, **fields):
@@ -119,13 +119,13 @@ def test_the_target_as_its_own_drafter(kind, plain, law):
 BATCH, RANGES = 512, 30
 PROMPT = [3, 1, 4, 1, 5]
 CASES = {
-    "repetition_penalty": [2.0, 1.0, 1.0, 1.3],
-    "presence_penalty": [0.0, 3.0, 0.0, 1.0],
-    "frequency_penalty": [0.0, 0.0, 0.0, 1.0],
+    "repetition_penalty": [0.3, 1.0, 1.0, 0.6],
+    "presence_penalty": [0.0, -4.0, 0.0, -1.0],
+    "frequency_penalty": [0.0, 0.0, 0.0, -1.0],
     "min_new_tokens": [0, 0, 0, 0],
 }
-BIAS = [{}, {}, {9: 2.0}, {}]
-WORDS = [[], [], [[1], [5, 2], [3, 3]], [[4]]]
+BIAS = [{}, {}, {13: 2.0}, {}]
+WORDS = [[], [], [[8], [13, 28], [16, 16, 16]], [[28]]]
 HOT = [1.0, 1.0, 0.8, 1.3]
 
 
