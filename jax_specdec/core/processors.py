@@ -209,9 +209,11 @@ def make_processing(
             "at least 0 and below 2^30",
         ),
     )
-    on = made.bias_ids.shape[1] or made.bad_words.shape[1] or np.any(made.repetition != 1)
-    on = on or any(np.any(x != 0) for x in (made.presence, made.frequency, made.min_new_tokens))
-    return made if on else None
+    # By the host's values: inside of somebody's jit the arrays are traced.
+    on = made.bias_ids.shape[1] or made.bad_words.shape[1]
+    on = on or np.any(np.asarray(repetition_penalty) != 1)
+    others = (presence_penalty, frequency_penalty, min_new_tokens)
+    return made if on or any(np.any(np.asarray(x) != 0) for x in others) else None
 
 
 def _is_token(value: Any) -> bool:
