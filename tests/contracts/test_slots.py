@@ -67,7 +67,7 @@ def requests():
     table, start = stop_automaton(stops, PIECES)
     samplings = [
         h.sampling_of(
-            1, stop_ids=stop_ids[i], stop_state=start[i], stop_table=table, **one(LAWS, i)
+            1, stop_ids=stop_ids[i], stop_state=int(start[i]), stop_table=table, **one(LAWS, i)
         )
         for i in range(7)
     ]
