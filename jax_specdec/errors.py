@@ -13,3 +13,9 @@ def shown(text: object, most: int = 80) -> str:
     """What a user gave, quoted for a message and cut where it is long."""
     text = str(text)
     return repr(text if len(text) <= most else f"{text[: most - 3]}...")
+
+
+def shown_value(value: object, most: int = 60) -> str:
+    """A value as Python writes it, cut where that is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -79,6 +79,22 @@ _WHOLE = ("stop", "stop_token_ids", "logit_bias", "bad_words")
 OPTIONS = tuple(f.name for f in dataclasses.fields(Request) if f.name not in ("prompt", "id"))
 
 
+# Those that are settings of `make_sampling` as they are.
+SAMPLED = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+)
+
+
 def make_requests(
     prompts: Sequence[Any], ids: Sequence[Any] | None, options: Mapping[str, Any]
 ) -> list[Request]:

@@ -18,7 +18,15 @@ from jax_specdec.core.processors import Processor
 from jax_specdec.core.sampling import Sampling, make_sampling
 from jax_specdec.core.stats import FAILED, FINISH_REASONS, RUNNING
 from jax_specdec.errors import RunError, UserError
-from jax_specdec.generation import Chunk, Generation, Request, Stats, make_requests, near_tie
+from jax_specdec.generation import (
+    SAMPLED,
+    Chunk,
+    Generation,
+    Request,
+    Stats,
+    make_requests,
+    near_tie,
+)
 from jax_specdec.specs.build import LoadedDrafter
 from jax_specdec.text.detokenize import answer_text
 from jax_specdec.text.stop_strings import special_stops, stop_rows
@@ -27,20 +35,6 @@ from jax_specdec.text.token_bytes import TokenBytes
 # Text buffers come in powers of two from here up to the context: so many programs at most.
 SMALLEST_CAPACITY = 128
 _ROUNDS_FOREVER = np.iinfo(np.int32).max
-# Fields of `Request` that `make_sampling` takes as they are.
-_SAMPLED = (
-    *(
-        "max_new_tokens",
-        "min_new_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "seed",
-        "own_seed",
-    ),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,22 +187,19 @@ class SpeculativeDecoder:
         if rounds_per_chunk < 1:
             raise UserError(f"rounds_per_chunk must be at least 1, got {rounds_per_chunk}.")
         requests = make_requests(prompts, ids, options)
-        encoded = []
-        for request in requests:
-            try:
-                encoded.append(self._encode(request))
-            except UserError as error:
-                if len(requests) == 1:
-                    raise
-                raise UserError(f"Prompt {request.id}: {error}") from None
+        encoded = _each(requests, self._encode)
+        try:
+            make_sampling(len(requests), **_settings(requests))
+        except UserError:  # whose it is
+            _each(requests, lambda request: make_sampling(1, **_settings([request])))
+            raise
         if batch_size not in self._batches:  # fewer prompts than rows need no copies of themselves
             batch_size = min(batch_size, len(encoded))
         return self._generate(encoded, batch_size, on_chunk, rounds_per_chunk)
 
     def _encode(self, request: Request) -> _Encoded:
-        """The request on token ids, its values checked."""
+        """The request on token ids, those of its values checked that `make_sampling` does not see."""
         ids, own = self.encode(request.prompt), self.token_bytes
-        make_sampling(1, **{name: getattr(request, name) for name in _SAMPLED})
         stop = request.stop
         if isinstance(stop, str) or not all(isinstance(item, str) for item in stop):
             raise UserError("Give stop strings as a tuple, or as a list with one tuple per prompt.")
@@ -306,13 +297,11 @@ class SpeculativeDecoder:
             table = np.pad(table, ((0, states - len(table)), (0, 0)))
         most = max(1, *(len(row.stop_ids) for row in batch))
         stops = [(*row.stop_ids, *(-1,) * (most - len(row.stop_ids))) for row in batch]
-        options: dict[str, Any] = {
-            name: [getattr(row.request, name) for row in batch] for name in _SAMPLED
-        }
         return make_sampling(
             len(batch),
-            **options,
-            bad_words=[list(row.bad_words) for row in batch] if _any_words(batch) else (),
+            **_settings([row.request for row in batch]),
+            own_seed=[row.request.own_seed for row in batch],
+            bad_words=[list(row.bad_words) for row in batch],
             stop_ids=np.asarray(stops, np.int32),
             stop_state=start,
             stop_table=table,
@@ -390,5 +379,19 @@ class SpeculativeDecoder:
         )
 
 
-def _any_words(batch: Sequence[_Encoded]) -> bool:
-    return any(row.bad_words for row in batch)
+def _settings(requests: Sequence[Request]) -> dict[str, Any]:
+    """What `make_sampling` takes of requests, a list for each setting."""
+    return {name: [getattr(request, name) for request in requests] for name in SAMPLED}
+
+
+def _each(requests: Sequence[Request], function: Callable[[Request], Any]) -> list[Any]:
+    """`function` of each request; an error names the prompt where there are several."""
+    done = []
+    for request in requests:
+        try:
+            done.append(function(request))
+        except UserError as error:
+            if len(requests) == 1:
+                raise
+            raise UserError(f"Prompt {request.id}: {error}") from None
+    return done

@@ -1,6 +1,7 @@
 """Kernels for verifying trees of drafted tokens against a KV cache: attention, and the commit."""
 
 from pallas_kernels import masks, tuning
+from pallas_kernels._rows import precision_of
 from pallas_kernels.commit import COMMIT_BACKENDS, commit, write_rows
 from pallas_kernels.tree_attention import BACKENDS, tree_attention
 
@@ -9,6 +10,7 @@ __all__ = [
     "COMMIT_BACKENDS",
     "commit",
     "masks",
+    "precision_of",
     "tree_attention",
     "tuning",
     "write_rows",

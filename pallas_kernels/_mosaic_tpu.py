@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _rows, tuning
-from pallas_kernels._rows import LOWEST, Array, exact, pad, round_up
+from pallas_kernels._rows import LOWEST, Array, pad, precision_of, round_up
 
 DTYPES = ("bfloat16", "float32")
 SUBLANES = 8
@@ -261,4 +261,6 @@ def _new_seen(sees_ref, shape: tuple[int, int], bits: bool) -> Array:
 
 def _dot(x: Array, y: Array, contract: tuple[int, int]) -> Array:
     dims = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(x, y, dims, precision=exact(x.dtype), preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        x, y, dims, precision=precision_of(x.dtype), preferred_element_type=jnp.float32
+    )

@@ -134,7 +134,7 @@ def unfold(rows: Array, nodes: int) -> Array:
     return out.reshape(b, nodes, k * (r // nodes), *rows.shape[3:])
 
 
-def exact(dtype: Any) -> lax.Precision:
+def precision_of(dtype: Any) -> lax.Precision:
     """The precision at which products of this dtype lose nothing before they are summed."""
     # Narrow operands are exact in one pass; float32 would fall to passes in bfloat16 or TF32.
     wide = jnp.dtype(dtype).itemsize >= 4

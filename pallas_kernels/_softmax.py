@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels._rows import exact
+from pallas_kernels._rows import precision_of
 
 
 @functools.partial(
@@ -43,7 +43,7 @@ def _dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """Products of [B, K, ., .] arrays, summed in at least float32."""
     wide = np.promote_types(x.dtype, np.float32)
     dims = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
-    return lax.dot_general(x, y, dims, precision=exact(x.dtype), preferred_element_type=wide)
+    return lax.dot_general(x, y, dims, precision=precision_of(x.dtype), preferred_element_type=wide)
 
 
 def softmax(

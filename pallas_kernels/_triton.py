@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import _rows, tuning
-from pallas_kernels._rows import LOWEST, Array, exact, power_of_two
+from pallas_kernels._rows import LOWEST, Array, power_of_two, precision_of
 
 DTYPES = ("bfloat16", "float16", "float32")
 SMALLEST_TILE = 16  # of a tensor core's operands
@@ -349,4 +349,4 @@ def _new_seen(new_ref, rows: tuple[Array, Array, Array], node: Array, bits: bool
 
 
 def _dot(x: Array, y: Array) -> Array:
-    return jnp.dot(x, y, precision=exact(x.dtype), preferred_element_type=jnp.float32)
+    return jnp.dot(x, y, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import tuning
-from pallas_kernels._rows import Array, exact, pad, power_of_two, round_up
+from pallas_kernels._rows import Array, pad, power_of_two, precision_of, round_up
 
 COMMIT_BACKENDS = ("xla", "mosaic_tpu", "triton")
 
@@ -238,7 +238,7 @@ def _tpu_kernel(start_ref, count_ref, *refs, longest, window, has_path):
                     move,
                     rows,
                     (((1,), (0,)), ((), ())),
-                    precision=exact(wide),
+                    precision=precision_of(wide),
                     preferred_element_type=jnp.float32,
                 )
                 old = old_ref[layer, head]

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
+from jax_specdec.core.sampling import STRING_COMPLETE
 from jax_specdec.errors import UserError
-from jax_specdec.text.stop_strings import COMPLETE, stop_automaton, truncate
+from jax_specdec.text.stop_strings import stop_automaton, truncate
 from jax_specdec.text.token_bytes import token_bytes
 
 pytestmark = pytest.mark.smoke
@@ -17,7 +18,7 @@ def walk(table, state, tokens):
         return None
     for n, token in enumerate(tokens, 1):
         state = table[state, token]
-        if state == COMPLETE:
+        if state == STRING_COMPLETE:
             return n
     return None
 

@@ -7,9 +7,10 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from jax_specdec.core.sampling import STRING_COMPLETE
 from jax_specdec.errors import UserError
 from jax_specdec.text.detokenize import TextStream, answer_text
-from jax_specdec.text.stop_strings import COMPLETE, special_stops, stop_automaton, stop_rows
+from jax_specdec.text.stop_strings import special_stops, stop_automaton, stop_rows
 from jax_specdec.text.token_bytes import TokenBytes, id_bound, token_bytes
 from jax_specdec.training.data import read_documents
 
@@ -168,7 +169,7 @@ def walk(table, state, ids):
     """How many tokens are emitted until the row ends, or None."""
     for n, index in enumerate(ids, 1):
         state = table[state, index]
-        if state == COMPLETE:
+        if state == STRING_COMPLETE:
             return n
     return None
 

@@ -57,6 +57,7 @@ from pallas_kernels import tuning
 LayerLoop = Literal["unroll", "scan"]
 Place = Callable[[tuple[str | int, ...], np.ndarray], Array]
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Names, not endings: hub patterns match across folders, and many models lie there in several forms.
 HUB_PATTERNS = (
     "config.json",
@@ -141,7 +142,7 @@ def find_checkpoint(source: str | os.PathLike[str]) -> Path:
         return folder
     if folder.is_file():
         raise UserError(f"{source} is a file; name the folder that holds it and config.json.")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source)):
+    if not HUB_ID.fullmatch(str(source)):
         raise UserError(f"There is no folder {source}.")
     import huggingface_hub
 

@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from jax_specdec.pipeline import SpeculativeDecoder
 
 LOSSY = "lossy-typical"
-SAMPLING = (
-    *("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"),
-)
 
 
 def register(commands: Any) -> None:
@@ -154,17 +150,17 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--lossy-{next(iter(chosen))} is a setting of --rule {LOSSY}.")
     args.logit_bias = dict(args.logit_bias)
     records = read_records(args)
-    settings: dict[str, Any] = {name: _rows(args, records, name) for name in SAMPLING}
-    _check(records, settings)
 
     from jax_specdec.core.acceptance import RULES
-    from jax_specdec.generation import id_key
+    from jax_specdec.generation import SAMPLED, id_key
     from jax_specdec.pipeline import SpeculativeDecoder
 
+    settings: dict[str, Any] = {name: _rows(args, records, name) for name in SAMPLED}
+    _check(records, settings)
     rule = RULES[args.rule](**chosen)
     target, drafter = common.load(args)
     decoder = SpeculativeDecoder(target, drafter, rule=rule, logprobs=args.logprobs, margins=True)
-    stops = [record.settings.get("stop", tuple(args.stop)) for record in records]
+    stops = _lists(args, records, "stop")
     prompts = [_prompt(record, target, args) for record in records]
     streams = _Streams(decoder, prompts, stops) if args.stream else None
     answers = decoder.generate(
@@ -250,7 +246,7 @@ def _rows(args: argparse.Namespace, records: Sequence[PromptRecord], name: str) 
 
 def _lists(args: argparse.Namespace, records: Sequence[PromptRecord], name: str) -> list[Any]:
     """The same of a parameter that is a list."""
-    return [tuple(record.settings.get(name, getattr(args, name))) for record in records]
+    return list(map(tuple, _rows(args, records, name)))
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -22,10 +22,8 @@ from jax_specdec.core.law import Law
 from jax_specdec.core.model import Model
 from jax_specdec.core.prefill import read_text
 from jax_specdec.core.processors import Processor
-from jax_specdec.core.sampling import Sampling
+from jax_specdec.core.sampling import STRING_COMPLETE, Sampling
 from jax_specdec.core.stats import FAILED, LENGTH, RUNNING, STOP, Stats, write_window
-
-STRING_COMPLETE = -2  # state of the stop-string automaton
 
 
 class LoopState(flax.struct.PyTreeNode):
@@ -50,9 +48,7 @@ class LoopState(flax.struct.PyTreeNode):
     stats: Stats
 
 
-def _best_two(
-    scores: Float[Array, "B T V"],
-) -> Float[Array, "B T"]:
+def _lead(scores: Float[Array, "B T V"]) -> Float[Array, "B T"]:
     """How far the best score is ahead of the second best."""
     token = numerics.argmax(scores)
     index = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, None]
@@ -341,7 +337,7 @@ class DecodeLoop:
         sound = jnp.isfinite(jnp.max(scores, axis=-1))
         if not self.margins:
             return None, sound
-        margin = _best_two(scores)
+        margin = _lead(scores)
         if not self.rule.coupled:  # a drawn token is no argmax
             greedy = ctx.law.sampling.temperature == 0
             margin = jnp.where(greedy[:, None], margin, jnp.inf)

@@ -10,7 +10,7 @@ from jax_specdec._types import Array, Bool, Float, Int, UInt
 NEG_INF = float("-inf")
 
 
-def _order_key(x: Float[Array, "*s"]) -> UInt[Array, "*s"]:
+def order_key(x: Float[Array, "*s"]) -> UInt[Array, "*s"]:
     """float32 to uint32 with the same order, so that a bisection over bits is one over values."""
     # -0.0 and 0.0 are equal, and so must their keys be.
     bits = lax.bitcast_convert_type(jnp.where(x == 0, jnp.float32(0), x), jnp.uint32)
@@ -18,7 +18,7 @@ def _order_key(x: Float[Array, "*s"]) -> UInt[Array, "*s"]:
     return jnp.where((bits & sign) != 0, ~bits, bits | sign)
 
 
-def _largest_threshold(
+def largest_threshold(
     holds: Callable[[UInt[Array, "B T"]], Bool[Array, "B T"]], shape: tuple[int, ...]
 ) -> UInt[Array, "B T"]:
     """The largest uint32 for which `holds` is true; `holds` must be true at 0 and falling."""

@@ -17,7 +17,7 @@ from jax import lax
 from jax_specdec._types import Array, Bool, Float, Int
 from jax_specdec.core.numerics import NEG_INF
 from jax_specdec.core.rows import PerRow, per_row
-from jax_specdec.errors import UserError
+from jax_specdec.errors import UserError, shown_value
 
 
 class History(flax.struct.PyTreeNode):
@@ -230,11 +230,13 @@ def _biases(given: Any, batch: int) -> list[Mapping[int, float]]:
         raise UserError(f"Got {len(rows)} values of logit_bias for {batch} rows.")
     for bias in rows:
         if not isinstance(bias, Mapping):
-            raise UserError(f"{expected}, got {_shown(bias)}.")
+            raise UserError(f"{expected}, got {shown_value(bias, 40)}.")
         for token, value in bias.items():
             number = isinstance(value, (int, float, np.integer, np.floating))
             if not _is_token(token) or not number or not np.float32(value) < np.inf:
-                raise UserError(f"{expected}, got {_shown(token)}: {_shown(value)}.")
+                raise UserError(
+                    f"{expected}, got {shown_value(token, 40)}: {shown_value(value, 40)}."
+                )
     return rows
 
 
@@ -247,7 +249,7 @@ def _word_lists(given: Any, batch: int) -> list[list[list[int]]]:
     if any(isinstance(token, (int, float, np.number)) for item in items for token in item):
         rows = [items] * batch
     elif items and not any(items):
-        raise UserError(f"{expected}, got {_shown(given)}.")
+        raise UserError(f"{expected}, got {shown_value(given, 40)}.")
     else:
         rows = items or [[] for _ in range(batch)]
     if len(rows) != batch:
@@ -255,20 +257,15 @@ def _word_lists(given: Any, batch: int) -> list[list[list[int]]]:
     rows = [[_items(word, expected) for word in row] for row in rows]
     for word in (word for row in rows for word in row):
         if not word or not all(map(_is_token, word)):
-            raise UserError(f"{expected}, got {_shown(word)}.")
+            raise UserError(f"{expected}, got {shown_value(word, 40)}.")
     return rows
 
 
 def _items(given: Any, expected: str) -> list[Any]:
     """A sequence that is no text as a list."""
     if isinstance(given, (str, bytes, Mapping)) or not hasattr(given, "__iter__"):
-        raise UserError(f"{expected}, got {_shown(given)}.")
+        raise UserError(f"{expected}, got {shown_value(given, 40)}.")
     return list(given)
-
-
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 40 else f"{shown[:37]}..."
 
 
 def _padded(size: int) -> int:

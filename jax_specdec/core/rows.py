@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jax_specdec._types import Array
-from jax_specdec.errors import UserError
+from jax_specdec.errors import UserError, shown_value
 
 PerRow = float | Sequence[float] | np.ndarray  # one value for all rows, or one for each
 
@@ -26,9 +26,7 @@ def per_row(
     """
 
     def refuse(item: Any) -> UserError:
-        shown = repr(item)
-        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-        return UserError(f"{name} must be {expected}, got {shown}.")
+        return UserError(f"{name} must be {expected}, got {shown_value(item)}.")
 
     dtype = np.dtype(dtype)
     try:

@@ -15,9 +15,11 @@ import numpy as np
 from jax import lax
 
 from jax_specdec._types import Array, Bool, Float, Int, UInt
-from jax_specdec.core.numerics import NEG_INF, _largest_threshold, _order_key, argmax
+from jax_specdec.core.numerics import NEG_INF, argmax, largest_threshold, order_key
 from jax_specdec.core.processors import Processing, make_processing
 from jax_specdec.core.rows import PerRow, per_row
+
+STRING_COMPLETE = -2  # in the stop-string automaton: a stop string is in the text
 
 
 class Sampling(flax.struct.PyTreeNode):
@@ -31,7 +33,7 @@ class Sampling(flax.struct.PyTreeNode):
       max_new_tokens: `int32[B]`.
       stop_ids: `int32[B, n]`, token ids that end a row, -1 for none.
       stop_state: `int32[B]`, the row's start state in the stop-string automaton, -1 for none.
-      stop_table: `int32[A, V]`, the automaton's next state, -2 where a stop string is complete; A is 0
+      stop_table: `int32[A, V]`, the automaton's next state, `STRING_COMPLETE` where one is in the text; A is 0
         where no row has stop strings.
       processing: penalties, bias and forbidden words, or None where no row has any.
     """
@@ -122,26 +124,26 @@ def make_sampling(
 
 
 def _top_k(scores: Float[Array, "B T V"], top_k: Int[Array, " B"]) -> Float[Array, "B T V"]:
-    order = _order_key(scores)
+    order = order_key(scores)
     wanted = jnp.where(top_k > 0, jnp.minimum(top_k, scores.shape[-1]), scores.shape[-1])[:, None]
 
     def holds(threshold):
         return jnp.sum(order >= threshold[..., None], axis=-1, dtype=jnp.int32) >= wanted
 
-    keep = order >= _largest_threshold(holds, scores.shape[:2])[..., None]
+    keep = order >= largest_threshold(holds, scores.shape[:2])[..., None]
     return jnp.where(keep | (top_k <= 0)[:, None, None], scores, NEG_INF)
 
 
 def _top_p(scores: Float[Array, "B T V"], top_p: Float[Array, " B"]) -> Float[Array, "B T V"]:
     weight = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    order = _order_key(weight)
+    order = order_key(weight)
     wanted = top_p[:, None] * jnp.sum(weight, axis=-1)
 
     def holds(threshold):
         kept = jnp.sum(jnp.where(order >= threshold[..., None], weight, 0.0), axis=-1)
         return kept >= wanted
 
-    keep = order >= _largest_threshold(holds, scores.shape[:2])[..., None]
+    keep = order >= largest_threshold(holds, scores.shape[:2])[..., None]
     return jnp.where(keep | (top_p >= 1)[:, None, None], scores, NEG_INF)
 
 

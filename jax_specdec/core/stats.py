@@ -86,7 +86,8 @@ class Stats(flax.struct.PyTreeNode):
         path, window = verified.path, verified.path.shape[1]
         place = jnp.arange(window, dtype=jnp.int32)[None]
         # The token emitted at place d is node path[d + 1], or the target's own behind the accepted ones.
-        node = jnp.take_along_axis(path, jnp.broadcast_to(_next(place, window), path.shape), axis=1)
+        following = jnp.broadcast_to(jnp.minimum(place + 1, window - 1), path.shape)
+        node = jnp.take_along_axis(path, following, axis=1)
         source = jnp.take_along_axis(draft.source, node, axis=1)
         source = jnp.where(place == verified.accepted[:, None], 0, source)
         landed = (place < accepted[:, None]) & active[:, None]
@@ -115,10 +116,6 @@ class Stats(flax.struct.PyTreeNode):
     def _by_source(self, source: Array, mask: Array) -> Int[Array, "B O"]:
         label = jnp.arange(self.drafted.shape[1], dtype=jnp.int32)[None, None]
         return jnp.sum((source[..., None] == label) & mask[..., None], axis=1, dtype=jnp.int32)
-
-
-def _next(place: Array, window: int) -> Array:
-    return jnp.minimum(place + 1, window - 1)
 
 
 def write_window(buffer: Array, values: Array, start: Int[Array, " B"]) -> Array:

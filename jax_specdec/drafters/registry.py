@@ -26,7 +26,6 @@ _BUILT_IN = ("none", "lm", "glide", "medusa", "max_gram", "prompt_lookup", "bigr
 # Words of `--drafter` that no kind may take.
 _RESERVED = ("auto", "cascade")
 _NAME = re.compile(r"[a-z][a-z0-9-]*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LONGEST = 63  # tokens of a draft, `core.draft.MAX_NODES` without the root
 
 Make = Callable[[int], "Drafter"]
@@ -60,9 +59,9 @@ class Request:
         local = Path(source).expanduser()
         if local.is_dir():
             return local
-        if isinstance(source, str) and _HUB_ID.fullmatch(source):
-            from jax_specdec.checkpoints.targets import find_checkpoint
+        from jax_specdec.checkpoints.targets import HUB_ID, find_checkpoint
 
+        if isinstance(source, str) and HUB_ID.fullmatch(source):
             try:
                 return find_checkpoint(source)
             except UserError as error:

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_specdec._types import Array
-from jax_specdec.models.layers import precision_of
-from pallas_kernels import masks, tree_attention
+from pallas_kernels import masks, precision_of, tree_attention
 
 
 def causal_attention(

@@ -10,14 +10,9 @@ from jax import lax
 from jax_specdec._types import Array, Params
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.rope import apply_rope
-from pallas_kernels import tuning
+from pallas_kernels import precision_of, tuning
 
 Attend = Callable[[Array, Array, Array], Array]
-
-
-def precision_of(dtype: Any) -> lax.Precision:
-    """float32 means float32: accelerators otherwise multiply it in bfloat16 passes or TF32."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
 def matmul(x: Array, w: Array) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 from jax_specdec._types import Params
 from jax_specdec.core import prng
 from jax_specdec.core import sampling as laws
-from jax_specdec.core.context import Context, Tapped, TargetView
+from jax_specdec.core.context import Context, Tapped, TargetView, make_context
 from jax_specdec.core.draft import Draft, Text
 from jax_specdec.core.drafter import Outcome
 from jax_specdec.core.law import Law
@@ -19,10 +19,9 @@ from jax_specdec.core.loop import DecodeLoop
 from jax_specdec.core.model import Model
 from jax_specdec.core.plain import NoDrafter
 from jax_specdec.core.prefill import read_text
+from jax_specdec.generation import near_tie
 from jax_specdec.testing.draft import check_draft, check_static, require
 
-# Two best scores closer than this may change places between a one-row and a T-row forward.
-NEAR_TIE = 1e-3
 FOREIGN = "another drafter's"
 # Of each row in turn. Filters leave a drafter fewer tokens than it has places for.
 LAWS = {
@@ -160,17 +159,17 @@ class _Run:
     def extended(self, states, text, view):
         return self.extend(self.params, states, self.context(text, view))
 
-    def context(self, text: Text, view: TargetView, noise=None, active=None, **static) -> Context:
+    def context(self, text: Text, view: TargetView, noise=None, **fields) -> Context:
         batch = text.length.shape[0]
-        return Context(
-            text=text,
-            view=view,
+        return make_context(
+            text,
+            view,
+            self.sampling,
+            noise,
             law=Law(self.sampling, jnp.asarray(self.lengths)),
-            noise=noise,
             keys=self.keys,
-            active=jnp.ones((batch,), bool) if active is None else jnp.asarray(active),
             budget=jnp.full((batch,), self.info.depth + 1, jnp.int32),
-            **static,
+            **fields,
         )
 
     def same(self, before, after, function: str):
@@ -193,7 +192,8 @@ class _Run:
         vocab = self.target.vocab_size
         gumbel = self.noise(self.keys, self.sampling, text.length, self.info.depth + 1)
         active = np.ones((batch,), bool) if active is None else active
-        ctx = self.context(text, view, gumbel, active, return_q=wants_q, return_top=True)
+        rows = jnp.asarray(active)
+        ctx = self.context(text, view, gumbel, active=rows, return_q=wants_q, return_top=True)
         draft, after = self.draft(self.params, states, ctx)
         self.same(states, after, "draft")
         if active.all():
@@ -308,7 +308,7 @@ class _Run:
             n = min(len(ours), len(plain))
             apart = np.flatnonzero(ours[:n] != plain[:n])
             first = int(apart[0]) if len(apart) else n
-            tie = first < n and self.plain.stats.margins[b, start + first] < NEAR_TIE
+            tie = first < n and self.plain.stats.margins[b, start + first] < near_tie("float32")
             kind = "at temperature 0" if self.sampling.temperature[b] == 0 else "with the same seed"
             require(
                 tie, f"row {b} must be plain decoding's text {kind}, and differs at token {first}"

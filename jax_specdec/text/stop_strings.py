@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from jax_specdec.core.sampling import STRING_COMPLETE
 from jax_specdec.errors import UserError
 from jax_specdec.text.token_bytes import Lead, Place, TokenBytes, as_token_bytes
-
-COMPLETE = -2
 
 
 def special_stops(tokenizer: Any, stops: Sequence[str]) -> tuple[int, ...]:
@@ -80,7 +79,7 @@ def stop_rows(
         strings, ends, lead = key
         table = _token_automaton(strings, known.pieces(vocab_size))
         table = np.concatenate([table, *_lead_rows(known, strings, vocab_size, lead, len(table))])
-        table[:, list(ends)] = COMPLETE
+        table[:, list(ends)] = STRING_COMPLETE
         return table
 
     table, start = _stack(keys, build)
@@ -121,7 +120,7 @@ def stop_automaton(
       stops: the stop strings of each row. pieces: see `token_bytes`.
 
     Returns:
-      `(table int32[A, V], start int32[rows])`: next state, `COMPLETE` once a stop string is in the text;
+      `(table int32[A, V], start int32[rows])`: next state, `STRING_COMPLETE` once a stop string is in the text;
       the start state of each row, -1 where it has none. Rows with the same stop strings share states.
     """
     if any(not s for strings in stops for s in strings):
@@ -162,7 +161,7 @@ def _read(automaton: np.ndarray, data: bytes) -> int:
 
 
 def _byte_automaton(strings: Sequence[str]) -> np.ndarray:
-    """Aho-Corasick over UTF-8, `int32[states, 256]`, `COMPLETE` where a pattern ends."""
+    """Aho-Corasick over UTF-8, `int32[states, 256]`, `STRING_COMPLETE` where a pattern ends."""
     children: list[dict[int, int]] = [{}]
     final = [False]
     for string in strings:
@@ -187,7 +186,7 @@ def _byte_automaton(strings: Sequence[str]) -> np.ndarray:
         for byte, child in children[state].items():
             table[state, byte] = child
     ends = np.asarray(final)
-    return np.where(ends[table], COMPLETE, table)
+    return np.where(ends[table], STRING_COMPLETE, table)
 
 
 def _lift(byte_table: np.ndarray, pieces: Sequence[bytes]) -> np.ndarray:

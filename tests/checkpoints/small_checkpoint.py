@@ -39,7 +39,7 @@ def rewrite(folder, change):
     """Applies `change` to the tensors of a single-file checkpoint."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def assert_trees_equal(got, want):

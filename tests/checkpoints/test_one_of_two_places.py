@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from small_checkpoint import CONFIG, rewrite
 
 from jax_specdec.checkpoints import targets as checkpoints
 from jax_specdec.checkpoints.generation_config import GenerationDefaults, read_generation
@@ -25,22 +26,10 @@ from jax_specdec.checkpoints.targets import (
     save_pretrained,
 )
 from jax_specdec.errors import UserError
-from jax_specdec.models import Decoder, ModelConfig
+from jax_specdec.models import Decoder
 from pallas_kernels import tuning
 
-LLAMA = ModelConfig(
-    vocab_size=48,
-    hidden_size=32,
-    mlp_size=40,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    context=64,
-    norm_eps=1e-6,
-    bos_id=1,
-    eos_ids=(2,),
-)
+LLAMA = dataclasses.replace(CONFIG, num_layers=2, windows=())
 TIED = dataclasses.replace(LLAMA, tied_head=True)
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -55,12 +44,6 @@ def tied(tied_params, tmp_path):
     """A checkpoint with a tied head."""
     save_pretrained(tmp_path / "tied", TIED, tied_params, dtype="float32")
     return tmp_path / "tied"
-
-
-def rewrite(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def edit(folder, name="config.json", **keys):

@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_one_of_two_places import EMBED, HEAD, LLAMA, as_gpu, edit, rewrite
+from small_checkpoint import rewrite
+from test_one_of_two_places import EMBED, HEAD, LLAMA, as_gpu, edit
 
 from jax_specdec.checkpoints import targets as checkpoints
 from jax_specdec.checkpoints import tokenizer_files
