@@ -141,15 +141,12 @@ class SpeculativeDecoder:
             # Without slots: the whole state is counted as it is, the drafter's caches with it.
             plan = memory_plan(config, dtype, tokens.shape[0], 0, width=self.loop.nodes)
             args = (self.params, tokens, lengths, sampling, ids)
-            state = jax.eval_shape(lambda *a: self.loop.start(*a, capacity=capacity), *args)
+            start = jax.jit(self.loop.start, static_argnames=("capacity",))
+            state = start.eval_shape(*args, capacity=capacity)
             held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
             check_fits(dataclasses.replace(plan, parameters=0, cache=held), available_memory())
             began = time.perf_counter()
-            start = (
-                jax.jit(self.loop.start, static_argnames=("capacity",))
-                .lower(*args, capacity=capacity)
-                .compile()
-            )
+            start = start.lower(*args, capacity=capacity).compile()
             run = (
                 jax.jit(self.loop.run, donate_argnums=1)
                 .lower(self.params, state, jnp.int32(0))
