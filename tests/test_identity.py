@@ -26,9 +26,11 @@ PROMPTS = [
 SETTINGS = {"T=0": 0.0, "T mixed": [TEMPERATURES[i % 3] for i in range(len(PROMPTS))]}
 
 
-@pytest.fixture(scope="module")
-def target():
-    return sd.load_target(ROOT / "checkpoints/demo/target", dtype="float32")
+@pytest.fixture(scope="module", params=["scan"])
+def target(request):
+    """With its 18 layers in a scan, which compiles in a tenth of the time."""
+    path = ROOT / "checkpoints/demo/target"
+    return sd.load_target(path, dtype="float32", layer_loop=request.param)
 
 
 def answers(target, spec, batch, temperature):
@@ -58,6 +60,19 @@ def test_every_drafter_gives_the_tokens_of_plain_decoding(target, plain, spec, b
             )
         )
         verdicts = [compare(a, b) for a, b in zip(plain[name], out, strict=True)]
+        assert "different" not in verdicts, (name, verdicts)
+
+
+@pytest.mark.slow  # minutes of compilation
+@pytest.mark.parametrize("target", ["unroll"], indirect=True)
+@pytest.mark.parametrize("spec", ["lm:4", "glide:5+cape:16"])
+def test_unrolled_layers(target, plain, spec):
+    """What a CPU decodes with."""
+    for name, temperature in SETTINGS.items():
+        verdicts = [
+            compare(a, b)
+            for a, b in zip(plain[name], answers(target, spec, 8, temperature), strict=True)
+        ]
         assert "different" not in verdicts, (name, verdicts)
 
 

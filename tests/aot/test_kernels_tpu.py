@@ -11,6 +11,10 @@ from pallas_kernels import commit, tree_attention
 
 pytestmark = needs_libtpu
 
+# One generation runs with every test, all of them by `make aot`.
+GENERATIONS = [
+    pytest.param(name, marks=() if name == "v5e" else pytest.mark.slow) for name in TOPOLOGIES
+]
 # (layers, K, D) of Llama-3-8B, four of its layers.
 LLAMA = (4, 8, 128)
 
@@ -31,7 +35,7 @@ def attend(*arrays, **options):
     return tree_attention(*arrays, layer=jnp.int32(2), **options)
 
 
-@pytest.mark.parametrize("generation", TOPOLOGIES)
+@pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize(
     ("b", "t", "s"), [(1, 1, 8192), (8, 1, 32768), (1, 16, 8192), (8, 32, 32768), (1, 64, 32768)]
 )
@@ -43,7 +47,7 @@ def test_verification(generation, b, t, s):
     assert compiled.memory_analysis().temp_size_in_bytes < 32 << 20
 
 
-@pytest.mark.parametrize("generation", TOPOLOGIES)
+@pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize(
     ("shapes", "options"),
     [
@@ -64,7 +68,7 @@ def test_options(generation, shapes, options):
     compile_for(generation, functools.partial(attend, **options), *args)
 
 
-@pytest.mark.parametrize("generation", TOPOLOGIES)
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_cache_only(generation):
     """GliDe's cross-attention: a step of one token, whose visible length is its own."""
     q, _, _, k, v, length = attention_shapes(8, 2, 8192)
@@ -75,7 +79,7 @@ def test_cache_only(generation):
     compile_for(generation, glimpse, q, k, v, length, jax.ShapeDtypeStruct((8, 2), "int32"))
 
 
-@pytest.mark.parametrize("generation", TOPOLOGIES)
+@pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("nodes", [1, 8])
 def test_int8(generation, nodes):
     args = [*attention_shapes(8, nodes, 8192, cache="int8"), bitmask(8, nodes)]
@@ -87,7 +91,7 @@ def test_int8(generation, nodes):
     compile_for(generation, quantised, *scales, *args)
 
 
-@pytest.mark.parametrize("generation", TOPOLOGIES)
+@pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize(
     ("b", "t", "depth", "dtype", "shape"),
     [

@@ -22,13 +22,12 @@ def layers_that_fit(generation: str, batch: int, context: int) -> int:
     n, k, d = SHAPE["num_heads"], SHAPE["num_kv_heads"], SHAPE["head_dim"]
     layer = 2 * (e * (n + 2 * k) * d + n * d * e + 3 * e * f)
     cache = 2 * 2 * batch * k * d * (context + 256)
-    margin = 2 << 30
+    margin = 5 << 29
     free = int(HBM_GIB[generation] * 2**30) - 2 * 2 * v * e - 2 * layer - cache - margin
     return min(DEPTH, free // (layer + cache))
 
 
-# These run with every test, all of them by `make aot`.
-QUICK = {*((generation, 1, 8192) for generation in TOPOLOGIES), ("v5e", 8, 32768)}
+QUICK = {("v5e", 8, 32768)}  # runs with every test, all of them by `make aot`
 CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
     for case in itertools.product(TOPOLOGIES, (1, 8), (8192, 32768))

@@ -33,29 +33,41 @@ def whole_copies(hlo, size, shape):
     return found
 
 
+@pytest.fixture
+def other(monkeypatch):
+    """Sets a constant of the back-end, which keeps what it has traced with the usual ones."""
+
+    def patch(name, value):
+        monkeypatch.setattr(_xla, name, value)
+        _xla.attend.clear_cache()
+
+    yield patch
+    _xla.attend.clear_cache()
+
+
 class TestXla(TreeAttentionSuite):
     backend = "xla"
 
     @pytest.mark.parametrize("options", [{}, {"window": 70}, {"soft_cap": 2.0}])
     @pytest.mark.parametrize("lengths", [(0, 130, 300), (300,)])
-    def test_blocked(self, monkeypatch, options, lengths):
-        monkeypatch.setattr(_xla, "MAX_SCORE_BYTES", 1 << 14)
+    def test_blocked(self, other, options, lengths):
+        other("MAX_SCORE_BYTES", 1 << 14)
         # 100 new tokens: more than a block of them, and a cache that is no multiple of a block.
         self.check(make_case(t=100, chain=True, lengths=lengths), explicit=False, salt=1, **options)
         self.check(make_case(t=100, lengths=lengths), salt=1, **options)
 
     @pytest.mark.parametrize("options", [{}, {"window": 70}, {"soft_cap": 2.0}])
     @pytest.mark.parametrize("t", [1, 7])
-    def test_large_caches(self, monkeypatch, t, options):
+    def test_large_caches(self, other, t, options):
         """On CPU, rows of whole blocks and a rest; the last block would reach past the cache."""
-        monkeypatch.setattr(_xla, "LARGE_ROW", 0)
-        monkeypatch.setattr(_xla, "CPU_BLOCK", 128)
+        other("LARGE_ROW", 0)
+        other("CPU_BLOCK", 128)
         for lengths in ((0, 130, 300), (256, 257, 1), (300,), (128,)):
             self.check(make_case(t=t, lengths=lengths), salt=3, **options)
 
-    def test_whole_batch(self, monkeypatch):
+    def test_whole_batch(self, other):
         """What accelerators run where a CPU goes row by row."""
-        monkeypatch.setattr(_xla, "MIN_QUERIES_BY_ROW", 1 << 20)
+        other("MIN_QUERIES_BY_ROW", 1 << 20)
         self.check(make_case(t=20), salt=2, window=50)
 
     def test_scores_are_bounded(self):
