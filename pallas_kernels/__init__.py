@@ -3,11 +3,13 @@
 from pallas_kernels import masks, tuning
 from pallas_kernels._rows import precision_of
 from pallas_kernels.commit import COMMIT_BACKENDS, commit, write_rows
+from pallas_kernels.partition import Partition
 from pallas_kernels.tree_attention import BACKENDS, tree_attention
 
 __all__ = [
     "BACKENDS",
     "COMMIT_BACKENDS",
+    "Partition",
     "commit",
     "masks",
     "precision_of",

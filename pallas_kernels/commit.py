@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import tuning
 from pallas_kernels._rows import Array, pad, power_of_two, precision_of, round_up
+from pallas_kernels.partition import Partition
 
 COMMIT_BACKENDS = ("xla", "mosaic_tpu", "triton")
 
@@ -35,6 +36,7 @@ def commit(
     *,
     backend: str | None = None,
     interpret: Any = False,
+    partition: Partition | None = None,
 ) -> tuple[Array, Array]:
     """Writes the first `count` nodes of a path into slots `start`, `start + 1`, ... of each row.
 
@@ -52,6 +54,7 @@ def commit(
         backend: "xla", "mosaic_tpu" or "triton"; None picks by platform. "xla" may leave garbage in
             slots from start + count to start + P, the others write nothing there.
         interpret: run a Pallas back-end in an interpreter, as in `tree_attention`.
+        partition: how a mesh divides rows and heads; shapes are those of the whole arrays.
 
     Returns:
         The two caches.
@@ -61,6 +64,14 @@ def commit(
             does not exist or cannot serve here.
     """
     _validate(k_cache, v_cache, k_new, v_new, start, count, path)
+    if partition is not None:
+        layers = "L" * (k_cache.ndim - 4)
+        cache, new = f"{layers}BKSD", f"{layers}BTKD"
+        axes = {"k_cache": cache, "v_cache": cache, "k_new": new, "v_new": new}
+        axes |= {"start": "B", "count": "B", "path": "BP"}
+        values = (k_cache, v_cache, k_new, v_new, start, count, path)
+        local = functools.partial(commit, backend=backend, interpret=interpret)
+        return partition.call(local, dict(zip(axes, values, strict=True)), axes, (cache, cache))
     name = _choose(backend, interpret)
     if name == "xla":  # as it lies: XLA would copy a cache whose rank is changed
         return _xla((k_cache, v_cache), (k_new, v_new), start, path)
@@ -133,6 +144,11 @@ def _xla(caches, new, start, path):
 def write_rows(cache: Array, new: Array, start: Array) -> Array:
     """Writes `new [..., B, K, P, D]` into `cache [..., B, K, S, D]` at slot `start[b]` of row b."""
     batch = start.shape[0]
+    if tuning.on_mesh():
+        # Rows may lie on several devices: XLA divides a scatter of batched rows, and no slice of one row.
+        axis = cache.ndim - 4
+        one = functools.partial(lax.dynamic_update_slice_in_dim, axis=-2)
+        return jax.vmap(one, in_axes=(axis, axis, 0), out_axes=axis)(cache, new, start)
     if batch <= _MAX_UPDATE_SLICES:
         axis = cache.ndim - 4
         zero = jnp.zeros((), jnp.int32)

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import _mosaic_tpu, _reference, _triton, _xla, masks, tuning
+from pallas_kernels.partition import Partition
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def tree_attention(
     return_lse: bool = False,
     backend: str | None = None,
     interpret: Any = False,
+    partition: Partition | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attends from T new tokens to the live prefix of a KV cache and to the new tokens themselves.
 
@@ -109,6 +111,7 @@ def tree_attention(
             is set, if it names a device, and of the default device otherwise.
         interpret: run a Pallas back-end in an interpreter, on any device: True, or
             `pallas.tpu.InterpretParams(...)` for mosaic_tpu. For tests; needs an explicit `backend`.
+        partition: how a mesh divides rows and heads; shapes are those of the whole arrays.
 
     Returns:
         [B, T, N, D] in q's dtype; zeros for a query that sees nothing. With `return_lse`, also
@@ -134,6 +137,30 @@ def tree_attention(
         k_scale,
         v_scale,
     )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if partition is not None:
+        return _divided(
+            partition,
+            {
+                "q": q,
+                "k_new": k_new,
+                "v_new": v_new,
+                "k_cache": k_cache,
+                "v_cache": v_cache,
+                "length": length,
+                "ancestors": ancestors,
+                "layer": None if layer is None else jnp.asarray(layer, jnp.int32),
+                "visible": visible,
+                "k_scale": k_scale,
+                "v_scale": v_scale,
+            },
+            scale=scale,
+            soft_cap=soft_cap,
+            window=window,
+            return_lse=return_lse,
+            backend=backend,
+            interpret=interpret,
+        )
     if layer is not None and k_scale is not None and v_scale is not None:
         k_scale, v_scale = (
             lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k_scale, v_scale)
@@ -150,7 +177,7 @@ def tree_attention(
         length,
         ancestors,
         layer=layer,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=scale,
         soft_cap=soft_cap,
         window=window,
         visible=visible,
@@ -162,6 +189,26 @@ def tree_attention(
         return out
     assert lse is not None
     return out, lse
+
+
+# The axes of each argument, for `Partition`; a stacked cache has its layers in front.
+_AXES = {
+    **{"q": "BTKD", "k_new": "BTKD", "v_new": "BTKD", "k_cache": "BKSD", "v_cache": "BKSD"},
+    **{"length": "B", "ancestors": "BTW", "layer": "", "visible": "BT"},
+    **{"k_scale": "K", "v_scale": "K"},
+}
+
+
+def _divided(
+    partition: Partition, args: dict[str, Any], *, return_lse: bool, **options: Any
+) -> Any:
+    """The attention, each device with its own rows and heads."""
+    axes = _AXES
+    if args["layer"] is not None:
+        stacked = ("k_cache", "v_cache", "k_scale", "v_scale")
+        axes = axes | {name: f"L{axes[name]}" for name in stacked}
+    local = functools.partial(tree_attention, return_lse=return_lse, **options)
+    return partition.call(local, args, axes, ("BTKD", "BTK") if return_lse else "BTKD")
 
 
 def _choose(

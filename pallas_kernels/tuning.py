@@ -15,6 +15,7 @@ from importlib.resources.abc import Traversable
 from typing import Any
 
 import jax
+from jax.sharding import AxisType
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,12 @@ def device() -> Device:
         return Device(platform, described.device_kind, described.num_cores)
     first = default_device()
     return Device(first.platform, first.device_kind, getattr(first, "core_count", None))
+
+
+def on_mesh() -> bool:
+    """Whether XLA is to divide what is traced over several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1 and AxisType.Auto in mesh.axis_types
 
 
 def default_device() -> Any:

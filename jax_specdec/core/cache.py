@@ -12,7 +12,7 @@ from jax import lax
 
 import pallas_kernels
 from jax_specdec._types import Array, Int
-from pallas_kernels import tuning
+from pallas_kernels import Partition, tuning
 
 TILE = 32  # slots; a multiple of the sublanes of every dtype
 
@@ -89,6 +89,7 @@ def commit(
     path: Int[Array, "B Q"] | None = None,
     *,
     after: Array | None = None,
+    partition: Partition | None = None,
 ) -> KVCache:
     """Appends the accepted path of a verified draft to every layer.
 
@@ -103,6 +104,7 @@ def commit(
       after: the forward's hidden states `[B, T, E]`. Inside a loop the write must wait for the last
         layer: a layer's new keys are known before its old ones are read, and XLA, free to write first,
         would copy every cache twice a round.
+      partition: how a mesh divides the cache.
 
     The slots behind the accepted ones are overwritten with garbage, so a cache needs as many spare
     slots as the draft is wide: `dynamic_update_slice` would clamp, and move the write onto live keys.
@@ -112,7 +114,7 @@ def commit(
 
     def write(k: Array, v: Array, new_k: Array, new_v: Array) -> tuple[Array, Array]:
         new_k, new_v = new_k.astype(k.dtype), new_v.astype(v.dtype)
-        return pallas_kernels.commit(k, v, new_k, new_v, start, count, path)
+        return pallas_kernels.commit(k, v, new_k, new_v, start, count, path, partition=partition)
 
     if cache.stacked:
         new_k, new_v = write(cache.k, cache.v, *new_kv)

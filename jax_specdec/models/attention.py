@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_specdec._types import Array
-from pallas_kernels import masks, precision_of, tree_attention
+from pallas_kernels import Partition, masks, precision_of, tree_attention
 
 
 def causal_attention(
@@ -59,6 +59,8 @@ def grown_attention(
     length: Array,
     ancestors: Array,
     layer: Any = None,
+    *,
+    partition: Partition | None = None,
 ) -> Array:
     """Attention of new tree nodes over the cache, over nodes drafted before them, and over themselves.
 
@@ -67,7 +69,7 @@ def grown_attention(
 
     Args:
       q: `[B, T, N, D]`. k_new, v_new: `[B, T, K, D]`. k_drafted, v_drafted: `[B, M, K, D]`.
-      k_cache, v_cache, length, layer: as in `tree_attention`.
+      k_cache, v_cache, length, layer, partition: as in `tree_attention`.
       ancestors: `int32[B, T, ceil((M+T)/32)]`; bit j < M is drafted node j, bit M + i new node i.
 
     Returns:
@@ -79,7 +81,16 @@ def grown_attention(
     kv_heads = keys.shape[2]
     visible = jnp.broadcast_to(length[:, None], (batch, nodes))
     prefix, lse = tree_attention(
-        q, None, None, k_cache, v_cache, length, layer=layer, visible=visible, return_lse=True
+        q,
+        None,
+        None,
+        k_cache,
+        v_cache,
+        length,
+        layer=layer,
+        visible=visible,
+        return_lse=True,
+        partition=partition,
     )
     precision = precision_of(q.dtype)
     score = jnp.einsum(

@@ -25,11 +25,13 @@ from jax_specdec._types import Array, Int, Params
 from jax_specdec.core import cache as kv
 from jax_specdec.core.cache import KVCache
 from jax_specdec.core.model import Output
+from jax_specdec.core.sharding import Sharding
 from jax_specdec.models.attention import causal_attention, grown_attention
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.layers import Block, rms_norm, unembed
 from jax_specdec.models.rope import rope_angles
-from pallas_kernels import tree_attention
+from jax_specdec.models.tensor_parallel import divided_config
+from pallas_kernels import Partition, tree_attention
 
 # Logical axes of a layer's parameters; `Block` says what each of them is.
 LAYER_AXES: dict[str, tuple[str | None, ...]] = {
@@ -65,14 +67,23 @@ class Decoder:
         stacked cache). `stack_layers` and `unstack_layers` convert.
       stacked_cache: whether the cache is one array over all layers under `unroll`, too: kernels then
         commit every layer in one call.
+      sharding: where parameters, activations and cache lie on a mesh, or None for one device. `config` may
+        then have more KV heads than it was given, and fused parameters are in groups, see
+        `tensor_parallel.divide`.
+
+    Raises:
+      UserError: a model that cannot be divided so.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     layer_loop: Literal["unroll", "scan"] = "unroll"
     stacked_cache: bool = False
+    sharding: Sharding | None = None
 
     def __post_init__(self):
+        if self.sharding is not None:
+            object.__setattr__(self, "config", divided_config(self.config, self.sharding))
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         if self.layer_loop == "scan":
             object.__setattr__(self, "stacked_cache", True)
@@ -105,7 +116,7 @@ class Decoder:
     def init_cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache in the form that `apply` reads; `slots` as in `cache.init_cache`."""
         c = self.config
-        return kv.init_cache(
+        cache = kv.init_cache(
             c.num_layers,
             batch,
             c.num_kv_heads,
@@ -114,6 +125,9 @@ class Decoder:
             self.dtype,
             stacked=self.stacked_cache,
         )
+        if self.sharding is None:
+            return cache
+        return lax.with_sharding_constraint(cache, self.sharding.tree(self.axes()[1]))
 
     def commit(
         self,
@@ -123,7 +137,13 @@ class Decoder:
         path: Int[Array, "B Q"] | None = None,
     ) -> KVCache:
         """Appends the accepted path of new tokens to the cache, see `cache.commit`."""
-        return kv.commit(cache, output.new, count, path, after=output.hidden)
+        return kv.commit(
+            cache, output.new, count, path, after=output.hidden, partition=self._partition
+        )
+
+    @property
+    def _partition(self) -> Partition | None:
+        return None if self.sharding is None else self.sharding.kernels
 
     def rollback(self, cache: KVCache, length: Int[Array, " B"]) -> KVCache:
         """What lies behind a length is garbage: nothing is moved."""
@@ -171,7 +191,7 @@ class Decoder:
           taps: hidden states to return, see `core.model.Model`.
           logits: False skips the head (prefill). remat: recompute layers in the backward pass.
         """
-        x = jnp.take(params["embed"], tokens, axis=0)
+        x = self._whole(jnp.take(params["embed"], tokens, axis=0))
         x, new_kv, tapped = self.layers(
             params, x, positions, cache, ancestors, drafted=drafted, taps=taps, remat=remat
         )
@@ -201,7 +221,7 @@ class Decoder:
             raise ValueError(f"taps {taps} are not among -1 to {c.num_layers - 1}")
         tapped = {tap: x for tap in taps}
         angles = rope_angles(c.rope, c.head_dim, positions)
-        block = Block(c, self.dtype)
+        block = Block(c, self.dtype, self.sharding)
 
         def layer(weights: Params, x: Array, index: Any, window: int | None) -> Any:
             def attend(q: Array, k: Array, v: Array) -> Array:
@@ -215,7 +235,17 @@ class Decoder:
                         )
                     k_drafted, v_drafted = drafted[0][index], drafted[1][index]
                     return grown_attention(
-                        q, k, v, k_drafted, v_drafted, old_k, old_v, cache.length, ancestors, at
+                        q,
+                        k,
+                        v,
+                        k_drafted,
+                        v_drafted,
+                        old_k,
+                        old_v,
+                        cache.length,
+                        ancestors,
+                        at,
+                        partition=self._partition,
                     )
                 out = tree_attention(
                     q,
@@ -227,6 +257,7 @@ class Decoder:
                     ancestors,
                     layer=at,
                     window=window,
+                    partition=self._partition,
                 )
                 return cast(Array, out)  # a pair only with return_lse
 
@@ -290,7 +321,16 @@ class Decoder:
 
     def head(self, params: Params, hidden: Array) -> Array:
         """`hidden [B, T, E]` before the final norm -> `float32[B, T, V]`."""
-        return unembed(params, rms_norm(hidden, params["norm"], self.config.norm_eps))
+        logits = unembed(params, rms_norm(hidden, params["norm"], self.config.norm_eps))
+        if self.sharding is not None:
+            logits = self.sharding.constrain(logits, "batch", None, "vocab")
+        return logits
+
+    def _whole(self, x: Array) -> Array:
+        """Hidden states, which every device of a tensor-parallel group holds."""
+        if self.sharding is None:
+            return x
+        return self.sharding.constrain(x, "batch", None, "embed")
 
 
 def stack_layers(params: Params) -> Params:

@@ -5,9 +5,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_specdec._types import Array, Params
+from jax_specdec.core.sharding import Sharding
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.rope import apply_rope
 from pallas_kernels import precision_of, tuning
@@ -33,10 +35,16 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 class Block(nn.Module):
-    """One pre-norm decoder layer: attention and a gated MLP."""
+    """One pre-norm decoder layer: attention and a gated MLP.
+
+    The columns of `qkv` are queries, keys, values, and those of `gate_up` gates and ups. On a mesh that
+    divides heads, or the MLP, over t devices, they are t such groups behind each other, each of the heads
+    or the part of the MLP of one device: no device then needs what another has multiplied.
+    """
 
     config: ModelConfig
     dtype: Any = jnp.float32
+    sharding: Sharding | None = None
 
     @nn.compact
     def __call__(
@@ -68,8 +76,8 @@ class Block(nn.Module):
         if tuning.device().platform == "tpu":
             # Without it XLA lays the weights out by heads, in a copy of all layers at the start of a run.
             qkv = lax.optimization_barrier(qkv)
-        qkv = qkv.reshape(batch, length, heads + 2 * kv_heads, dim)
-        q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=2)
+        q, k, v = self._parts(qkv, "heads", (heads * dim, kv_heads * dim, kv_heads * dim))
+        q, k, v = (x.reshape(batch, length, -1, dim) for x in (q, k, v))
         if c.qk_norm:
             q = rms_norm(q, param("q_norm", ones, dim), c.norm_eps)
             k = rms_norm(k, param("k_norm", ones, dim), c.norm_eps)
@@ -78,13 +86,31 @@ class Block(nn.Module):
         y = matmul(y, param("out", small, heads * dim, embed))
         if c.out_bias:
             y = y + param("out_bias", zeros, embed)[None, None]
-        x = x + y
+        x = self._whole(x + y)
         if between is not None:
             x = between(x)
         y = rms_norm(x, param("mlp_norm", ones, embed), c.norm_eps)
-        gate, up = jnp.split(matmul(y, param("gate_up", normal, embed, 2 * c.mlp_size)), 2, axis=-1)
+        y = matmul(y, param("gate_up", normal, embed, 2 * c.mlp_size))
+        gate, up = self._parts(y, "mlp", (c.mlp_size, c.mlp_size))
         x = x + matmul(nn.silu(gate) * up, param("down", small, c.mlp_size, embed))
-        return x, (k, v)
+        return self._whole(x), (k, v)
+
+    def _parts(self, x: Array, axis: str, widths: tuple[int, ...]) -> list[Array]:
+        """A fused product `[B, T, sum of widths]` taken apart."""
+        if self.sharding is None:
+            return jnp.split(x, np.cumsum(widths)[:-1].tolist(), axis=-1)
+        groups = self.sharding.size(axis)
+        x = self.sharding.constrain(x, "batch", None, axis)
+        x = x.reshape(*x.shape[:2], groups, -1)
+        parts = jnp.split(x, (np.cumsum(widths)[:-1] // groups).tolist(), axis=-1)
+        parts = [part.reshape(*x.shape[:2], -1) for part in parts]
+        return [self.sharding.constrain(part, "batch", None, axis) for part in parts]
+
+    def _whole(self, x: Array) -> Array:
+        """A sum over the parts of all devices, which all of them need: the all-reduce is here."""
+        if self.sharding is None:
+            return x
+        return self.sharding.constrain(x, "batch", None, "embed")
 
 
 def unembed(params: Params, x: Array) -> Array:

@@ -1,0 +1,144 @@
+"""Where arrays lie on a mesh: logical axis names of the models, mapped to mesh axes by rules.
+
+A model says what an axis is (`Model.axes`), `ShardingRules` which mesh axis it is divided over, and
+`Sharding` joins them with a mesh. XLA partitions the program and puts in the collectives; only the
+kernels, which it cannot see into, are divided by hand (`pallas_kernels.Partition`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jax_specdec._types import Array
+from jax_specdec.errors import UserError
+from pallas_kernels import Partition
+
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """The mesh axis, or axes, over which each logical axis is divided; None keeps it whole.
+
+    The defaults are Megatron's tensor parallelism (Shoeybi et al., arXiv 1909.08053, section 3) with a
+    vocabulary-parallel embedding and head, and rows over `data`.
+
+    Attributes:
+      heads, kv_heads: query heads go where their KV head goes, so these are equal.
+    """
+
+    batch: MeshAxes = "data"
+    heads: MeshAxes = "tensor"
+    kv_heads: MeshAxes = "tensor"
+    mlp: MeshAxes = "tensor"
+    vocab: MeshAxes = "tensor"
+    embed: MeshAxes = None
+    layer: MeshAxes = None
+    slots: MeshAxes = None
+
+    def __post_init__(self):
+        if self.heads != self.kv_heads:
+            raise UserError(
+                f"heads and kv_heads must lie on the same mesh axes, got {self.heads!r} and {self.kv_heads!r}."
+            )
+        if self.layer is not None or self.slots is not None:
+            raise UserError("Layers and cache slots cannot be divided over a mesh.")
+
+    def spec(self, names: Sequence[str | None]) -> PartitionSpec:
+        """The `PartitionSpec` of an array with these logical axes.
+
+        Raises:
+          UserError: one mesh axis would divide two of them, or a name that there is no rule for.
+        """
+        axes: list[MeshAxes] = []
+        for name in names:
+            if name is not None and name not in RULES:
+                raise UserError(
+                    f"There is no rule for the axis {name!r}; rules name {', '.join(RULES)}."
+                )
+            axes.append(None if name is None else getattr(self, name))
+        used = [axis for entry in axes for axis in _as_tuple(entry)]
+        twice = sorted({axis for axis in used if used.count(axis) > 1})
+        if twice:
+            shown = ", ".join(str(name) for name in names)
+            raise UserError(
+                f"The mesh axis {twice[0]!r} would divide an array of axes ({shown}) twice."
+            )
+        return PartitionSpec(*axes)
+
+
+RULES = tuple(field.name for field in dataclasses.fields(ShardingRules))
+# What a drafter follows unless told otherwise: its rows lie with the target's, its weights everywhere.
+REPLICATED = ShardingRules(heads=None, kv_heads=None, mlp=None, vocab=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """Rules on a mesh.
+
+    Attributes:
+      mesh: with axes of the type Auto (XLA divides the program), concrete or abstract; those of a described
+        topology serve to compile.
+
+    Raises:
+      UserError: a rule names an axis that the mesh has not, or an axis is of another type.
+    """
+
+    mesh: Mesh
+    rules: ShardingRules = ShardingRules()
+
+    def __post_init__(self):
+        names = self.mesh.axis_names
+        for rule in RULES:
+            for axis in _as_tuple(getattr(self.rules, rule)):
+                if axis not in names:
+                    raise UserError(
+                        f"The rules divide {rule} over the mesh axis {axis!r}, and the mesh has "
+                        f"{', '.join(map(str, names))}."
+                    )
+        if any(kind != AxisType.Auto for kind in self.mesh.axis_types):
+            raise UserError(
+                "The axes of the mesh must be of the type Auto: jax.make_mesh(..., axis_types=(AxisType.Auto, ...))."
+            )
+
+    @property
+    def replicated(self) -> "Sharding":
+        """The same mesh for what every device holds whole."""
+        return dataclasses.replace(
+            self, rules=dataclasses.replace(REPLICATED, batch=self.rules.batch)
+        )
+
+    def size(self, name: str) -> int:
+        """Into how many parts a logical axis is divided."""
+        return math.prod(self.mesh.shape[axis] for axis in _as_tuple(getattr(self.rules, name)))
+
+    def of(self, *names: str | None) -> NamedSharding:
+        """Where an array of these logical axes lies."""
+        return NamedSharding(self.mesh, self.rules.spec(names))
+
+    def constrain(self, x: Array, *names: str | None) -> Array:
+        """`x`, and XLA knows where it lies."""
+        return lax.with_sharding_constraint(x, self.of(*names))
+
+    def tree(self, axes: Any) -> Any:
+        """`of` for a tree of tuples of names, as `Model.axes` has."""
+        return jax.tree.map(lambda names: self.of(*names), axes, is_leaf=is_names)
+
+    @property
+    def kernels(self) -> Partition:
+        """How kernels are divided."""
+        return Partition(self.mesh, self.rules.batch, self.rules.kv_heads)
+
+
+def is_names(value: Any) -> bool:
+    """Whether this is the names of one array's axes, and no tuple of further arrays."""
+    return isinstance(value, tuple) and all(isinstance(x, (str, type(None))) for x in value)
+
+
+def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
