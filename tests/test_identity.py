@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import jax_specdec as sd
@@ -24,6 +25,16 @@ PROMPTS = [
     "One two three one two three one two three one two",
 ]
 SETTINGS = {"T=0": 0.0, "T mixed": [TEMPERATURES[i % 3] for i in range(len(PROMPTS))]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimised():
+    """Other programs of the suite are not: this target would decode five times slower."""
+    options = {"xla_backend_optimization_level": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        compile_ = jax.stages.Lowered.compile
+        patch.setattr(jax.stages.Lowered, "compile", lambda lowered: compile_(lowered, options))
+        yield
 
 
 @pytest.fixture(scope="module", params=["scan"])
