@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -218,3 +218,16 @@ class Chunk:
     index: int
     token_ids: list[int]
     sources: list[str | None]
+
+
+def each(requests: Sequence[Request], function: Callable[[Request], Any]) -> list[Any]:
+    """`function` of each request; an error names the prompt where there are several."""
+    done = []
+    for request in requests:
+        try:
+            done.append(function(request))
+        except UserError as error:
+            if len(requests) == 1:
+                raise
+            raise UserError(f"Prompt {request.id}: {error}") from None
+    return done

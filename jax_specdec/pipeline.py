@@ -16,6 +16,7 @@ from jax_specdec.core.loop import DecodeLoop, LoopState
 from jax_specdec.core.plain import NoDrafter
 from jax_specdec.core.processors import Processor
 from jax_specdec.core.sampling import Sampling, make_sampling
+from jax_specdec.core.sharding import put_rows, to_host
 from jax_specdec.core.stats import FAILED, FINISH_REASONS, RUNNING
 from jax_specdec.errors import RunError, UserError
 from jax_specdec.generation import (
@@ -24,6 +25,7 @@ from jax_specdec.generation import (
     Generation,
     Request,
     Stats,
+    each,
     make_requests,
     near_tie,
 )
@@ -145,10 +147,19 @@ class SpeculativeDecoder:
             state = start.eval_shape(*args, capacity=capacity)
             held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
             check_fits(dataclasses.replace(plan, parameters=0, cache=held), available_memory())
-            began = time.perf_counter()
+            began, places = time.perf_counter(), {}
             start = start.lower(*args, capacity=capacity).compile()
+            if (
+                self.target.sharding is not None
+            ):  # rounds leave everything where the prefill puts it
+                state = jax.tree.map(
+                    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+                    state,
+                    start.output_shardings,
+                )
+                places = {"out_shardings": start.output_shardings}
             run = (
-                jax.jit(self.loop.run, donate_argnums=1)
+                jax.jit(self.loop.run, donate_argnums=1, **places)
                 .lower(self.params, state, jnp.int32(0))
                 .compile()
             )
@@ -184,13 +195,21 @@ class SpeculativeDecoder:
         if rounds_per_chunk < 1:
             raise UserError(f"rounds_per_chunk must be at least 1, got {rounds_per_chunk}.")
         requests = make_requests(prompts, ids, options)
-        encoded = _each(requests, self._encode)
+        encoded = each(requests, self._encode)
         try:
             make_sampling(len(requests), **_settings(requests))
         except UserError:  # whose it is
-            _each(requests, lambda request: make_sampling(1, **_settings([request])))
+            each(requests, lambda request: make_sampling(1, **_settings([request])))
             raise
-        if batch_size not in self._batches:  # fewer prompts than rows need no copies of themselves
+        sharding = self.target.sharding
+        if sharding is not None and batch_size % sharding.size("batch"):
+            raise UserError(
+                f"batch_size is {batch_size} and does not divide over {sharding.size('batch')} devices: make it "
+                "a multiple."
+            )
+        if (
+            sharding is None and batch_size not in self._batches
+        ):  # fewer prompts than rows need no copies of themselves
             batch_size = min(batch_size, len(encoded))
         return self._generate(encoded, batch_size, on_chunk, rounds_per_chunk)
 
@@ -237,27 +256,26 @@ class SpeculativeDecoder:
             count = len(batch)
             # A short last batch repeats its last row, so that it needs no program of its own.
             batch = [*batch, *[batch[-1]] * (batch_size - count)]
-            sampling = self._sampling(batch)
+            sampling = put_rows(self._sampling(batch), self.target.sharding)
             longest = max(len(row.ids) for row in batch)
             capacity = self.capacity(longest, max(row.request.max_new_tokens for row in batch))
             tokens = np.zeros((batch_size, capacity), np.int32)
             for place, row in enumerate(batch):
                 tokens[place, : len(row.ids)] = row.ids
-            lengths = jnp.asarray([len(row.ids) for row in batch], jnp.int32)
-            numbers = jnp.asarray([row.request.key for row in batch], jnp.int32)
+            lengths = np.asarray([len(row.ids) for row in batch], np.int32)
+            numbers = np.asarray([row.request.key for row in batch], np.int32)
+            tokens, lengths, numbers = put_rows((tokens, lengths, numbers), self.target.sharding)
             spent = self.compile_time_s
-            start, run = self._compiled(jnp.asarray(tokens), lengths, sampling, numbers, capacity)
+            start, run = self._compiled(tokens, lengths, sampling, numbers, capacity)
             compiling = self.compile_time_s - spent
 
             began = time.perf_counter()
-            state = start(self.params, jnp.asarray(tokens), lengths, sampling, numbers)
+            state = start(self.params, tokens, lengths, sampling, numbers)
             jax.block_until_ready(state)
             prefill = time.perf_counter() - began
             state = self._run(run, state, first, count, on_chunk, per_chunk)
             wall = time.perf_counter() - began
-            host = jax.device_get(
-                (state.text.tokens, state.text.length, state.prompt_length, state.stats)
-            )
+            host = to_host((state.text.tokens, state.text.length, state.prompt_length, state.stats))
             for place in range(count):
                 times = (wall, prefill, compiling)
                 yield self._answer(batch[place].request, host, place, times)
@@ -269,10 +287,10 @@ class SpeculativeDecoder:
         if on_chunk is None:
             state = run(self.params, state, jnp.int32(_ROUNDS_FOREVER))
             return jax.block_until_ready(state)
-        seen = np.asarray(state.text.length).copy()
+        seen = to_host(state.text.length).copy()
         while True:
             state = run(self.params, state, jnp.int32(per_chunk))
-            length, tokens, source, finish = jax.device_get(
+            length, tokens, source, finish = to_host(
                 (state.text.length, state.text.tokens, state.stats.source, state.stats.finish)
             )
             for row in range(rows):
@@ -379,16 +397,3 @@ class SpeculativeDecoder:
 def _settings(requests: Sequence[Request]) -> dict[str, Any]:
     """What `make_sampling` takes of requests, a list for each setting."""
     return {name: [getattr(request, name) for request in requests] for name in SAMPLED}
-
-
-def _each(requests: Sequence[Request], function: Callable[[Request], Any]) -> list[Any]:
-    """`function` of each request; an error names the prompt where there are several."""
-    done = []
-    for request in requests:
-        try:
-            done.append(function(request))
-        except UserError as error:
-            if len(requests) == 1:
-                raise
-            raise UserError(f"Prompt {request.id}: {error}") from None
-    return done

@@ -22,6 +22,7 @@ from jax_specdec.checkpoints.target_bound import (
 )
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.checkpoints.vocabulary import check_vocabulary
+from jax_specdec.core.sharding import Sharding
 from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import unstack_layers
@@ -94,7 +95,8 @@ def fitted_glide(
     folder = Path(folder)
     config, fingerprint = read or read_glide_config(folder)
     check_target(KIND, folder, fingerprint, target)
-    return make_glide(config, target.config, dtype or target.decoder.dtype)
+    dtype = dtype or target.decoder.dtype
+    return make_glide(config, target.config, dtype, target.sharding)
 
 
 def from_decoder(
@@ -153,10 +155,12 @@ def from_decoder(
     return model, params
 
 
-def make_glide(config: GliDeConfig, target: ModelConfig, dtype: Any) -> GliDe:
+def make_glide(
+    config: GliDeConfig, target: ModelConfig, dtype: Any, sharding: Sharding | None = None
+) -> GliDe:
     """`GliDe`, its errors as a UserError."""
     try:
-        return GliDe(config, target, dtype)
+        return GliDe(config, target, dtype, sharding)
     except (TypeError, ValueError) as error:
         raise UserError(f"This GliDe drafter does not fit the target: {error}.") from None
 
@@ -190,4 +194,5 @@ def load_own_params(folder: Path, model: GliDe) -> Params:
     Raises:
       UserError: keys or shapes differ from the configuration; all of them are listed.
     """
-    return read_own(folder, model.shapes())
+    places = None if model.sharding is None else model.places()
+    return read_own(folder, model.shapes(), places)

@@ -35,9 +35,9 @@ def weight_layout(
     return Layout(tuple(range(len(shape))), ((16, 128), (2, 1)))
 
 
-def put(path: tuple[str | int, ...], value: np.ndarray) -> jax.Array:
-    """An array of a parameter tree on the default device, in the layout that is best there."""
-    usual = jax.device_put(value)
+def put(path: tuple[str | int, ...], value: np.ndarray, device: Any = None) -> jax.Array:
+    """An array of a parameter tree on a device (None: the default one), in the layout that is best there."""
+    usual = jax.device_put(value, device)
     (device,) = usual.devices()
     layout = weight_layout(path, value.shape, value.dtype, device.device_kind)
     if layout is None:

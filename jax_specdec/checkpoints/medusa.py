@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jax_specdec._types import Params
 from jax_specdec.checkpoints.target_bound import (
     SHARD_BYTES,
@@ -67,7 +69,10 @@ def load_medusa(
     folder = Path(folder)
     read = read or read_medusa_config(folder)
     model = fitted_medusa(folder, target, dtype, read)
-    return model, model.join(read_own(folder, model.shapes()), target.params), read[1]
+    shapes, places, whole = model.shapes(), None, target.sharding
+    if whole is not None:  # on every device
+        places = jax.tree.map(lambda leaf: whole.of(*[None] * leaf.ndim), shapes)
+    return model, model.join(read_own(folder, shapes, places), target.params), read[1]
 
 
 def fitted_medusa(

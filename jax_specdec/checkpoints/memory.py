@@ -1,14 +1,17 @@
 """What a model takes in memory, before anything is allocated."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
+from jax_specdec.models.decoder import Decoder
 from pallas_kernels import tuning
 
 
@@ -61,6 +64,19 @@ def sizes_of(config: ModelConfig) -> dict[str, Any]:
         "num_parameters": config.parameter_count(),
         **{name: getattr(config, name) for name in names},
     }
+
+
+def bytes_per_device(decoder: Decoder) -> int:
+    """Of the parameters of a decoder on a mesh, what one device holds."""
+    assert decoder.sharding is not None
+    shapes = jax.eval_shape(decoder.init, jax.random.key(0))
+    places = decoder.sharding.tree(decoder.axes()[0])
+    parts = jax.tree.map(
+        lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+        shapes,
+        places,
+    )
+    return sum(jax.tree.leaves(parts))
 
 
 def available_memory(device: Any = None) -> int | None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_specdec._types import Params
-from jax_specdec.checkpoints import layouts
+from jax_specdec.checkpoints import layouts, sharded
 from jax_specdec.checkpoints.target_tensors import open_target
 from jax_specdec.checkpoints.targets import Target, load_config
 from jax_specdec.checkpoints.tensor_files import (
@@ -153,27 +153,46 @@ def make_config(kind: Kind, make: type[C], fields: dict[str, Any], where: str) -
         raise UserError(f"{where} does not describe a {kind.title} drafter: {reason}.") from None
 
 
-def read_own(folder: Path, shapes: Params) -> Params:
+def read_own(folder: Path, shapes: Params, places: Any = None) -> Params:
     """The parameters that are not shared, in the dtype of `shapes`.
+
+    Args:
+      places: a tree of `NamedSharding`, None for the default device.
 
     Raises:
       UserError: keys or shapes differ from the configuration; all of them are listed.
     """
-    return read_weights(folder, open_tensors(folder), own_weights(shapes), shapes)
+    return read_weights(folder, open_tensors(folder), own_weights(shapes), shapes, places)
 
 
 def read_weights(
-    folder: Path, tensors: dict[str, Stored], weights: dict[str, Weight], shapes: Params
+    folder: Path,
+    tensors: dict[str, Stored],
+    weights: dict[str, Weight],
+    shapes: Params,
+    places: Any = None,
 ) -> Params:
     """A drafter's own parameters from open files.
 
     Args:
       tensors: as `open_tensors` returns them. weights: every tensor that there should be, by its name.
+      places: see `read_own`.
 
     Raises:
       UserError: missing, unexpected or misshapen tensors; all of them are listed.
     """
     check_tensors(folder, tensors, weights)
+    if places is not None:
+        by_path: dict[Any, dict[str, Weight]] = {}
+        for name, weight in weights.items():
+            by_path.setdefault(weight.path, {})[name] = weight
+
+        def read(path: Any, leaf: Any, place: Any) -> Any:
+            keys = layouts.keys(path)
+            parts = sharded.reader(by_path[keys], tensors, None)
+            return sharded.place(keys, leaf.shape, leaf.dtype, place, parts)
+
+        return jax.tree_util.tree_map_with_path(read, shapes, places)
     hosts = jax.tree.map(lambda leaf: aligned(leaf.shape, leaf.dtype), shapes)
     for name, weight in weights.items():
         host: Any = hosts

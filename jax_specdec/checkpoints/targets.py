@@ -6,7 +6,6 @@ the parameters. Only safetensors are read: no pickles, and no code from a checkp
 
 import dataclasses
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +14,19 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_specdec._types import Array, Params
-from jax_specdec.checkpoints import layouts
+from jax_specdec.checkpoints import layouts, sharded
 from jax_specdec.checkpoints.generation_config import (
     GenerationDefaults,
     read_generation,
     write_generation,
 )
+from jax_specdec.checkpoints.hub import find_checkpoint
 from jax_specdec.checkpoints.memory import (
     available_memory,
+    bytes_per_device,
     check_fits,
     host_memory,
     memory_plan,
@@ -39,7 +41,6 @@ from jax_specdec.checkpoints.tensor_files import (
     DTYPES,
     MAX_SHARD_BYTES,
     Stored,
-    absent_shards,
     aligned,
     new_folder,
     read_into,
@@ -48,27 +49,16 @@ from jax_specdec.checkpoints.tensor_files import (
     write_tensors,
 )
 from jax_specdec.checkpoints.tokenizer_files import TOKENIZER_FILES, load_tokenizer
+from jax_specdec.core.sharding import Sharding, ShardingRules
 from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import Decoder
 from jax_specdec.models.hf import Weight, config_from_hf, config_to_hf, weight_names
+from jax_specdec.models.tensor_parallel import fused_order
 from pallas_kernels import tuning
 
 LayerLoop = Literal["unroll", "scan"]
 Place = Callable[[tuple[str | int, ...], np.ndarray], Array]
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Names, not endings: hub patterns match across folders, and many models lie there in several forms.
-HUB_PATTERNS = (
-    "config.json",
-    "generation_config.json",
-    "hf_quant_config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
-    "medusa_lm_head.safetensors*",
-    *TOKENIZER_FILES,
-)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,6 +83,11 @@ class Target:
         return self.decoder.config
 
     @property
+    def sharding(self) -> Sharding | None:
+        """Where it lies on a mesh, None on one device."""
+        return self.decoder.sharding
+
+    @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
@@ -103,6 +98,8 @@ def load_target(
     dtype: Any = None,
     layer_loop: LayerLoop | None = None,
     tokenizer: bool = True,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
 ) -> Target:
     """Loads a model and its tokenizer.
 
@@ -112,54 +109,43 @@ def load_target(
         `default_dtype`, and float32 on CPU.
       layer_loop: see `Decoder`; None is `unroll`, the faster one for decoding.
       tokenizer: False leaves it out.
+      mesh: divides the model, by default over its axis `tensor`, and batches over `data`. Each process
+        reads the parts of its own devices.
+      rules: what is divided over which axis of the mesh.
 
     Raises:
       UserError: nothing there, or something that is not supported or does not fit together.
     """
+    sharding = make_sharding(mesh, rules)
     folder = find_checkpoint(source)
     config, generation = load_config(folder), read_generation(folder)
     tensors = open_target(folder, config)
     if dtype is None:
         dtype = default_dtype(folder, tensors)
-    decoder = _make_decoder(config, dtype, layer_loop or _faster_loop(config))
+    decoder = _make_decoder(config, dtype, layer_loop or _faster_loop(config), sharding)
     loaded = load_tokenizer(folder) if tokenizer else None  # first, because it is quick to fail
-    check_fits(memory_plan(config, decoder.dtype, batch=0, slots=0), available_memory())
-    params = _read_params(folder, tensors, decoder, None)
+    plan = memory_plan(config, decoder.dtype, batch=0, slots=0)
+    if sharding is not None:
+        plan = dataclasses.replace(plan, parameters=bytes_per_device(decoder))
+    check_fits(plan, available_memory())
+    params = _read_params(folder, tensors, decoder, None, config)
     if config.tied_head and tuning.device().platform == "cpu":
         # XLA's CPU products of a few rows take up to ten times as long with a transposed matrix.
         params["head"] = jnp.array(params["embed"].T)
     return Target(decoder, params, loaded, folder, generation)
 
 
-def find_checkpoint(source: str | os.PathLike[str]) -> Path:
-    """The local folder of a path or hub id, downloaded where needed.
+def make_sharding(mesh: Mesh | None, rules: ShardingRules | None) -> Sharding | None:
+    """Rules on a mesh; None without a mesh.
 
     Raises:
-      UserError: neither a folder here nor a model that can be fetched.
+      UserError: rules without a mesh, or that do not fit it.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise UserError(f"{source} is a file; name the folder that holds it and config.json.")
-    if not HUB_ID.fullmatch(str(source)):
-        raise UserError(f"There is no folder {source}.")
-    import huggingface_hub
-
-    try:
-        path = huggingface_hub.snapshot_download(str(source), allow_patterns=list(HUB_PATTERNS))
-        shards = absent_shards(Path(path))
-        if shards:  # called otherwise than transformers calls them
-            path = huggingface_hub.snapshot_download(str(source), allow_patterns=shards)
-    except UserError:
-        raise
-    except Exception as error:  # HTTP clients, proxies and caches fail in too many ways to list
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{source} is no folder here and could not be fetched from the Hugging Face hub: "
-            f"{reason:.300}"
-        ) from error
-    return Path(path)
+    if mesh is None:
+        if rules is not None:
+            raise UserError("Sharding rules need a mesh.")
+        return None
+    return Sharding(mesh, ShardingRules() if rules is None else rules)
 
 
 def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
@@ -323,11 +309,14 @@ def _faster_loop(config: ModelConfig) -> LayerLoop:
     return "scan" if tuning.device().platform == "tpu" and same else "unroll"
 
 
-def _make_decoder(config: ModelConfig, dtype: Any, layer_loop: LayerLoop) -> Decoder:
+def _make_decoder(
+    config: ModelConfig, dtype: Any, layer_loop: LayerLoop, sharding: Sharding | None = None
+) -> Decoder:
     if layer_loop not in ("unroll", "scan"):
         raise UserError(f"layer_loop is unroll or scan, not {layer_loop!r}.")
     try:
-        return Decoder(config, dtype, layer_loop, stacked_cache=tuning.device().platform != "cpu")
+        stacked = tuning.device().platform != "cpu"
+        return Decoder(config, dtype, layer_loop, stacked_cache=stacked, sharding=sharding)
     except (TypeError, ValueError) as error:
         raise UserError(f"The model cannot be loaded so: {error}.") from error
 
@@ -337,8 +326,11 @@ def _read_params(
     tensors: dict[str, Stored],
     decoder: Decoder,
     place: Callable[[tuple[str | int, ...], np.ndarray], Any] | None,
+    config: ModelConfig | None = None,
 ) -> Params:
-    config = decoder.config
+    """`config` is the checkpoint's, where that of the decoder is divided over a mesh."""
+    config = config or decoder.config
+    sharding = decoder.sharding
     check_target_tensors(folder, tensors, config)
     place = place or layouts.put
     scan = decoder.layer_loop == "scan"
@@ -355,14 +347,25 @@ def _read_params(
             *rows, columns = weight.part
             shape = (*rows, weight.start + columns)
         stacked = scan and path[0] == "layers"
+        parent: Any = params
+        for key in path[:-1]:
+            parent = parent[key]
+        if sharding is not None:
+            names = decoder.axes()[0]
+            for key in path:
+                names = names[key]
+            order = fused_order(str(path[-1]), config, sharding)
+            columns = shape[-1] if order is None else len(order)
+            whole = (*((config.num_layers,) if stacked else ()), *shape[:-1], columns)
+            read = sharded.reader(parts, tensors, order)
+            where = sharding.of(*names)
+            parent[path[-1]] = sharded.place(path, whole, decoder.dtype, where, read)
+            continue
         host = aligned((config.num_layers, *shape) if stacked else shape, decoder.dtype)
         for name, weight in parts.items():
             part = host[weight.path[1]] if stacked else host
             part = part[..., weight.start : weight.start + weight.part[-1]]
             read_into(part, tensors[name].view(), weight.transposed)
-        parent = params
-        for key in path[:-1]:
-            parent = parent[key]
         # Transfers run ahead of us otherwise, and each holds its host buffer.
         parent[path[-1]] = jax.block_until_ready(place(path, host))
     return params

@@ -157,13 +157,24 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def read_into(part: np.ndarray, file_slice: Any, transposed: bool) -> None:
-    """Copies a tensor of a file into `part`, some rows at a time."""
-    length = file_slice.get_shape()[0]
-    for start in range(0, length, _ROWS):
-        rows = slice(start, min(start + _ROWS, length))
-        piece = file_slice[rows]
-        _assign(part[:, rows] if transposed else part[rows], piece.T if transposed else piece)
+def read_into(
+    part: np.ndarray, file_slice: Any, transposed: bool, index: tuple[slice, ...] | None = None
+) -> None:
+    """Copies a tensor of a file into `part`, some rows at a time.
+
+    Args:
+      index: the piece of it that is wanted, as it lies in `part`; None for all.
+    """
+    if index is None:
+        index = tuple(map(slice, file_slice.get_shape()))
+    elif transposed:
+        index = index[::-1]
+    first, last, _ = index[0].indices(file_slice.get_shape()[0])
+    for start in range(first, last, _ROWS):
+        rows = slice(start, min(start + _ROWS, last))
+        here = slice(rows.start - first, rows.stop - first)
+        piece = file_slice[(rows, *index[1:])]
+        _assign(part[:, here] if transposed else part[here], piece.T if transposed else piece)
 
 
 def _assign(to: np.ndarray, value: np.ndarray) -> None:

@@ -52,8 +52,9 @@ def open_target(args: argparse.Namespace, config: TrainConfig) -> Run:
     Raises:
       UserError: no such target, or windows that do not fit its context.
     """
+    from jax_specdec.checkpoints.hub import find_checkpoint
     from jax_specdec.checkpoints.target_bound import target_fingerprint
-    from jax_specdec.checkpoints.targets import find_checkpoint, load_target
+    from jax_specdec.checkpoints.targets import load_target
 
     folder = find_checkpoint(args.target)
     fingerprint = target_fingerprint(folder)

@@ -116,7 +116,8 @@ def choose_drafter(setting: "Setting", folders: dict[str, str]) -> "tuple[Spec, 
 
 def load(args: argparse.Namespace) -> "tuple[Target, LoadedDrafter]":
     """The target and the drafter that the arguments name; cheap mistakes fail first."""
-    from jax_specdec.checkpoints.targets import default_dtype, find_checkpoint, load_target
+    from jax_specdec.checkpoints.hub import find_checkpoint
+    from jax_specdec.checkpoints.targets import default_dtype, load_target
     from jax_specdec.specs.build import load_drafter
     from jax_specdec.specs.defaults import Setting
 

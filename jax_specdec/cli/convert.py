@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def import_drafter(args: argparse.Namespace, max_shard_bytes: int) -> None:
-    from jax_specdec.checkpoints.targets import find_checkpoint, load_target
+    from jax_specdec.checkpoints.hub import find_checkpoint
+    from jax_specdec.checkpoints.targets import load_target
     from jax_specdec.drafters import registry
 
     source, target = find_checkpoint(args.source), load_target(args.target, tokenizer=False)

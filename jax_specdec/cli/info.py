@@ -54,11 +54,11 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Everything `info` knows, as a JSON object."""
+    from jax_specdec.checkpoints.hub import find_checkpoint
     from jax_specdec.checkpoints.memory import available_memory, memory_plan, sizes_of
     from jax_specdec.checkpoints.targets import (
         Target,
         default_dtype,
-        find_checkpoint,
         inspect_checkpoint,
         load_tokenizer,
     )

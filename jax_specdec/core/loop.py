@@ -23,6 +23,7 @@ from jax_specdec.core.model import Model
 from jax_specdec.core.prefill import read_text
 from jax_specdec.core.processors import Processor
 from jax_specdec.core.sampling import STRING_COMPLETE, Sampling
+from jax_specdec.core.sharding import on_its_mesh
 from jax_specdec.core.stats import FAILED, LENGTH, RUNNING, STOP, Stats, write_window
 
 
@@ -87,6 +88,7 @@ class DecodeLoop:
     def _tapped(self) -> Tapped:
         return Tapped(self.target, self.drafter.info.taps)
 
+    @on_its_mesh
     def start(
         self,
         params: Params,
@@ -143,6 +145,7 @@ class DecodeLoop:
         ctx = self.context(state, None)
         return state.replace(drafts=self.drafter.extend(params["drafters"], drafts, ctx))
 
+    @on_its_mesh
     def insert(
         self,
         params: Params,
@@ -343,6 +346,7 @@ class DecodeLoop:
             margin = jnp.where(greedy[:, None], margin, jnp.inf)
         return margin, sound
 
+    @on_its_mesh
     def run(
         self,
         params: Params,

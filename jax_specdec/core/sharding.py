@@ -6,12 +6,16 @@ kernels, which it cannot see into, are divided by hand (`pallas_kernels.Partitio
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_specdec._types import Array
@@ -133,6 +137,47 @@ class Sharding:
     def kernels(self) -> Partition:
         """How kernels are divided."""
         return Partition(self.mesh, self.rules.batch, self.rules.kv_heads)
+
+
+def on_its_mesh(method: Callable) -> Callable:
+    """A method of something with a `target`, traced with the mesh of the target set, where it has one.
+
+    What is divided by hand, and what XLA divides badly otherwise, goes by the mesh that is set.
+    """
+
+    @functools.wraps(method)
+    def inside(self: Any, *args: Any, **options: Any) -> Any:
+        sharding = getattr(self.target, "sharding", None)
+        if sharding is None:
+            return method(self, *args, **options)
+        with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
+            return method(self, *args, **options)
+
+    return inside
+
+
+def put_rows(rows: Any, sharding: Sharding | None) -> Any:
+    """Arrays of one entry per row, of the host or of a device, where rows lie.
+
+    Args:
+      sharding: the target's; None is the default device.
+    """
+    if sharding is None:
+        return jax.tree.map(jnp.asarray, rows)
+
+    def put(path: Any, x: Any) -> Array:
+        shared = getattr(path[-1], "name", None) == "stop_table"  # the automaton of all rows
+        names = (None if shared else "batch", *[None] * (x.ndim - 1))
+        return jax.device_put(np.asarray(x), sharding.of(*names))
+
+    return jax.tree_util.tree_map_with_path(put, rows)
+
+
+def to_host(arrays: Any) -> Any:
+    """Arrays of devices as numpy, on every process the whole of them."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(arrays, tiled=True)
+    return jax.device_get(arrays)
 
 
 def is_names(value: Any) -> bool:

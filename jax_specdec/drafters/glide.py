@@ -155,7 +155,7 @@ class GliDeReader:
             params,
             tokens,
             positions,
-            glimpse_view(view, visible, model.target.windows),
+            glimpse_view(view, visible, model.target.windows, model.sharding),
             cache,
             ancestors,
             hidden=hidden,

@@ -56,14 +56,16 @@ def _make(request: registry.Request) -> registry.Make:
     target, (config, _) = request.target, request.config
     tokenizer = None if target.tokenizer is None else load_tokenizer(request.folder)
     check_vocabulary(target.tokenizer, target.vocab_size, tokenizer, config.vocab_size)
-    return _of(Decoder(config, request.dtype), request)
+    return _of(Decoder(config, request.dtype, sharding=request.sharding), request)
 
 
 def _load(request: registry.Request) -> tuple[registry.Make, dict[str, Any]]:
     from jax_specdec.checkpoints.targets import load_target
     from jax_specdec.checkpoints.vocabulary import check_vocabulary
 
-    target, small = request.target, load_target(request.folder, dtype=request.dtype)
+    target, where = request.target, request.sharding
+    mesh, rules = (None, None) if where is None else (where.mesh, where.rules)
+    small = load_target(request.folder, dtype=request.dtype, mesh=mesh, rules=rules)
     check_vocabulary(target.tokenizer, target.vocab_size, small.tokenizer, small.vocab_size)
     return _of(small.decoder, request), {request.name: small.params}
 

@@ -40,6 +40,7 @@ class Request:
       source: a folder or hub id of its checkpoint, None where the kind needs none.
       target: without parameters where nothing is loaded; None where nothing but the checkpoint matters.
       dtype: of parameters and computation.
+      rules: how it lies on the target's mesh; None: rows as the target's, parameters on every device.
     """
 
     kind: "Kind"
@@ -47,6 +48,17 @@ class Request:
     source: str | Path | None = None
     target: Any = None
     dtype: Any = None
+    rules: Any = None
+
+    @property
+    def sharding(self) -> Any:
+        """The drafter's own `Sharding`, None on one device."""
+        whole = None if self.target is None else self.target.sharding
+        if whole is None:
+            return None
+        return (
+            whole.replicated if self.rules is None else dataclasses.replace(whole, rules=self.rules)
+        )
 
     @functools.cached_property
     def folder(self) -> Path:
@@ -59,7 +71,7 @@ class Request:
         local = Path(source).expanduser()
         if local.is_dir():
             return local
-        from jax_specdec.checkpoints.targets import HUB_ID, find_checkpoint
+        from jax_specdec.checkpoints.hub import HUB_ID, find_checkpoint
 
         if isinstance(source, str) and HUB_ID.fullmatch(source):
             try:

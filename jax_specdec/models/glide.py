@@ -22,11 +22,13 @@ from typing import Any, Protocol, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from jax_specdec._types import Array, Params
 from jax_specdec.core.cache import KVCache
 from jax_specdec.core.context import TargetView
 from jax_specdec.core.model import Output
+from jax_specdec.core.sharding import Sharding
 from jax_specdec.models.attention import masked_attention
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import Decoder
@@ -42,12 +44,18 @@ class Glimpse(Protocol):
     def __call__(self, q: Array, layer: int) -> Array: ...
 
 
-def glimpse_view(view: TargetView, visible: Array, windows: tuple[int | None, ...]) -> Glimpse:
+def glimpse_view(
+    view: TargetView,
+    visible: Array,
+    windows: tuple[int | None, ...],
+    sharding: Sharding | None = None,
+) -> Glimpse:
     """Attention to the target's cache, read in place.
 
     Args:
       visible: `int32[B, T]`, each query sees the slots before it; committed ones only.
       windows: the target's, per layer: of those a query then sees the last so many.
+      sharding: the target's.
     """
 
     def attend(q: Array, layer: int) -> Array:
@@ -62,6 +70,7 @@ def glimpse_view(view: TargetView, visible: Array, windows: tuple[int | None, ..
             layer=at,
             window=windows[layer],
             visible=visible,
+            partition=None if sharding is None else sharding.kernels,
         )
         return cast(Array, out).astype(q.dtype)
 
@@ -95,6 +104,7 @@ class CrossAttention(nn.Module):
     config: GliDeConfig
     target: ModelConfig
     dtype: Any = jnp.float32
+    sharding: Sharding | None = None
 
     @nn.compact
     def __call__(
@@ -117,7 +127,8 @@ class CrossAttention(nn.Module):
         if t.qk_norm:  # the target's keys were normed, and expect such queries
             q = rms_norm(q, param("q_norm", ones, t.head_dim), t.norm_eps)
         y = attend(apply_rope(q, *angles)).reshape(batch, length, -1)
-        return x + matmul(y, param("out", small, y.shape[-1], embed))
+        x = x + matmul(y, param("out", small, y.shape[-1], embed))
+        return x if self.sharding is None else self.sharding.constrain(x, "batch", None, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,11 +137,14 @@ class GliDe:
 
     Attributes:
       dtype: of parameters, activations and its own cache.
+      sharding: the target's. Cross-attention is divided as the target's heads are, since it reads their keys;
+        all else lies on every device, rows with the target's.
     """
 
     config: GliDeConfig
     target: ModelConfig
     dtype: Any = jnp.float32
+    sharding: Sharding | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
@@ -139,7 +153,8 @@ class GliDe:
     @property
     def decoder(self) -> Decoder:
         """The same without cross-attention; it holds the self-attention's cache."""
-        return Decoder(self.config.decoder(self.target), self.dtype)
+        own = None if self.sharding is None else self.sharding.replicated
+        return Decoder(self.config.decoder(self.target), self.dtype, sharding=own)
 
     def init(self, key: Array) -> Params:
         """Fresh parameters of its own: what is shared with the target is not among them."""
@@ -176,6 +191,19 @@ class GliDe:
     def shapes(self) -> Params:
         """Its own parameters as shapes and dtypes."""
         return jax.eval_shape(self.init, jax.random.key(0))
+
+    def places(self) -> Any:
+        """On a mesh, where each of its own parameters lies."""
+        sharding = self.sharding
+        assert sharding is not None
+        crossing = {"q": (None, "heads"), "q_bias": ("heads",), "out": ("heads", None)}
+
+        def place(path: Any, leaf: Any) -> NamedSharding:
+            *_, above, name = (None, *(getattr(key, "key", None) for key in path))
+            crosses = above == "cross" and name in crossing
+            return sharding.of(*(crossing[name] if crosses else (None,) * len(leaf.shape)))
+
+        return jax.tree_util.tree_map_with_path(place, self.shapes())
 
     def parameter_count(self) -> int:
         """Number of its own parameters."""
@@ -219,7 +247,7 @@ class GliDe:
             x = x + matmul(y, params["hidden_in"])
         read = self.config.layers_read(self.target)
         angles = self._target_angles(positions)
-        cross = CrossAttention(self.config, self.target, self.dtype)
+        cross = CrossAttention(self.config, self.target, self.dtype, self.sharding)
 
         def between(weights: Params, x: Array, *, index: int) -> Array:
             assert glimpse is not None, "cross-attention needs the target's keys"

@@ -13,9 +13,9 @@ from test_one_of_two_places import EMBED, HEAD, LLAMA, as_gpu, edit
 
 from jax_specdec.checkpoints import targets as checkpoints
 from jax_specdec.checkpoints import tokenizer_files
+from jax_specdec.checkpoints.hub import find_checkpoint
 from jax_specdec.checkpoints.targets import (
     convert,
-    find_checkpoint,
     load_config,
     load_target,
     load_tokenizer,
