@@ -16,7 +16,7 @@ from jax_specdec.core.loop import DecodeLoop, LoopState
 from jax_specdec.core.plain import NoDrafter
 from jax_specdec.core.processors import Processor
 from jax_specdec.core.sampling import Sampling, make_sampling
-from jax_specdec.core.sharding import put_rows, to_host
+from jax_specdec.core.sharding import check_agreement, put_rows, to_host
 from jax_specdec.core.stats import FAILED, FINISH_REASONS, RUNNING
 from jax_specdec.errors import RunError, UserError
 from jax_specdec.generation import (
@@ -196,6 +196,7 @@ class SpeculativeDecoder:
             raise UserError(f"rounds_per_chunk must be at least 1, got {rounds_per_chunk}.")
         requests = make_requests(prompts, ids, options)
         encoded = each(requests, self._encode)
+        check_agreement([(row, batch_size) for row in encoded])
         try:
             make_sampling(len(requests), **_settings(requests))
         except UserError:  # whose it is

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from jax_specdec.errors import UserError, shown
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from jax_specdec.checkpoints.targets import Target
     from jax_specdec.specs.build import LoadedDrafter
     from jax_specdec.specs.defaults import Setting
@@ -114,7 +116,7 @@ def choose_drafter(setting: "Setting", folders: dict[str, str]) -> "tuple[Spec, 
     return parse_drafter(default), f"{measured_on(record)} to be the fastest"
 
 
-def load(args: argparse.Namespace) -> "tuple[Target, LoadedDrafter]":
+def load(args: argparse.Namespace, mesh: "Mesh | None" = None) -> "tuple[Target, LoadedDrafter]":
     """The target and the drafter that the arguments name; cheap mistakes fail first."""
     from jax_specdec.checkpoints.hub import find_checkpoint
     from jax_specdec.checkpoints.targets import default_dtype, load_target
@@ -127,7 +129,7 @@ def load(args: argparse.Namespace) -> "tuple[Target, LoadedDrafter]":
     if spec is None:
         setting = Setting(folder, args.dtype or default_dtype(folder), batch_size)
         spec, reason = choose_drafter(setting, folders)
-    target = load_target(folder, dtype=args.dtype)
+    target = load_target(folder, dtype=args.dtype, mesh=mesh)
     with warnings_said():
         drafter = load_drafter(spec, target, drafts=folders, batch_size=batch_size)
     if reason:
@@ -151,9 +153,19 @@ def warnings_said() -> Iterator[None]:
         yield
 
 
+class _Saying:
+    quiet = False
+
+
+def hush() -> None:
+    """Of several processes one speaks, and this is another."""
+    _Saying.quiet = True
+
+
 def say(message: str) -> None:
     """A message to standard error: standard output is for results."""
-    print(message, file=sys.stderr, flush=True)
+    if not _Saying.quiet:
+        print(message, file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jax_specdec.cli import common
+from jax_specdec.cli import mesh as meshes
 from jax_specdec.errors import UserError
 from jax_specdec.text.chat import chat_text
 from jax_specdec.text.prompts import PromptRecord, prompt_of_input, read_prompts
@@ -123,6 +124,7 @@ def register(commands: Any) -> None:
     sampling.add_argument(
         "--lossy-delta", type=float, metavar="D", help="of lossy-typical (default: 0.3)"
     )
+    meshes.add_mesh(parser)
     running = parser.add_argument_group("running and output")
     running.add_argument("--batch-size", type=int, default=1, metavar="N")
     running.add_argument("--stream", action="store_true", help="print the text as it is decoded")
@@ -155,14 +157,18 @@ def run(args: argparse.Namespace) -> int:
     from jax_specdec.generation import SAMPLED, id_key
     from jax_specdec.pipeline import SpeculativeDecoder
 
+    mesh = meshes.start(args)  # before anything else asks JAX for its devices
     settings: dict[str, Any] = {name: _rows(args, records, name) for name in SAMPLED}
     _check(records, settings)
     rule = RULES[args.rule](**chosen)
-    target, drafter = common.load(args)
+    target, drafter = common.load(args, mesh)
     decoder = SpeculativeDecoder(target, drafter, rule=rule, logprobs=args.logprobs, margins=True)
     stops = _lists(args, records, "stop")
     prompts = [_prompt(record, target, args) for record in records]
     streams = _Streams(decoder, prompts, stops) if args.stream else None
+    listen = streams.show if streams else None
+    if streams and not meshes.first():
+        listen = _Streams.ignore
     answers = decoder.generate(
         prompts,
         **settings,
@@ -174,10 +180,14 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         ids=[record.id for record in records],
         key=[id_key(record.id) for record in records],
-        on_chunk=streams.show if streams else None,
+        on_chunk=listen,
         rounds_per_chunk=2,
     )
     done = []
+    if not meshes.first():  # of several processes one writes, and all decode
+        for _ in answers:
+            pass
+        return 0
     if streams:
         streams.begin(records)
     for record, answer in zip(records, answers, strict=True):
@@ -313,6 +323,10 @@ class _Streams:
             prompt = self._decoder.encode(self._prompts[self._index])
             self._text = TextStream(self._decoder.token_bytes, self._stops[self._index], prompt)
             _head(records, records[self._index])
+
+    @staticmethod
+    def ignore(chunk: "Chunk") -> None:
+        """Of processes that do not print: they too must decode in pieces."""
 
     def show(self, chunk: "Chunk") -> None:
         print(self._text.push(chunk.token_ids), end="", flush=True)

@@ -7,6 +7,7 @@ kernels, which it cannot see into, are divided by hand (`pallas_kernels.Partitio
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_specdec._types import Array
-from jax_specdec.errors import UserError
+from jax_specdec.errors import RunError, UserError
 from pallas_kernels import Partition
 
 MeshAxes = str | tuple[str, ...] | None
@@ -178,6 +179,16 @@ def to_host(arrays: Any) -> Any:
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(arrays, tiled=True)
     return jax.device_get(arrays)
+
+
+def check_agreement(value: Any) -> None:
+    """Raises a RunError where processes were given different values: they would wait for each other for ever."""
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(repr(value).encode()).digest()[:8]
+    all_digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint32))
+    if (all_digests != all_digests[0]).any():
+        raise RunError("The processes were given different requests, and must be given the same.")
 
 
 def is_names(value: Any) -> bool:
