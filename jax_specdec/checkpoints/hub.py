@@ -45,9 +45,35 @@ def find_checkpoint(source: str | os.PathLike[str]) -> Path:
     except UserError:
         raise
     except Exception as error:  # HTTP clients, proxies and caches fail in too many ways to list
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{source} is no folder here and could not be fetched from the Hugging Face hub: "
-            f"{reason:.300}"
-        ) from error
+        raise _unfetched(source, error) from error
     return Path(path)
+
+
+def fetch_config(source: str | os.PathLike[str]) -> Path:
+    """The config.json of a path or hub id: a folder's, a file of any name, or the hub's, without weights.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} has no config.json.")
+        return path / "config.json"
+    if not HUB_ID.fullmatch(str(source)):
+        raise UserError(f"There is no folder or file {source}.")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(str(source), "config.json"))
+    except Exception as error:
+        raise _unfetched(source, error) from error
+
+
+def _unfetched(source: str | os.PathLike[str], error: Exception) -> UserError:
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return UserError(
+        f"{source} is no folder here and could not be fetched from the Hugging Face hub: {reason:.300}"
+    )

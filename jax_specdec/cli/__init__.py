@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from jax_specdec.cli import convert, demo, generate, info, train, tune
+from jax_specdec.cli import convert, demo, generate, info, plan, train, tune
 from jax_specdec.errors import RunError, UserError
 
 LONGEST_MESSAGE = 2000  # characters: what a user gave may be echoed
@@ -21,6 +21,7 @@ REGISTER: tuple[Callable, ...] = (
     train.register,
     convert.register,
     info.register,
+    plan.register,
     tune.register,
 )
 

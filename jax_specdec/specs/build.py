@@ -246,6 +246,24 @@ class Drafters:
             whole, lambda name: self.request(name).kind.make(self.request(name))
         )
 
+    def assemble(self, spec: Spec | str, makes: Mapping[str, Make]) -> Drafter:
+        """The drafter of a specification from models that need not be loaded.
+
+        Args:
+          makes: by name, in place of what a checkpoint would give.
+        """
+        parsed = parse_drafter(spec) if isinstance(spec, str) else spec
+        if not parsed.inner and parsed.length is None and parsed.kind.usual_length:
+            parsed = parsed._replace(length=parsed.kind.usual_length)
+        whole = complete(parsed, self.home, lambda name: registry.LONGEST, self.setting)
+
+        def make(name: str) -> Make:
+            return (
+                makes[name] if name in makes else self.request(name).kind.make(self.request(name))
+            )
+
+        return _assemble(whole, make)
+
     def __call__(self, spec: Spec | str) -> LoadedDrafter:
         """See `load_drafter`."""
         whole = self.complete(spec)

@@ -1,0 +1,337 @@
+"""What a round takes on hardware that is not here: compiled for a described topology, or by arithmetic alone.
+
+Nothing is loaded: a model is its configuration, a program its shapes.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from jax_specdec.checkpoints import layouts
+from jax_specdec.core.loop import DecodeLoop
+from jax_specdec.core.sampling import make_sampling
+from jax_specdec.core.sharding import Sharding
+from jax_specdec.errors import RunError, UserError
+from jax_specdec.models.config import ModelConfig
+from jax_specdec.models.decoder import Decoder
+from jax_specdec.tuning.collectives import collectives, summed
+from jax_specdec.tuning.hardware import LATENCY_S, Topology
+
+PROMPT = 256  # tokens of the prompts that the prefill is compiled for
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is to be planned.
+
+    Attributes:
+      config: of the target. sizes: of the mesh axes `data` and `tensor`.
+      batch: rows. context: tokens of a row, all cached. dtype: of parameters and cache.
+    """
+
+    config: ModelConfig
+    topology: Topology
+    sizes: dict[str, int]
+    batch: int
+    context: int
+    dtype: str
+
+    def __post_init__(self):
+        wanted = math.prod(self.sizes.values())
+        if wanted != self.topology.devices:
+            shown = ",".join(f"{name}={size}" for name, size in self.sizes.items())
+            raise UserError(
+                f"The mesh {shown} has {wanted} devices and {self.topology.name} {self.topology.devices}."
+            )
+        if self.batch % self.sizes["data"]:
+            raise UserError(
+                f"A batch of {self.batch} does not divide over data={self.sizes['data']} devices."
+            )
+        if self.context > self.config.context:
+            raise UserError(
+                f"The model's context is {self.config.context} tokens, fewer than {self.context}."
+            )
+
+
+def parts_by_arithmetic(question: Question, drafter: int, nodes: int) -> dict[str, float]:
+    """Bytes of each device for parameters and cache, and what a verification moves and computes there.
+
+    Args:
+      drafter: bytes of a drafter's own parameters, which every device holds. nodes: of a verification.
+    """
+    c, tensor, data = question.config, question.sizes["tensor"], question.sizes["data"]
+    size, rows = jnp.dtype(question.dtype).itemsize, question.batch // data
+    kv_heads = max(c.num_kv_heads // tensor, 1)
+    own = c.parameter_count() * size / tensor
+    slot = 2 * c.num_layers * kv_heads * c.head_dim * size
+    cache = slot * rows * (question.context + nodes)
+    head = c.vocab_size * c.hidden_size * size / tensor
+    # The embedding is not read but for a few of its rows.
+    read = own - (0 if c.tied_head else head) + slot * rows * question.context
+    # Scores in float32, with the noise, twice: before and after the law.
+    scratch = 4 * 4 * rows * nodes * c.vocab_size / tensor
+    products = 2 * (c.parameter_count() - c.vocab_size * c.hidden_size) / tensor * rows * nodes
+    attention = (
+        4 * c.num_layers * c.num_heads / tensor * c.head_dim * rows * nodes * question.context
+    )
+    reduced = (2 * c.num_layers + 1) * rows * nodes * c.hidden_size * size if tensor > 1 else 0
+    return {
+        "parameters": own + drafter,
+        "cache": cache,
+        "scratch": scratch,
+        "bytes": read,
+        "flops": products + attention,
+        "reduced": reduced,
+        "collectives": (2 * c.num_layers + 3) if tensor > 1 else 0,
+    }
+
+
+def seconds(question: Question, parts: dict[str, float]) -> dict[str, float]:
+    """A verification's time by the roofline: memory, arithmetic, links, none of them overlapping the links."""
+    hardware = question.topology.hardware
+    memory, arithmetic = parts["bytes"] / hardware.bandwidth, parts["flops"] / hardware.flops
+    # A ring moves twice what is reduced.
+    links = 2 * parts["reduced"] / hardware.link + parts["collectives"] * LATENCY_S
+    total = max(memory, arithmetic) + links
+    return {"memory": memory, "arithmetic": arithmetic, "links": links, "total": total}
+
+
+def by_arithmetic(question: Question, drafter: int, nodes: int) -> dict[str, Any]:
+    """A plan without a compiler."""
+    parts = parts_by_arithmetic(question, drafter, nodes)
+    need = parts["parameters"] + parts["cache"] + parts["scratch"]
+    capacity = question.topology.hardware.memory
+    return {
+        "memory": {
+            "parameters": int(parts["parameters"]),
+            "cache": int(parts["cache"]),
+            "temporaries": int(parts["scratch"]),
+            "total": int(need),
+            "capacity": int(capacity),
+        },
+        "fits": need <= capacity,
+        "verification": {
+            "bytes": int(parts["bytes"]),
+            "flops": int(parts["flops"]),
+            "seconds": seconds(question, parts),
+        },
+    }
+
+
+def alternatives(question: Question, drafter: int, nodes: int) -> list[str]:
+    """The nearest changes that fit by arithmetic: more devices, a shorter context, a smaller batch, int8."""
+
+    def fits(changed: Question, bytes_per_weight: float = 1.0) -> bool:
+        parts = parts_by_arithmetic(changed, drafter, nodes)
+        need = parts["parameters"] * bytes_per_weight + parts["cache"] + parts["scratch"]
+        return need <= 0.97 * changed.topology.hardware.memory
+
+    found = []
+    c, sizes = question.config, question.sizes
+    for factor in (2, 4, 8, 16, 32, 64):
+        tensor = sizes["tensor"] * factor
+        if c.num_heads % tensor or c.vocab_size % tensor or c.mlp_size % tensor:
+            continue
+        devices = question.topology.devices * factor
+        larger = dataclasses.replace(
+            question,
+            topology=dataclasses.replace(question.topology, devices=devices),
+            sizes={**sizes, "tensor": tensor},
+        )
+        if fits(larger):
+            found.append(f"{devices} devices as data={sizes['data']},tensor={tensor}")
+            break
+    context = question.context // 2
+    while context >= 256 and not fits(dataclasses.replace(question, context=context)):
+        context //= 2
+    if context >= 256:
+        found.append(f"a context of {context}")
+    batch = question.batch // 2
+    while batch >= sizes["data"] and not fits(dataclasses.replace(question, batch=batch)):
+        batch //= 2
+    if batch >= sizes["data"] and batch % sizes["data"] == 0:
+        found.append(f"a batch of {batch}")
+    if fits(question, 0.5):
+        found.append("weights in int8")
+    return found
+
+
+@contextlib.contextmanager
+def _compiler() -> Iterator[None]:
+    """The TPU compiler may be loaded by several processes, and asks no cloud for its machine."""
+    kept = {
+        name: os.environ.get(name) for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY")
+    }
+    os.environ.update(dict.fromkeys(kept, "1"))
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def described_mesh(question: Question) -> Mesh:
+    """The devices of the topology, which need not be here.
+
+    Raises:
+      RunError: the compiler for them is not installed. UserError: it does not know the topology.
+    """
+    name, count = question.topology.name, question.topology.devices
+    shape = tuple(question.sizes.values())
+    axes = {"axis_names": tuple(question.sizes), "axis_types": (AxisType.Auto,) * len(shape)}
+    if question.topology.hardware.platform == "cpu":
+        devices = jax.devices("cpu")
+        if len(devices) < count:
+            raise RunError(
+                f"JAX shows {len(devices)} CPU devices here, fewer than {count}: set JAX_NUM_CPU_DEVICES={count}."
+            )
+        return Mesh(np.array(devices[:count]).reshape(shape), **axes)
+    from jax.experimental import topologies
+
+    jax.devices()  # this machine's own come first, so that none of the described ones is looked for
+    try:
+        with _compiler():
+            found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "libtpu" in reason.lower() or "not found" in reason.lower() or "registered" in reason:
+            raise RunError(
+                "The TPU compiler is not installed: `pip install libtpu`, or plan by arithmetic with --arithmetic."
+            ) from error
+        raise UserError(
+            f"The compiler does not know the topology {name}: {reason[:200]}."
+        ) from error
+    return Mesh(np.array(found.devices[:count]).reshape(shape), **axes)
+
+
+def compiled(question: Question, make: Any) -> dict[str, Any]:
+    """A plan by the real compiler: prefill and one round, at full depth.
+
+    Args:
+      make: `(decoder) -> (drafter, {name: shapes of its parameters}, {name: their shardings})`.
+    """
+    mesh = described_mesh(question)
+    sharding = Sharding(mesh)
+    kind = mesh.devices.flat[0].device_kind
+    same = len(set(question.config.windows)) == 1
+    loop_of_layers = "scan" if same and question.topology.hardware.platform != "cpu" else "unroll"
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        decoder = Decoder(
+            question.config, question.dtype, loop_of_layers, stacked_cache=True, sharding=sharding
+        )
+        shapes = jax.eval_shape(decoder.init, jax.random.key(0))
+        drafter, own, places = make(decoder)
+        params = {
+            "target": _placed(shapes, sharding.tree(decoder.axes()[0]), kind),
+            "drafters": {name: _placed(own[name], places[name], kind) for name in own},
+        }
+        loop = DecodeLoop(decoder, drafter)
+        sampling = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+            make_sampling(question.batch, max_new_tokens=128, temperature=1.0),
+        )
+        rows = jax.ShapeDtypeStruct((question.batch,), "int32")
+        tokens = jax.ShapeDtypeStruct((question.batch, PROMPT), "int32")
+        args = _rows((tokens, rows, sampling, rows), sharding)
+        start = jax.jit(loop.start, static_argnames="capacity")
+        capacity = question.context
+        state = start.eval_shape(params, *args, capacity=capacity)
+        began = time.perf_counter()
+        prefill = _compile(start.lower(params, *args, capacity=capacity))
+        state = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            state,
+            prefill.output_shardings,
+        )
+        run = jax.jit(loop.run, donate_argnums=1, out_shardings=prefill.output_shardings)
+        one = jax.ShapeDtypeStruct((), "int32")
+        round_ = _compile(run.lower(params, state, one))
+    parameters = _bytes(params)
+    found = {
+        "compile_s": round(time.perf_counter() - began, 1),
+        "prefill": _memory(prefill, parameters),
+        "round": _memory(round_, parameters),
+        "collectives": summed(collectives(round_.as_text())),
+    }
+    cost = round_.cost_analysis() or {}
+    cost = cost[0] if isinstance(cost, list) else cost
+    found["round"] |= {
+        "bytes_accessed": int(cost.get("bytes accessed", 0)),
+        "flops": int(cost.get("flops", 0)),
+    }
+    return found
+
+
+def _compile(lowered: Any) -> Any:
+    # Kept in JAX's cache, a program of devices that are not here could not be read back.
+    shortest = jax.config.jax_persistent_cache_min_compile_time_secs  # pyright: ignore
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
+    try:
+        return lowered.compile()
+    except Exception as error:
+        used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
+        if used is None:
+            raise
+        raise TooLarge(
+            f"the compiler would use {used[1]} of {used[2]} of a device's memory"
+        ) from error
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
+
+
+class TooLarge(Exception):
+    """A program that does not fit, by the compiler."""
+
+
+def _placed(shapes: Any, places: Any, kind: str) -> Any:
+    """Shapes of parameters where, and in which layout, loading puts them."""
+    from jax.experimental.layout import Format
+
+    def one(path: Any, x: Any, place: Any) -> Any:
+        layout = layouts.weight_layout(layouts.keys(path), x.shape, x.dtype, kind)
+        where = place if layout is None else Format(layout, place)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree_util.tree_map_with_path(one, shapes, places)
+
+
+def _rows(args: Any, sharding: Sharding) -> Any:
+    def one(path: Any, x: Any) -> Any:
+        shared = getattr(path[-1], "name", None) == "stop_table"
+        names = (None if shared else "batch", *[None] * (x.ndim - 1))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.of(*names))
+
+    return jax.tree_util.tree_map_with_path(one, args)
+
+
+def _bytes(params: Any) -> int:
+    """Of one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(params)
+    )
+
+
+def _memory(program: Any, parameters: int) -> dict[str, int]:
+    """What the compiler says one device needs, in bytes."""
+    found = program.memory_analysis()
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return {
+        "parameters": parameters,
+        "state": held - parameters,
+        "temporaries": found.temp_size_in_bytes,
+        "code": found.generated_code_size_in_bytes,
+        "total": held + found.temp_size_in_bytes + found.generated_code_size_in_bytes,
+    }
