@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jax_specdec.core.loop import DecodeLoop
     from jax_specdec.core.model import Model, Output
     from jax_specdec.core.sampling import Sampling, make_sampling
+    from jax_specdec.core.sharding import Sharding, ShardingRules
     from jax_specdec.drafters.cascade import Cascade, Horizontal
     from jax_specdec.expansions.beam_search import BeamSearch
     from jax_specdec.expansions.cape import Cape
@@ -63,6 +64,7 @@ _HOMES = {
     "generation": ("Generation",),
     "pipeline": ("SpeculativeDecoder",),
     "core.sampling": ("Sampling", "make_sampling"),
+    "core.sharding": ("Sharding", "ShardingRules"),
     "core.draft": ("Draft", "Text"),
 }
 
@@ -98,6 +100,8 @@ __all__ = [
     "RopeConfig",
     "RunError",
     "Sampling",
+    "Sharding",
+    "ShardingRules",
     "SpeculativeDecoder",
     "StaticTree",
     "Target",

@@ -1,6 +1,7 @@
 """Kernels on a mesh: batch rows and KV heads are independent, so each device computes its own."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,13 @@ class Partition:
         """`B` is the batch and `K` the KV heads, or query heads; other letters are whole."""
         where = {"B": self.batch, "K": self.kv_heads}
         return PartitionSpec(*(where.get(axis) for axis in axes))
+
+    def of_rows(self, rows: int) -> "Partition":
+        """The same, but that rows which do not divide, as a single one, lie on every device."""
+        names = (self.batch,) if isinstance(self.batch, str) else self.batch or ()
+        if rows % math.prod(self.mesh.shape[name] for name in names):
+            return dataclasses.replace(self, batch=None)
+        return self
 
     def call(self, function: Callable, args: dict[str, Any], axes: dict[str, str], out: Any) -> Any:
         """`function(**args)` on every device, with its part of each argument.

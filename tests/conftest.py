@@ -1,4 +1,4 @@
-"""Every test runs with strict promotion, and with two CPU devices unless told otherwise."""
+"""Every test runs with strict promotion, and with eight CPU devices unless told otherwise."""
 
 import os
 import shutil
@@ -42,7 +42,7 @@ os.environ["XLA_FLAGS"] = " ".join([FLAGS, *more]).strip()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if jax.config.jax_num_cpu_devices < 1 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
-    jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_configure(config):

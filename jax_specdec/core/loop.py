@@ -142,6 +142,10 @@ class DecodeLoop:
                 margins=self.margins,
             ),
         )
+        sharding = getattr(self.target, "sharding", None)
+        if sharding is not None:  # what begins as zeros would lie on every device
+            names = ("text", "prompt_length", "limit", "keys", "stop_state", "stats")
+            state = state.replace(**{name: sharding.rows(getattr(state, name)) for name in names})
         ctx = self.context(state, None)
         return state.replace(drafts=self.drafter.extend(params["drafters"], drafts, ctx))
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_specdec._types import Array, Bool, Float, Int, UInt
+from pallas_kernels import tuning
 
 NEG_INF = float("-inf")
 
@@ -53,6 +54,10 @@ def largest(
     vocab = scores.shape[-1]
     count = min(count, vocab)
     size = 1 << max(3, vocab.bit_length() // 2)  # about the root: both stages are then short
+    if (
+        tuning.on_mesh()
+    ):  # whole groups for each device: scores that are padded, or cut otherwise, are gathered
+        size = _even_group(vocab, size)
     groups = -(-vocab // size)
     if groups <= count:
         return _passes(scores, count)
@@ -66,6 +71,17 @@ def largest(
     best, place = _passes(held.reshape(*scores.shape[:-1], count * size), count)
     index = jnp.take_along_axis(group, place // size, axis=-1) * size + place % size
     return best, jnp.minimum(index, vocab - 1)
+
+
+def _even_group(vocab: int, size: int) -> int:
+    """The size of equal groups, about `size`, of which there is a number that many devices can share."""
+    fitting = [n for n in range(2, vocab) if vocab % n == 0 and size / 4 <= n <= size * 4]
+    return min(fitting, key=lambda n: (-_twos(vocab // n), abs(n - size)), default=size)
+
+
+def _twos(number: int) -> int:
+    """How often 2 divides it, up to 8 times: more devices than 256 do not share a head."""
+    return min((number & -number).bit_length() - 1, 8)
 
 
 def _passes(scores: Float[Array, "*s V"], count: int) -> tuple[Array, Array]:

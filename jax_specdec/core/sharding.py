@@ -127,8 +127,15 @@ class Sharding:
         return NamedSharding(self.mesh, self.rules.spec(names))
 
     def constrain(self, x: Array, *names: str | None) -> Array:
-        """`x`, and XLA knows where it lies."""
-        return lax.with_sharding_constraint(x, self.of(*names))
+        """`x`, and XLA knows where it lies. Rows that do not divide, as a single one, lie on every device."""
+        whole = "batch" in names and x.shape[names.index("batch")] % self.size("batch")
+        return lax.with_sharding_constraint(
+            x, self.of(*(None if whole and name == "batch" else name for name in names))
+        )
+
+    def rows(self, tree: Any) -> Any:
+        """`constrain` for a tree of arrays with one entry per row."""
+        return jax.tree.map(lambda x: self.constrain(x, "batch", *[None] * (x.ndim - 1)), tree)
 
     def tree(self, axes: Any) -> Any:
         """`of` for a tree of tuples of names, as `Model.axes` has."""

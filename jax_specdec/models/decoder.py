@@ -127,7 +127,8 @@ class Decoder:
         )
         if self.sharding is None:
             return cache
-        return lax.with_sharding_constraint(cache, self.sharding.tree(self.axes()[1]))
+        constrain, axes = self.sharding.constrain, self.axes()[1]
+        return jax.tree.map(lambda x, names: constrain(x, *names), cache, axes)
 
     def commit(
         self,

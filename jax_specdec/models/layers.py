@@ -82,6 +82,8 @@ class Block(nn.Module):
             q = rms_norm(q, param("q_norm", ones, dim), c.norm_eps)
             k = rms_norm(k, param("k_norm", ones, dim), c.norm_eps)
         q, k = apply_rope(q, *angles), apply_rope(k, *angles)
+        if self.sharding is not None:  # or else XLA may divide the rotation, and gather it again
+            q, k = (self.sharding.constrain(x, "batch", None, "heads", None) for x in (q, k))
         y = attend(q, k, v).reshape(batch, length, heads * dim)
         y = matmul(y, param("out", small, heads * dim, embed))
         if c.out_bias:

@@ -206,7 +206,7 @@ def described_mesh(question: Question) -> Mesh:
             found = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if "libtpu" in reason.lower() or "not found" in reason.lower() or "registered" in reason:
+        if "not installed" in reason or "libtpu" in reason:
             raise RunError(
                 "The TPU compiler is not installed: `pip install libtpu`, or plan by arithmetic with --arithmetic."
             ) from error
@@ -328,9 +328,10 @@ def _memory(program: Any, parameters: int) -> dict[str, int]:
     """What the compiler says one device needs, in bytes."""
     found = program.memory_analysis()
     held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    read = min(parameters, found.argument_size_in_bytes)  # a prefill has no use for some
     return {
-        "parameters": parameters,
-        "state": held - parameters,
+        "parameters": read,
+        "state": held - read,
         "temporaries": found.temp_size_in_bytes,
         "code": found.generated_code_size_in_bytes,
         "total": held + found.temp_size_in_bytes + found.generated_code_size_in_bytes,
