@@ -137,7 +137,8 @@ def tree_attention(
         k_scale,
         v_scale,
     )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
     if partition is not None:
         return _divided(
             partition,

@@ -53,6 +53,22 @@ def pytest_configure(config):
         shutil.rmtree(CACHE)
 
 
+@pytest.hookimpl(tryfirst=True)  # before cases are chosen by their marks
+def pytest_collection_modifyitems(config, items):
+    """Marks what `slow_cases.txt` lists."""
+    listed = (Path(__file__).parent / "slow_cases.txt").read_text(encoding="utf-8").splitlines()
+    slow = {line for line in listed if line and not line.startswith("#")}
+    root = Path(__file__).parents[1]
+    for item in items:
+        name = f"{item.path.relative_to(root)}::{item.nodeid.partition('::')[2]}"
+        if name in slow:
+            item.add_marker(pytest.mark.slow)
+            slow.remove(name)
+    # Of a part of the suite, many of them are not there.
+    if slow and config.args == config.getini("testpaths"):
+        raise pytest.UsageError(f"slow_cases.txt lists what does not exist: {sorted(slow)[0]}")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Compiled programs are dropped after each module: Linux allows a process 65,530 memory maps, each

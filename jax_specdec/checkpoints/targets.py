@@ -355,8 +355,8 @@ def _read_params(
             for key in path:
                 names = names[key]
             order = fused_order(str(path[-1]), config, sharding)
-            columns = shape[-1] if order is None else len(order)
-            whole = (*((config.num_layers,) if stacked else ()), *shape[:-1], columns)
+            whole = shape if order is None else (*shape[:-1], len(order))
+            whole = (config.num_layers, *whole) if stacked else whole
             read = sharded.reader(parts, tensors, order)
             where = sharding.of(*names)
             parent[path[-1]] = sharded.place(path, whole, decoder.dtype, where, read)

@@ -39,7 +39,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     >>> parse_mesh("tensor=4")
     {'data': 1, 'tensor': 4}
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = {axis: 1 for axis in AXES}
     given = set()
     for item in text.split(","):
         name, equals, number = item.strip().partition("=")

@@ -196,12 +196,16 @@ class GliDe:
         """On a mesh, where each of its own parameters lies."""
         sharding = self.sharding
         assert sharding is not None
-        crossing = {"q": (None, "heads"), "q_bias": ("heads",), "out": ("heads", None)}
+        crossing: dict[str, tuple[str | None, ...]] = {
+            "q": (None, "heads"),
+            "q_bias": ("heads",),
+            "out": ("heads", None),
+        }
 
         def place(path: Any, leaf: Any) -> NamedSharding:
-            *_, above, name = (None, *(getattr(key, "key", None) for key in path))
-            crosses = above == "cross" and name in crossing
-            return sharding.of(*(crossing[name] if crosses else (None,) * len(leaf.shape)))
+            *_, above, name = ("", *(str(getattr(key, "key", "")) for key in path))
+            whole: tuple[str | None, ...] = (None,) * len(leaf.shape)
+            return sharding.of(*(crossing.get(name, whole) if above == "cross" else whole))
 
         return jax.tree_util.tree_map_with_path(place, self.shapes())
 

@@ -8,8 +8,10 @@ import dataclasses
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -168,11 +170,18 @@ def alternatives(question: Question, drafter: int, nodes: int) -> list[str]:
 
 @contextlib.contextmanager
 def _compiler() -> Iterator[None]:
-    """The TPU compiler may be loaded by several processes, and asks no cloud for its machine."""
-    kept = {
-        name: os.environ.get(name) for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_SKIP_MDS_QUERY")
+    """The TPU compiler may be loaded by several processes, and asks neither a cloud nor a host for its machine."""
+    quiet = {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     }
-    os.environ.update(dict.fromkeys(kept, "1"))
+    beside = Path(sys.prefix) / "aot/libtpu/libtpu.so"  # where a checkout's tests have it
+    if beside.is_file() and "TPU_LIBRARY_PATH" not in os.environ:
+        quiet["TPU_LIBRARY_PATH"] = str(beside)
+    kept = {name: os.environ.get(name) for name in quiet}
+    os.environ.update(quiet)
     try:
         yield
     finally:
