@@ -252,7 +252,8 @@ def compiled(question: Question, make: Any) -> dict[str, Any]:
             make_sampling(question.batch, max_new_tokens=128, temperature=1.0),
         )
         rows = jax.ShapeDtypeStruct((question.batch,), "int32")
-        tokens = jax.ShapeDtypeStruct((question.batch, PROMPT), "int32")
+        longest = min(PROMPT, (question.context + 1) // 2)
+        tokens = jax.ShapeDtypeStruct((question.batch, longest), "int32")
         args = _rows((tokens, rows, sampling, rows), sharding)
         start = jax.jit(loop.start, static_argnames="capacity")
         capacity = question.context
