@@ -77,6 +77,15 @@ def forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def two_devices():
+    """For training, which takes all that there are: small batches do not divide over eight."""
+    devices = jax.devices()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *args: devices[:2])
+        yield
+
+
 TINY_TEXTS = (
     "Once upon a time, there was a little girl named Lily. She had a red ball.",
     "One day, the cat saw a big dog. The dog was happy and the cat ran away.",

@@ -11,6 +11,8 @@ from jax_specdec import Decoder, ModelConfig, UserError
 from jax_specdec.training.data import Mixed, PackedWindows, training_batches
 from jax_specdec.training.lm import TrainConfig, train
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 MODEL = ModelConfig(
     vocab_size=40,
     hidden_size=16,

@@ -17,6 +17,8 @@ from jax_specdec.training import glide, losses
 from jax_specdec.training.config import GliDeRecipe, TrainConfig
 from jax_specdec.training.glide_mask import visible_keys
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 MODEL = GliDe(
     GliDeConfig(16, mlp_size=16, num_heads=2, num_kv_heads=1, head_dim=8, trained_delay=4),
     h.SMALL_CONFIG,

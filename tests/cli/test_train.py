@@ -15,6 +15,8 @@ from jax_specdec.checkpoints.medusa import read_medusa_config
 from jax_specdec.drafters.bigram import load_bigram
 from jax_specdec.training.data import read_documents
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 
 def test_train_tokenizer_and_bigram(data, capsys, tmp_path):
     ok(capsys, "train", "tokenizer", "--data", data, "--vocab-size", 280, "--out", tmp_path / "t")

@@ -13,6 +13,8 @@ from jax_specdec.models.medusa import Medusa, MedusaConfig
 from jax_specdec.training import medusa
 from jax_specdec.training.config import MedusaRecipe, TrainConfig
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 RUN = TrainConfig(
     steps=10,
     batch_size=4,
