@@ -137,8 +137,7 @@ def tree_attention(
         k_scale,
         v_scale,
     )
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if partition is not None:
         return _divided(
             partition,

@@ -16,6 +16,7 @@ from jax_specdec.training import workdir
 from jax_specdec.training.data import Mixed, fingerprint
 from jax_specdec.training.lm import train
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 CONFIG = dataclasses.replace(RUN, steps=6, eval_every=6)
 
 

@@ -172,13 +172,17 @@ def put_rows(rows: Any, sharding: Sharding | None) -> Any:
     """
     if sharding is None:
         return jax.tree.map(jnp.asarray, rows)
+    return jax.device_put(jax.tree.map(np.asarray, rows), row_places(rows, sharding))
 
-    def put(path: Any, x: Any) -> Array:
+
+def row_places(rows: Any, sharding: Sharding) -> Any:
+    """Where arrays of one entry per row lie: a tree of `NamedSharding`."""
+
+    def place(path: Any, x: Any) -> NamedSharding:
         shared = getattr(path[-1], "name", None) == "stop_table"  # the automaton of all rows
-        names = (None if shared else "batch", *[None] * (x.ndim - 1))
-        return jax.device_put(np.asarray(x), sharding.of(*names))
+        return sharding.of(None if shared else "batch", *[None] * (len(x.shape) - 1))
 
-    return jax.tree_util.tree_map_with_path(put, rows)
+    return jax.tree_util.tree_map_with_path(place, rows)
 
 
 def to_host(arrays: Any) -> Any:

@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh
 from jax_specdec.checkpoints import layouts
 from jax_specdec.core.loop import DecodeLoop
 from jax_specdec.core.sampling import make_sampling
-from jax_specdec.core.sharding import Sharding
+from jax_specdec.core.sharding import Sharding, row_places
 from jax_specdec.errors import RunError, UserError
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import Decoder
@@ -254,17 +254,14 @@ def compiled(question: Question, make: Any) -> dict[str, Any]:
         rows = jax.ShapeDtypeStruct((question.batch,), "int32")
         longest = min(PROMPT, (question.context + 1) // 2)
         tokens = jax.ShapeDtypeStruct((question.batch, longest), "int32")
-        args = _rows((tokens, rows, sampling, rows), sharding)
+        given = (tokens, rows, sampling, rows)
+        args = _at(given, row_places(given, sharding))
         start = jax.jit(loop.start, static_argnames="capacity")
         capacity = question.context
         state = start.eval_shape(params, *args, capacity=capacity)
         began = time.perf_counter()
         prefill = _compile(start.lower(params, *args, capacity=capacity))
-        state = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            state,
-            prefill.output_shardings,
-        )
+        state = _at(state, prefill.output_shardings)
         run = jax.jit(loop.run, donate_argnums=1, out_shardings=prefill.output_shardings)
         one = jax.ShapeDtypeStruct((), "int32")
         round_ = _compile(run.lower(params, state, one))
@@ -305,6 +302,13 @@ class TooLarge(Exception):
     """A program that does not fit, by the compiler."""
 
 
+def _at(shapes: Any, places: Any) -> Any:
+    """Shapes of arrays that lie there."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
+
+
 def _placed(shapes: Any, places: Any, kind: str) -> Any:
     """Shapes of parameters where, and in which layout, loading puts them."""
     from jax.experimental.layout import Format
@@ -315,15 +319,6 @@ def _placed(shapes: Any, places: Any, kind: str) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     return jax.tree_util.tree_map_with_path(one, shapes, places)
-
-
-def _rows(args: Any, sharding: Sharding) -> Any:
-    def one(path: Any, x: Any) -> Any:
-        shared = getattr(path[-1], "name", None) == "stop_table"
-        names = (None if shared else "batch", *[None] * (x.ndim - 1))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.of(*names))
-
-    return jax.tree_util.tree_map_with_path(one, args)
 
 
 def _bytes(params: Any) -> int:

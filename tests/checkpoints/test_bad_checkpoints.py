@@ -7,6 +7,7 @@ import pytest
 from small_checkpoint import CONFIG, random_params, rewrite
 
 from jax_specdec.checkpoints import targets as checkpoints
+from jax_specdec.checkpoints.hub import HUB_PATTERNS
 from jax_specdec.checkpoints.targets import load_params, load_target, save_pretrained
 from jax_specdec.errors import UserError
 from jax_specdec.models import config_to_hf
@@ -33,7 +34,7 @@ def test_hub(folder, monkeypatch):
 
     monkeypatch.setattr(hub, "snapshot_download", download)
     assert load_target("someone/some-model", tokenizer=False).path == folder
-    assert asked == {"someone/some-model": list(checkpoints.HUB_PATTERNS)}
+    assert asked == {"someone/some-model": list(HUB_PATTERNS)}
 
     def fail(name, **kwargs):
         raise ConnectionError("Name or service not known\n\nlong explanation")

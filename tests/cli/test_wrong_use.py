@@ -126,6 +126,7 @@ def test_bad_checkpoints(copy, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("relaxed_promotion")
+@pytest.mark.usefixtures("two_devices")
 def test_other_vocabulary(copy, data, capsys, tmp_path):
     tokenizer = tmp_path / "tokenizer"
     ok(capsys, "train", "tokenizer", "--data", data, "--vocab-size", 270, "--out", tokenizer)
