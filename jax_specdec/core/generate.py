@@ -8,9 +8,7 @@ from jax import export
 from jax_specdec._types import Array, Int, Params
 from jax_specdec.core.acceptance import MATCH, Acceptance
 from jax_specdec.core.draft import Text
-from jax_specdec.core.drafter import Drafter
 from jax_specdec.core.loop import DecodeLoop
-from jax_specdec.core.model import Model
 from jax_specdec.core.plain import NoDrafter
 from jax_specdec.core.processors import Processing, Processor
 from jax_specdec.core.sampling import Sampling
@@ -18,8 +16,8 @@ from jax_specdec.core.stats import Stats
 
 
 def make_generate(
-    target: Model,
-    drafter: Drafter | None = None,
+    target: Any,
+    drafter: Any = None,
     *,
     max_new_tokens: int,
     rule: Acceptance = MATCH,
@@ -41,10 +39,9 @@ def make_generate(
       AOT-compile it or `jax.export` it (which needs the package flatbuffers). `Text.tokens` is `int32[B, Lp + max_new_tokens]`, 0 behind the
       length of each row, and so are the per-token records of `Stats`.
     """
-    whole: Any = drafter
     loop = DecodeLoop(
         getattr(target, "decoder", target),
-        NoDrafter() if whole is None else getattr(whole, "drafter", whole),
+        NoDrafter() if drafter is None else getattr(drafter, "drafter", drafter),
         rule,
         tuple(processors),
         logprobs,
