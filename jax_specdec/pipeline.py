@@ -16,7 +16,7 @@ from jax_specdec.core.loop import DecodeLoop, LoopState
 from jax_specdec.core.plain import NoDrafter
 from jax_specdec.core.processors import Processor
 from jax_specdec.core.sampling import Sampling, make_sampling
-from jax_specdec.core.sharding import check_agreement, put_rows, to_host
+from jax_specdec.core.sharding import check_agreement, put_rows, shapes_at, to_host
 from jax_specdec.core.stats import FAILED, FINISH_REASONS, RUNNING
 from jax_specdec.errors import RunError, UserError
 from jax_specdec.generation import (
@@ -149,14 +149,9 @@ class SpeculativeDecoder:
             check_fits(dataclasses.replace(plan, parameters=0, cache=held), available_memory())
             began, places = time.perf_counter(), {}
             start = start.lower(*args, capacity=capacity).compile()
-            if (
-                self.target.sharding is not None
-            ):  # rounds leave everything where the prefill puts it
-                state = jax.tree.map(
-                    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-                    state,
-                    start.output_shardings,
-                )
+            if self.target.sharding is not None:
+                # Rounds leave everything where the prefill puts it.
+                state = shapes_at(state, start.output_shardings)
                 places = {"out_shardings": start.output_shardings}
             run = (
                 jax.jit(self.loop.run, donate_argnums=1, **places)
@@ -196,7 +191,7 @@ class SpeculativeDecoder:
             raise UserError(f"rounds_per_chunk must be at least 1, got {rounds_per_chunk}.")
         requests = make_requests(prompts, ids, options)
         encoded = each(requests, self._encode)
-        check_agreement([(row, batch_size) for row in encoded])
+        check_agreement((encoded, batch_size))
         try:
             make_sampling(len(requests), **_settings(requests))
         except UserError:  # whose it is
@@ -208,9 +203,8 @@ class SpeculativeDecoder:
                 f"batch_size is {batch_size} and does not divide over {sharding.size('batch')} devices: make it "
                 "a multiple."
             )
-        if (
-            sharding is None and batch_size not in self._batches
-        ):  # fewer prompts than rows need no copies of themselves
+        if sharding is None and batch_size not in self._batches:
+            # Fewer prompts than rows need no copies of themselves.
             batch_size = min(batch_size, len(encoded))
         return self._generate(encoded, batch_size, on_chunk, rounds_per_chunk)
 

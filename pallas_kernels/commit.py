@@ -71,8 +71,8 @@ def commit(
         axes |= {"start": "B", "count": "B", "path": "BP"}
         values = (k_cache, v_cache, k_new, v_new, start, count, path)
         local = functools.partial(commit, backend=backend, interpret=interpret)
-        partition = partition.of_rows(len(start))
-        return partition.call(local, dict(zip(axes, values, strict=True)), axes, (cache, cache))
+        args = dict(zip(axes, values, strict=True))
+        return partition.call(local, args, axes, (cache, cache), len(start))
     name = _choose(backend, interpret)
     if name == "xla":  # as it lies: XLA would copy a cache whose rank is changed
         return _xla((k_cache, v_cache), (k_new, v_new), start, path)

@@ -208,8 +208,8 @@ def _divided(
         stacked = ("k_cache", "v_cache", "k_scale", "v_scale")
         axes = axes | {name: f"L{axes[name]}" for name in stacked}
     local = functools.partial(tree_attention, return_lse=return_lse, **options)
-    partition = partition.of_rows(len(args["length"]))
-    return partition.call(local, args, axes, ("BTKD", "BTK") if return_lse else "BTKD")
+    out = ("BTKD", "BTK") if return_lse else "BTKD"
+    return partition.call(local, args, axes, out, len(args["length"]))
 
 
 def _choose(

@@ -130,13 +130,8 @@ def _glide_config(folder: Path) -> GliDeConfig:
 
 
 def _longspec_config(tensors: dict[str, Any], target: Target) -> GliDeConfig:
-    t = target.config
-    return GliDeConfig(
-        hidden_size=t.hidden_size,
-        mlp_size=t.mlp_size,
-        num_heads=t.num_heads,
-        num_kv_heads=t.num_kv_heads,
-        head_dim=t.head_dim,
+    return GliDeConfig.like(
+        target.config,
         target_layers=(-1,),
         final_norm=False,
         qkv_bias="glide.self_attn.q_proj.bias" in tensors,

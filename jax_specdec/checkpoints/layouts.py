@@ -50,6 +50,17 @@ def put_tree(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, value: put(keys(path), value), params)
 
 
+def shapes_of(params: Any, places: Any, device_kind: str) -> Any:
+    """A parameter tree as shapes that lie at `places`, in the layouts in which `put` lays it down."""
+
+    def one(path: Any, x: Any, place: Any) -> jax.ShapeDtypeStruct:
+        layout = weight_layout(keys(path), x.shape, x.dtype, device_kind)
+        where = place if layout is None else Format(layout, place)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree_util.tree_map_with_path(one, params, places)
+
+
 def keys(path: tuple[Any, ...]) -> tuple[str | int, ...]:
     """A path of JAX as plain keys and indices."""
     return tuple(getattr(key, "key", getattr(key, "idx", key)) for key in path)

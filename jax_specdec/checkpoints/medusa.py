@@ -5,8 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jax_specdec._types import Params
 from jax_specdec.checkpoints.target_bound import (
     SHARD_BYTES,
@@ -69,9 +67,8 @@ def load_medusa(
     folder = Path(folder)
     read = read or read_medusa_config(folder)
     model = fitted_medusa(folder, target, dtype, read)
-    shapes, places, whole = model.shapes(), None, target.sharding
-    if whole is not None:  # on every device
-        places = jax.tree.map(lambda leaf: whole.of(*[None] * leaf.ndim), shapes)
+    shapes, where = model.shapes(), target.sharding
+    places = None if where is None else where.whole(shapes)
     return model, model.join(read_own(folder, shapes, places), target.params), read[1]
 
 

@@ -1,7 +1,6 @@
 """What a model takes in memory, before anything is allocated."""
 
 import dataclasses
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_specdec.core.sharding import held_per_device, shapes_at
 from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import Decoder
@@ -70,13 +70,7 @@ def bytes_per_device(decoder: Decoder) -> int:
     """Of the parameters of a decoder on a mesh, what one device holds."""
     assert decoder.sharding is not None
     shapes = jax.eval_shape(decoder.init, jax.random.key(0))
-    places = decoder.sharding.tree(decoder.axes()[0])
-    parts = jax.tree.map(
-        lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
-        shapes,
-        places,
-    )
-    return sum(jax.tree.leaves(parts))
+    return held_per_device(shapes_at(shapes, decoder.sharding.tree(decoder.axes()[0])))
 
 
 def available_memory(device: Any = None) -> int | None:

@@ -330,7 +330,7 @@ def _read_params(
 ) -> Params:
     """`config` is the checkpoint's, where that of the decoder is divided over a mesh."""
     config = config or decoder.config
-    sharding = decoder.sharding
+    sharding, axes = decoder.sharding, decoder.axes()[0]
     check_target_tensors(folder, tensors, config)
     place = place or layouts.put
     scan = decoder.layer_loop == "scan"
@@ -351,7 +351,7 @@ def _read_params(
         for key in path[:-1]:
             parent = parent[key]
         if sharding is not None:
-            names = decoder.axes()[0]
+            names: Any = axes
             for key in path:
                 names = names[key]
             order = fused_order(str(path[-1]), config, sharding)

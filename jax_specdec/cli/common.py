@@ -173,6 +173,14 @@ def print_json(value: Any) -> None:
     print(json.dumps(value), flush=True)
 
 
+def at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Raises a UserError if one of these counts is given and below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+
+
 def gib(size: int) -> str:
     """Bytes for reading."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

@@ -4,7 +4,6 @@ import argparse
 from typing import Any
 
 from jax_specdec.cli import common
-from jax_specdec.errors import UserError
 
 
 def register(commands: Any) -> None:
@@ -22,8 +21,7 @@ def register(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}.")
+    common.at_least_one(args, "max_new_tokens")
     from jax_specdec.demo import run_demo
 
     target, drafter = common.load(args)

@@ -140,10 +140,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--stream shows one text at a time: leave out --json and --batch-size.")
     if args.logprobs and not args.json:
         raise UserError("--logprobs needs --json.")
-    if args.keep_last is not None and args.keep_last < 1:
-        raise UserError(f"--keep-last must be at least 1, got {args.keep_last}.")
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}.")
+    common.at_least_one(args, "keep_last", "batch_size")
     if any(not stop for stop in args.stop):
         raise UserError("A stop string must not be empty.")
     chosen = {"epsilon": args.lossy_epsilon, "delta": args.lossy_delta}

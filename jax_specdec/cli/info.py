@@ -37,10 +37,7 @@ def register(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("batch_size", "max_new_tokens", "context"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+    common.at_least_one(args, "batch_size", "max_new_tokens", "context")
     if args.drafters:
         print("\n".join(_kinds()))
         return 0

@@ -60,11 +60,7 @@ def register(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("batch_size", "context"):
-        if getattr(args, name) < 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}."
-            )
+    common.at_least_one(args, "batch_size", "context")
     found = answer(args)
     if args.json:
         common.print_json(found)
@@ -88,7 +84,7 @@ def answer(args: argparse.Namespace) -> dict[str, Any]:
 
     sizes = meshes.parse_mesh(args.mesh) if args.mesh else _usual_mesh(config, topology.devices)
     question = plan.Question(config, topology, sizes, args.batch_size, args.context, args.dtype)
-    builder = _Drafter(spec, folders, home)
+    builder = _Drafter(spec, folders, home, config)
     own, nodes = builder.size(question)
     found: dict[str, Any] = {
         "topology": topology.name,
@@ -123,7 +119,7 @@ def answer(args: argparse.Namespace) -> dict[str, Any]:
     drafting = own / topology.hardware.bandwidth * builder.steps
     round_s = found["verification"]["seconds"]["total"] + drafting
     found["round_s"] = round_s
-    plain = plan.by_arithmetic(question, 0, 1)["verification"]["seconds"]["total"]
+    plain = plan.seconds(question, plan.parts_by_arithmetic(question, 0, 1))["total"]
     found["plain_tokens_per_second"] = args.batch_size / plain
     found["tokens_per_second"] = {str(tau): args.batch_size * tau / round_s for tau in TAUS}
     return found
@@ -162,14 +158,14 @@ def _cpu_devices(count: int) -> None:
 class _Drafter:
     """The drafter of a specification as shapes, beside any decoder."""
 
-    def __init__(self, spec: "Spec", folders: dict[str, str], home: Path):
+    def __init__(self, spec: "Spec", folders: dict[str, str], home: Path, config: "ModelConfig"):
         known = ("none", "max-gram", "prompt-lookup", "glide", "medusa", "lm")
         if any(name not in known for name in spec.names):
             raise UserError(f"plan knows the drafters {', '.join(known)}.")
         for name in spec.names:
             if name == "lm" and name not in folders:
                 raise UserError("The drafter lm needs its checkpoint: --draft lm=DIR.")
-        self.spec, self.folders, self.home = spec, folders, home
+        self.spec, self.folders, self.home, self.config = spec, folders, home, config
         self.steps = 0
 
     def size(self, question: "Question") -> tuple[int, int]:
@@ -202,7 +198,7 @@ class _Drafter:
             elif hasattr(model, "axes"):
                 here = sharding.replicated.tree(model.axes()[0])
             else:
-                here = jax.tree.map(lambda x: sharding.of(*[None] * len(x.shape)), tree)
+                here = sharding.whole(tree)
             joined = hasattr(model, "join")
             shapes[name] = model.join(tree, target) if joined else tree
             places[name] = model.join(here, target_places) if joined else here
@@ -214,6 +210,7 @@ class _Drafter:
 
         import jax
 
+        from jax_specdec.checkpoints.glide import read_glide_config
         from jax_specdec.checkpoints.targets import Target, load_config
         from jax_specdec.drafters.glide import GliDeDrafter
         from jax_specdec.drafters.lm import LmDrafter
@@ -230,16 +227,12 @@ class _Drafter:
         makes: dict[str, Any] = {}
         for name in self.spec.names:
             if name == "glide":
+                given = self.folders.get(name)
+                # The checkpoint's geometry: on a mesh KV heads may be repeated.
                 shape = (
-                    self._glide(c)
-                    if name in self.folders
-                    else GliDeConfig(
-                        hidden_size=c.hidden_size,
-                        mlp_size=c.mlp_size,
-                        num_heads=c.num_heads,
-                        num_kv_heads=c.num_kv_heads,
-                        head_dim=c.head_dim,
-                    )
+                    GliDeConfig.like(self.config)
+                    if given is None
+                    else read_glide_config(Path(given))[0]
                 )
                 model = GliDe(shape, c, decoder.dtype, sharding)
                 makes[name], own[name] = functools.partial(GliDeDrafter, model), model.shapes()
@@ -258,11 +251,6 @@ class _Drafter:
         target = Target(decoder, {}, None, self.home)
         drafters = Drafters(target, drafts=self.folders, dtype=decoder.dtype)
         return drafters.assemble(self.spec, makes), own, models
-
-    def _glide(self, target: "ModelConfig") -> Any:
-        from jax_specdec.checkpoints.glide import read_glide_config
-
-        return read_glide_config(Path(self.folders["glide"]))[0]
 
 
 def _lines(found: dict[str, Any]) -> list[str]:

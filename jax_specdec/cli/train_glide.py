@@ -153,11 +153,8 @@ def choose_shape(
     from jax_specdec.checkpoints.glide import make_glide_config
     from jax_specdec.models.glide_config import GliDeConfig
 
-    if args.paper:
-        base = dataclasses.asdict(GliDeConfig.paper())
-    else:
-        names = ("hidden_size", "mlp_size", "num_heads", "num_kv_heads", "head_dim")
-        base = {name: getattr(target, name) for name in names}
+    shape = GliDeConfig.paper() if args.paper else GliDeConfig.like(target)
+    base = dataclasses.asdict(shape)
     if recipe.visibility == "none":
         base["trained_delay"] = 1
         if fields.get("trained_delay", 1) != 1:

@@ -23,7 +23,7 @@ from jax_specdec.core.model import Model
 from jax_specdec.core.prefill import read_text
 from jax_specdec.core.processors import Processor
 from jax_specdec.core.sampling import STRING_COMPLETE, Sampling
-from jax_specdec.core.sharding import on_its_mesh
+from jax_specdec.core.sharding import on_its_mesh, sharding_of
 from jax_specdec.core.stats import FAILED, LENGTH, RUNNING, STOP, Stats, write_window
 
 
@@ -142,7 +142,7 @@ class DecodeLoop:
                 margins=self.margins,
             ),
         )
-        sharding = getattr(self.target, "sharding", None)
+        sharding = sharding_of(self.target)
         if sharding is not None:  # what begins as zeros would lie on every device
             names = ("text", "prompt_length", "limit", "keys", "stop_state", "stats")
             state = state.replace(**{name: sharding.rows(getattr(state, name)) for name in names})

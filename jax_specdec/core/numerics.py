@@ -54,9 +54,8 @@ def largest(
     vocab = scores.shape[-1]
     count = min(count, vocab)
     size = 1 << max(3, vocab.bit_length() // 2)  # about the root: both stages are then short
-    if (
-        tuning.on_mesh()
-    ):  # whole groups for each device: scores that are padded, or cut otherwise, are gathered
+    if tuning.on_mesh():
+        # Whole groups for each device: scores that are padded, or cut otherwise, are gathered.
         size = _even_group(vocab, size)
     groups = -(-vocab // size)
     if groups <= count:

@@ -137,14 +137,45 @@ class Sharding:
         """`constrain` for a tree of arrays with one entry per row."""
         return jax.tree.map(lambda x: self.constrain(x, "batch", *[None] * (x.ndim - 1)), tree)
 
+    def whole(self, tree: Any) -> Any:
+        """`of` for a tree of arrays, or shapes, that every device holds."""
+        return jax.tree.map(lambda x: self.of(*[None] * len(x.shape)), tree)
+
     def tree(self, axes: Any) -> Any:
         """`of` for a tree of tuples of names, as `Model.axes` has."""
         return jax.tree.map(lambda names: self.of(*names), axes, is_leaf=is_names)
 
-    @property
-    def kernels(self) -> Partition:
-        """How kernels are divided."""
-        return Partition(self.mesh, self.rules.batch, self.rules.kv_heads)
+
+def sharding_of(model: Any) -> Sharding | None:
+    """Where a model lies; models need not know of meshes."""
+    return getattr(model, "sharding", None)
+
+
+def constrain(sharding: Sharding | None, x: Array, *names: str | None) -> Array:
+    """`Sharding.constrain`; on one device `x` as it is."""
+    return x if sharding is None else sharding.constrain(x, *names)
+
+
+def partition_of(sharding: Sharding | None) -> Partition | None:
+    """How kernels are divided, None on one device."""
+    if sharding is None:
+        return None
+    return Partition(sharding.mesh, sharding.rules.batch, sharding.rules.kv_heads)
+
+
+def shapes_at(arrays: Any, places: Any) -> Any:
+    """A tree of arrays as shapes that lie at `places`, to compile for."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arrays, places
+    )
+
+
+def held_per_device(arrays: Any) -> int:
+    """The bytes that one device holds of a tree of arrays, or of shapes that lie somewhere."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(arrays)
+    )
 
 
 def on_its_mesh(method: Callable) -> Callable:
@@ -155,7 +186,7 @@ def on_its_mesh(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def inside(self: Any, *args: Any, **options: Any) -> Any:
-        sharding = getattr(self.target, "sharding", None)
+        sharding = sharding_of(self.target)
         if sharding is None:
             return method(self, *args, **options)
         with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):

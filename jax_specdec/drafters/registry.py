@@ -40,7 +40,6 @@ class Request:
       source: a folder or hub id of its checkpoint, None where the kind needs none.
       target: without parameters where nothing is loaded; None where nothing but the checkpoint matters.
       dtype: of parameters and computation.
-      rules: how it lies on the target's mesh; None: rows as the target's, parameters on every device.
     """
 
     kind: "Kind"
@@ -48,17 +47,12 @@ class Request:
     source: str | Path | None = None
     target: Any = None
     dtype: Any = None
-    rules: Any = None
 
     @property
     def sharding(self) -> Any:
-        """The drafter's own `Sharding`, None on one device."""
-        whole = None if self.target is None else self.target.sharding
-        if whole is None:
-            return None
-        return (
-            whole.replicated if self.rules is None else dataclasses.replace(whole, rules=self.rules)
-        )
+        """The drafter's `Sharding`, None on one device: rows as the target's, parameters on every device."""
+        target = None if self.target is None else self.target.sharding
+        return None if target is None else target.replicated
 
     @functools.cached_property
     def folder(self) -> Path:

@@ -25,13 +25,13 @@ from jax_specdec._types import Array, Int, Params
 from jax_specdec.core import cache as kv
 from jax_specdec.core.cache import KVCache
 from jax_specdec.core.model import Output
-from jax_specdec.core.sharding import Sharding
+from jax_specdec.core.sharding import Sharding, constrain, partition_of
 from jax_specdec.models.attention import causal_attention, grown_attention
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.layers import Block, rms_norm, unembed
 from jax_specdec.models.rope import rope_angles
 from jax_specdec.models.tensor_parallel import divided_config
-from pallas_kernels import Partition, tree_attention
+from pallas_kernels import tree_attention
 
 # Logical axes of a layer's parameters; `Block` says what each of them is.
 LAYER_AXES: dict[str, tuple[str | None, ...]] = {
@@ -125,10 +125,9 @@ class Decoder:
             self.dtype,
             stacked=self.stacked_cache,
         )
-        if self.sharding is None:
-            return cache
-        constrain, axes = self.sharding.constrain, self.axes()[1]
-        return jax.tree.map(lambda x, names: constrain(x, *names), cache, axes)
+        return jax.tree.map(
+            lambda x, names: constrain(self.sharding, x, *names), cache, self.axes()[1]
+        )
 
     def commit(
         self,
@@ -138,13 +137,8 @@ class Decoder:
         path: Int[Array, "B Q"] | None = None,
     ) -> KVCache:
         """Appends the accepted path of new tokens to the cache, see `cache.commit`."""
-        return kv.commit(
-            cache, output.new, count, path, after=output.hidden, partition=self._partition
-        )
-
-    @property
-    def _partition(self) -> Partition | None:
-        return None if self.sharding is None else self.sharding.kernels
+        partition = partition_of(self.sharding)
+        return kv.commit(cache, output.new, count, path, after=output.hidden, partition=partition)
 
     def rollback(self, cache: KVCache, length: Int[Array, " B"]) -> KVCache:
         """What lies behind a length is garbage: nothing is moved."""
@@ -192,7 +186,8 @@ class Decoder:
           taps: hidden states to return, see `core.model.Model`.
           logits: False skips the head (prefill). remat: recompute layers in the backward pass.
         """
-        x = self._whole(jnp.take(params["embed"], tokens, axis=0))
+        x = jnp.take(params["embed"], tokens, axis=0)
+        x = constrain(self.sharding, x, "batch", None, "embed")
         x, new_kv, tapped = self.layers(
             params, x, positions, cache, ancestors, drafted=drafted, taps=taps, remat=remat
         )
@@ -222,7 +217,7 @@ class Decoder:
             raise ValueError(f"taps {taps} are not among -1 to {c.num_layers - 1}")
         tapped = {tap: x for tap in taps}
         angles = rope_angles(c.rope, c.head_dim, positions)
-        block = Block(c, self.dtype, self.sharding)
+        block, partition = Block(c, self.dtype, self.sharding), partition_of(self.sharding)
 
         def layer(weights: Params, x: Array, index: Any, window: int | None) -> Any:
             def attend(q: Array, k: Array, v: Array) -> Array:
@@ -246,7 +241,7 @@ class Decoder:
                         cache.length,
                         ancestors,
                         at,
-                        partition=self._partition,
+                        partition=partition,
                     )
                 out = tree_attention(
                     q,
@@ -258,7 +253,7 @@ class Decoder:
                     ancestors,
                     layer=at,
                     window=window,
-                    partition=self._partition,
+                    partition=partition,
                 )
                 return cast(Array, out)  # a pair only with return_lse
 
@@ -323,15 +318,7 @@ class Decoder:
     def head(self, params: Params, hidden: Array) -> Array:
         """`hidden [B, T, E]` before the final norm -> `float32[B, T, V]`."""
         logits = unembed(params, rms_norm(hidden, params["norm"], self.config.norm_eps))
-        if self.sharding is not None:
-            logits = self.sharding.constrain(logits, "batch", None, "vocab")
-        return logits
-
-    def _whole(self, x: Array) -> Array:
-        """Hidden states, which every device of a tensor-parallel group holds."""
-        if self.sharding is None:
-            return x
-        return self.sharding.constrain(x, "batch", None, "embed")
+        return constrain(self.sharding, logits, "batch", None, "vocab")
 
 
 def stack_layers(params: Params) -> Params:

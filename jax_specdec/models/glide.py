@@ -28,7 +28,7 @@ from jax_specdec._types import Array, Params
 from jax_specdec.core.cache import KVCache
 from jax_specdec.core.context import TargetView
 from jax_specdec.core.model import Output
-from jax_specdec.core.sharding import Sharding
+from jax_specdec.core.sharding import Sharding, constrain, partition_of
 from jax_specdec.models.attention import masked_attention
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import Decoder
@@ -70,7 +70,7 @@ def glimpse_view(
             layer=at,
             window=windows[layer],
             visible=visible,
-            partition=None if sharding is None else sharding.kernels,
+            partition=partition_of(sharding),
         )
         return cast(Array, out).astype(q.dtype)
 
@@ -128,7 +128,7 @@ class CrossAttention(nn.Module):
             q = rms_norm(q, param("q_norm", ones, t.head_dim), t.norm_eps)
         y = attend(apply_rope(q, *angles)).reshape(batch, length, -1)
         x = x + matmul(y, param("out", small, y.shape[-1], embed))
-        return x if self.sharding is None else self.sharding.constrain(x, "batch", None, None)
+        return constrain(self.sharding, x, "batch", None, None)
 
 
 @dataclasses.dataclass(frozen=True)

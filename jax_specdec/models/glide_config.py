@@ -1,6 +1,7 @@
 """The frozen description of a GliDe drafter (Du et al., arXiv 2402.02082, section 4.1)."""
 
 import dataclasses
+from typing import Any
 
 from jax_specdec.models.config import MAX_LAYERS, ModelConfig
 
@@ -75,6 +76,12 @@ class GliDeConfig:
             raise ValueError(
                 f"{len(self.target_layers)} target_layers for {self.num_layers} layers"
             )
+
+    @classmethod
+    def like(cls, decoder: ModelConfig, **fields: Any) -> "GliDeConfig":
+        """Layers of the shape of a decoder's, its target's for instance."""
+        names = ("hidden_size", "mlp_size", "num_heads", "num_kv_heads", "head_dim")
+        return cls(**{**{name: getattr(decoder, name) for name in names}, **fields})
 
     @classmethod
     def paper(cls, num_layers: int = 1) -> "GliDeConfig":

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from jax_specdec._types import Array, Params
-from jax_specdec.core.sharding import Sharding
+from jax_specdec.core.sharding import Sharding, constrain
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.rope import apply_rope
 from pallas_kernels import precision_of, tuning
@@ -82,37 +82,33 @@ class Block(nn.Module):
             q = rms_norm(q, param("q_norm", ones, dim), c.norm_eps)
             k = rms_norm(k, param("k_norm", ones, dim), c.norm_eps)
         q, k = apply_rope(q, *angles), apply_rope(k, *angles)
-        if self.sharding is not None:  # or else XLA may divide the rotation, and gather it again
-            q, k = (self.sharding.constrain(x, "batch", None, "heads", None) for x in (q, k))
+        # Or else XLA may divide the rotation, and gather it again.
+        q, k = (constrain(self.sharding, x, "batch", None, "heads", None) for x in (q, k))
         y = attend(q, k, v).reshape(batch, length, heads * dim)
         y = matmul(y, param("out", small, heads * dim, embed))
         if c.out_bias:
             y = y + param("out_bias", zeros, embed)[None, None]
-        x = self._whole(x + y)
+        # A sum over the parts of all devices, which all of them need: here, and below, is the all-reduce.
+        x = constrain(self.sharding, x + y, "batch", None, "embed")
         if between is not None:
             x = between(x)
         y = rms_norm(x, param("mlp_norm", ones, embed), c.norm_eps)
         y = matmul(y, param("gate_up", normal, embed, 2 * c.mlp_size))
         gate, up = self._parts(y, "mlp", (c.mlp_size, c.mlp_size))
         x = x + matmul(nn.silu(gate) * up, param("down", small, c.mlp_size, embed))
-        return self._whole(x), (k, v)
+        return constrain(self.sharding, x, "batch", None, "embed"), (k, v)
 
     def _parts(self, x: Array, axis: str, widths: tuple[int, ...]) -> list[Array]:
         """A fused product `[B, T, sum of widths]` taken apart."""
+        ends = np.cumsum(widths)[:-1]
         if self.sharding is None:
-            return jnp.split(x, np.cumsum(widths)[:-1].tolist(), axis=-1)
+            return jnp.split(x, ends.tolist(), axis=-1)
         groups = self.sharding.size(axis)
         x = self.sharding.constrain(x, "batch", None, axis)
         x = x.reshape(*x.shape[:2], groups, -1)
-        parts = jnp.split(x, (np.cumsum(widths)[:-1] // groups).tolist(), axis=-1)
+        parts = jnp.split(x, (ends // groups).tolist(), axis=-1)
         parts = [part.reshape(*x.shape[:2], -1) for part in parts]
         return [self.sharding.constrain(part, "batch", None, axis) for part in parts]
-
-    def _whole(self, x: Array) -> Array:
-        """A sum over the parts of all devices, which all of them need: the all-reduce is here."""
-        if self.sharding is None:
-            return x
-        return self.sharding.constrain(x, "batch", None, "embed")
 
 
 def unembed(params: Params, x: Array) -> Array:

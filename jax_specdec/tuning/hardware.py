@@ -1,6 +1,7 @@
 """What accelerators can do, by the makers' data sheets; per device as JAX counts devices."""
 
 import dataclasses
+import math
 import re
 
 from jax_specdec.errors import UserError
@@ -74,7 +75,5 @@ def parse_topology(text: str) -> Topology:
     if kind in TPUS and len(sizes) != (2 if kind in ("v5e", "v6e") else 3):
         axes = "2x4" if kind in ("v5e", "v6e") else "2x2x1"
         raise UserError(f"A topology of {kind} has a shape like {axes}, not {shape}.")
-    count = 1
-    for size in sizes:
-        count *= size
+    count = math.prod(sizes)
     return Topology(text, known[kind], count * (2 if kind in ("v4", "tpu7x") else 1))

@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh
 from jax_specdec.checkpoints import layouts
 from jax_specdec.core.loop import DecodeLoop
 from jax_specdec.core.sampling import make_sampling
-from jax_specdec.core.sharding import Sharding, row_places
+from jax_specdec.core.sharding import Sharding, held_per_device, row_places, shapes_at
 from jax_specdec.errors import RunError, UserError
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import Decoder
@@ -243,8 +243,8 @@ def compiled(question: Question, make: Any) -> dict[str, Any]:
         shapes = jax.eval_shape(decoder.init, jax.random.key(0))
         drafter, own, places = make(decoder)
         params = {
-            "target": _placed(shapes, sharding.tree(decoder.axes()[0]), kind),
-            "drafters": {name: _placed(own[name], places[name], kind) for name in own},
+            "target": layouts.shapes_of(shapes, sharding.tree(decoder.axes()[0]), kind),
+            "drafters": {name: layouts.shapes_of(own[name], places[name], kind) for name in own},
         }
         loop = DecodeLoop(decoder, drafter)
         sampling = jax.tree.map(
@@ -255,17 +255,17 @@ def compiled(question: Question, make: Any) -> dict[str, Any]:
         longest = min(PROMPT, (question.context + 1) // 2)
         tokens = jax.ShapeDtypeStruct((question.batch, longest), "int32")
         given = (tokens, rows, sampling, rows)
-        args = _at(given, row_places(given, sharding))
+        args = shapes_at(given, row_places(given, sharding))
         start = jax.jit(loop.start, static_argnames="capacity")
         capacity = question.context
         state = start.eval_shape(params, *args, capacity=capacity)
         began = time.perf_counter()
         prefill = _compile(start.lower(params, *args, capacity=capacity))
-        state = _at(state, prefill.output_shardings)
+        state = shapes_at(state, prefill.output_shardings)
         run = jax.jit(loop.run, donate_argnums=1, out_shardings=prefill.output_shardings)
         one = jax.ShapeDtypeStruct((), "int32")
         round_ = _compile(run.lower(params, state, one))
-    parameters = _bytes(params)
+    parameters = held_per_device(params)
     found = {
         "compile_s": round(time.perf_counter() - began, 1),
         "prefill": _memory(prefill, parameters),
@@ -281,12 +281,21 @@ def compiled(question: Question, make: Any) -> dict[str, Any]:
     return found
 
 
-def _compile(lowered: Any) -> Any:
-    # Kept in JAX's cache, a program of devices that are not here could not be read back.
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Kept in JAX's cache, a program of devices that are not here could not be read back: that takes one of them."""
     shortest = jax.config.jax_persistent_cache_min_compile_time_secs  # pyright: ignore
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
     try:
-        return lowered.compile()
+        yield
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
+
+
+def _compile(lowered: Any) -> Any:
+    try:
+        with uncached():
+            return lowered.compile()
     except Exception as error:
         used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
         if used is None:
@@ -294,39 +303,10 @@ def _compile(lowered: Any) -> Any:
         raise TooLarge(
             f"the compiler would use {used[1]} of {used[2]} of a device's memory"
         ) from error
-    finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
 
 
 class TooLarge(Exception):
     """A program that does not fit, by the compiler."""
-
-
-def _at(shapes: Any, places: Any) -> Any:
-    """Shapes of arrays that lie there."""
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
-    )
-
-
-def _placed(shapes: Any, places: Any, kind: str) -> Any:
-    """Shapes of parameters where, and in which layout, loading puts them."""
-    from jax.experimental.layout import Format
-
-    def one(path: Any, x: Any, place: Any) -> Any:
-        layout = layouts.weight_layout(layouts.keys(path), x.shape, x.dtype, kind)
-        where = place if layout is None else Format(layout, place)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-    return jax.tree_util.tree_map_with_path(one, shapes, places)
-
-
-def _bytes(params: Any) -> int:
-    """Of one device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(params)
-    )
 
 
 def _memory(program: Any, parameters: int) -> dict[str, int]:

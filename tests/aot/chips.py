@@ -16,10 +16,10 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_specdec.checkpoints import layouts
+from jax_specdec.tuning.plan import uncached
 
 BESIDE = Path(sys.prefix) / "aot" / "libtpu" / "libtpu.so"
 FOUND = BESIDE.is_file() or importlib.util.find_spec("libtpu") is not None
@@ -56,24 +56,13 @@ def compile_for(generation: str, function: Callable, *args: Any, **jit: Any) -> 
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(function, **jit).lower(*jax.tree.map(placed, args))
-    # Kept in JAX's cache, it could not be read back: that takes a client of the chip.
-    shortest = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
-    try:
+    with uncached():
         return lowered.compile()
-    finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
 
 
 def loaded(generation: str, params: Any) -> Any:
     """Shapes of a parameter tree, for `compile_for`, as `layouts.put_tree` lays it down on one chip."""
     mesh = chip(generation)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    kind = mesh.devices.flat[0].device_kind
-
-    def shape(path: Any, x: Any) -> jax.ShapeDtypeStruct:
-        layout = layouts.weight_layout(layouts.keys(path), x.shape, x.dtype, kind)
-        where = everywhere if layout is None else Format(layout, everywhere)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-    return jax.tree_util.tree_map_with_path(shape, params)
+    places = jax.tree.map(lambda _: everywhere, params)
+    return layouts.shapes_of(params, places, mesh.devices.flat[0].device_kind)

@@ -39,8 +39,7 @@ def sampling():
 
 @functools.cache
 def glide_params():
-    fields = ("hidden_size", "mlp_size", "num_heads", "num_kv_heads", "head_dim")
-    shape = GliDeConfig(**{field: getattr(h.CONFIG, field) for field in fields})
+    shape = GliDeConfig.like(h.CONFIG)
     return shape, h.perturbed(GliDe(shape, h.CONFIG).init(jax.random.key(3)), 0.5)
 
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from jax_specdec import DecodeLoop, Decoder, UserError
-from jax_specdec.core.sharding import Sharding, ShardingRules
+from jax_specdec.core.sharding import Sharding, ShardingRules, shapes_at
 from jax_specdec.models.tensor_parallel import divided_config, fused_order
 from jax_specdec.tuning.collectives import collectives
 
@@ -39,11 +39,8 @@ def round_text(name: str, sharding: Sharding, capacity: int = 64) -> tuple[str, 
     rows = m.put_rows(rows, sharding)
     start = jax.jit(loop.start, static_argnames="capacity")
     first = start.lower(params, *rows, capacity=capacity).compile()
-    state = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        start.eval_shape(params, *rows, capacity=capacity),
-        first.output_shardings,
-    )
+    state = start.eval_shape(params, *rows, capacity=capacity)
+    state = shapes_at(state, first.output_shardings)
     run = jax.jit(loop.run, donate_argnums=1, out_shardings=first.output_shardings)
     program = run.lower(params, state, jnp.int32(1)).compile()
     layers = state.view.cache.k
