@@ -130,9 +130,8 @@ def from_decoder(
             raise UserError(
                 f"{small.path} has {name} {value}, and what begins as it cannot have {fields[name]}."
             )
-    model = make_glide(
-        make_glide_config({**fixed, **fields}, "What was given"), target.config, "float32"
-    )
+    config = make_glide_config({**fixed, **fields}, "What was given")
+    model = make_glide(config, target.config, "float32", target.sharding)
     alike = model.config.decoder(target.config)
     for field in dataclasses.fields(ModelConfig):
         if field.name in (*NOT_IDENTITY, "tied_head"):

@@ -1,10 +1,11 @@
 """Arguments and steps of training a drafter beside its frozen target."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jax_specdec.cli import arguments, common
+from jax_specdec.cli import arguments, common, mesh
 from jax_specdec.errors import UserError
 from jax_specdec.training.config import TrainConfig
 
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser, init: str) -> None:
         "--config", metavar="FILE", help='JSON {"train": {...}, "recipe": {...}, "model": {...}}'
     )
     parser.add_argument("--save-dtype", choices=common.DTYPES, default="bfloat16")
+    mesh.add_mesh(parser, "rows over all devices")
 
 
 def add_recipe(parser: argparse.ArgumentParser, recipe: type) -> None:
@@ -56,9 +58,10 @@ def open_target(args: argparse.Namespace, config: TrainConfig) -> Run:
     from jax_specdec.checkpoints.target_bound import target_fingerprint
     from jax_specdec.checkpoints.targets import load_target
 
+    devices = mesh.start(args)
     folder = find_checkpoint(args.target)
     fingerprint = target_fingerprint(folder)
-    target = load_target(folder, dtype=config.dtype)
+    target = load_target(folder, dtype=config.dtype, mesh=devices)
     if config.sequence_length > target.config.context:
         raise UserError(
             f"Windows of {config.sequence_length} tokens do not fit the target's context of "
@@ -86,3 +89,9 @@ def announce(model: Any, config: TrainConfig) -> None:
         f"{model.parameter_count():,} parameters of its own, "
         f"{config.steps * config.batch_size * config.sequence_length:,} tokens of training"
     )
+
+
+def save(about: Run, write: Callable[[Path], Any]) -> None:
+    """The checkpoint of a run, written by the first of its processes."""
+    if mesh.first():
+        write(about.out / "checkpoint")

@@ -1,8 +1,11 @@
 """`--mesh` and the flags of several processes."""
 
 import argparse
+import contextlib
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from jax_specdec.cli import common
@@ -15,13 +18,14 @@ AXES = ("data", "tensor")
 TIMEOUT_S = 60  # for all processes to reach the coordinator
 
 
-def add_mesh(parser: argparse.ArgumentParser) -> None:
-    """`--mesh`, `--coordinator`, `--num-processes`, `--process-id`."""
+def add_mesh(parser: argparse.ArgumentParser, default: str = "one device") -> None:
+    """`--mesh`, `--coordinator`, `--num-processes`, `--process-id`; `default` says what is without `--mesh`."""
     group = parser.add_argument_group("several devices")
     group.add_argument(
         "--mesh",
         metavar="AXIS=N,...",
-        help="divide rows over the axis data and the model over tensor, as in data=2,tensor=4 (default: one device)",
+        help="divide rows over the axis data and the model over tensor, as in data=2,tensor=4 "
+        f"(default: {default})",
     )
     group.add_argument(
         "--coordinator",
@@ -118,13 +122,13 @@ def _join(args: argparse.Namespace) -> None:
             "num_processes": count,
             "process_id": number,
         }
-    try:
-        jax.distributed.initialize(initialization_timeout=TIMEOUT_S, **options)
-    except Exception as error:  # of several libraries beneath
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunError(
-            f"The processes did not find each other at {args.coordinator} within {TIMEOUT_S} s: {reason[:300]}"
-        ) from error
+    failed = f"The processes did not find each other at {args.coordinator} within {TIMEOUT_S} s"
+    with _end_after(TIMEOUT_S, failed):
+        try:
+            jax.distributed.initialize(initialization_timeout=2 * TIMEOUT_S, **options)
+        except Exception as error:  # of several libraries beneath
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise RunError(f"{failed}: {reason[:300]}") from error
     if not first():
         common.hush()
     # Collectives of CPU report to standard output, which is for results.
@@ -132,6 +136,23 @@ def _join(args: argparse.Namespace) -> None:
     results = os.dup(1)
     os.dup2(2, 1)
     sys.stdout = os.fdopen(results, "w", encoding="utf-8", errors="replace")
+
+
+@contextlib.contextmanager
+def _end_after(seconds: float, sentence: str) -> Iterator[None]:
+    """Ends the process with a sentence: at its own limit JAX's runtime aborts, with a stack trace of C++."""
+
+    def end() -> None:
+        os.write(2, f"error: {sentence}.\n".encode())
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def first() -> bool:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jax_specdec.cli import arguments, common, regenerate, train_glide, train_medusa
+from jax_specdec.cli import arguments, common, mesh, regenerate, train_glide, train_medusa
 from jax_specdec.errors import UserError
 from jax_specdec.training.config import TrainConfig
 
@@ -57,6 +57,7 @@ def register_lm(kinds: Any) -> None:
         help="use the embedding as the output matrix (default: no)",
     )
     arguments.add_dataclass(parser.add_argument_group("training"), TrainConfig, "train")
+    mesh.add_mesh(parser, "rows over all devices")
     parser.set_defaults(run=run_lm)
 
 
@@ -93,6 +94,7 @@ def register_bigram(kinds: Any) -> None:
 def run_lm(args: argparse.Namespace) -> int:
     from jax_specdec.checkpoints.generation_config import read_generation
     from jax_specdec.checkpoints.targets import load_params, load_tokenizer, save_pretrained
+    from jax_specdec.core.sharding import Sharding, to_host
     from jax_specdec.models.config import ModelConfig
     from jax_specdec.models.decoder import Decoder
     from jax_specdec.text.token_bytes import id_bound
@@ -106,6 +108,8 @@ def run_lm(args: argparse.Namespace) -> int:
     if source is None:
         raise UserError("Name the tokenizer's folder with --tokenizer DIR.")
     out = Path(args.out)
+    devices = mesh.start(args)
+    sharding = None if devices is None else Sharding(devices)
     tokenizer = load_tokenizer(source)
     shape = {**sections["model"], **arguments.given(args, "model")}
     initial = None
@@ -129,15 +133,17 @@ def run_lm(args: argparse.Namespace) -> int:
         f"{model.parameter_count():,} parameters, "
         f"{config.steps * config.batch_size * config.sequence_length:,} tokens of training"
     )
-    params = train(decoder, config, documents, heldout, out, initial=initial, resume=args.resume)
-    save_pretrained(
-        out / "checkpoint",
-        model,
-        params,
-        dtype=args.save_dtype,
-        tokenizer=Path(source),
-        generation=None if args.init is None else read_generation(Path(args.init)),
-    )
+    options = {"sharding": sharding, "initial": initial, "resume": args.resume}
+    params = to_host(train(decoder, config, documents, heldout, out, **options))
+    if mesh.first():
+        save_pretrained(
+            out / "checkpoint",
+            model,
+            params,
+            dtype=args.save_dtype,
+            tokenizer=Path(source),
+            generation=None if args.init is None else read_generation(Path(args.init)),
+        )
     common.say(f"Wrote {out / 'checkpoint'}.")
     return 0
 

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from jax_specdec.checkpoints import glide as glide_checkpoint
-    from jax_specdec.checkpoints.targets import load_target
+    from jax_specdec.checkpoints.targets import load_config, load_target
     from jax_specdec.checkpoints.tensor_files import read_json
     from jax_specdec.training import glide
     from jax_specdec.training.losses import parse_mixture
@@ -107,15 +107,15 @@ def run(args: argparse.Namespace) -> int:
     fields = {**sections["model"], **arguments.given(args, "model")}
     initial = None
     if args.init is None:
-        shape = choose_shape(args, fields, recipe, target.config)
-        model = glide_checkpoint.make_glide(shape, target.config, "float32")
+        shape = choose_shape(args, fields, recipe, load_config(target.path))
+        model = glide_checkpoint.make_glide(shape, target.config, "float32", target.sharding)
     elif (
         read_json(Path(args.init) / "config.json").get("model_type")
         == glide_checkpoint.KIND.model_type
     ):
         shape, trained_for = glide_checkpoint.read_glide_config(Path(args.init))
         beside.check_init(args, fields or args.paper or args.vanilla, trained_for, about)
-        model = glide_checkpoint.make_glide(shape, target.config, "float32")
+        model = glide_checkpoint.make_glide(shape, target.config, "float32", target.sharding)
         initial = glide_checkpoint.load_own_params(Path(args.init), model)
     else:
         if args.paper:
@@ -126,6 +126,15 @@ def run(args: argparse.Namespace) -> int:
         model, initial = glide_checkpoint.from_decoder(small, target, key, **fields)
     documents, heldout = beside.load_documents(args, about, config)
     beside.announce(model, config)
+
+    def save(params: Any) -> None:
+        beside.save(
+            about,
+            lambda folder: glide_checkpoint.save_glide(
+                folder, model, params, about.fingerprint, dtype=args.save_dtype
+            ),
+        )
+
     glide.train(
         model,
         target.decoder,
@@ -136,11 +145,10 @@ def run(args: argparse.Namespace) -> int:
         heldout,
         about.out,
         fingerprint=about.fingerprint,
+        sharding=target.sharding,
         initial=initial,
         resume=args.resume,
-        on_save=lambda params: glide_checkpoint.save_glide(
-            about.out / "checkpoint", model, params, about.fingerprint, dtype=args.save_dtype
-        ),
+        on_save=save,
     )
     common.say(f"Wrote {about.out / 'checkpoint'}.")
     return 0

@@ -93,13 +93,11 @@ def run(args: argparse.Namespace) -> int:
             config.sequence_length,
             config.batch_size // config.accumulate,
         )
-        medusa_checkpoint.save_medusa(
-            about.out / "checkpoint",
-            model,
-            params,
-            about.fingerprint,
-            accuracies,
-            dtype=args.save_dtype,
+        beside.save(
+            about,
+            lambda folder: medusa_checkpoint.save_medusa(
+                folder, model, params, about.fingerprint, accuracies, dtype=args.save_dtype
+            ),
         )
 
     if args.calibrate:
@@ -116,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
             heldout,
             about.out,
             fingerprint=about.fingerprint,
+            sharding=target.sharding,
             initial=initial,
             resume=args.resume,
             on_save=save,

@@ -195,6 +195,12 @@ def on_its_mesh(method: Callable) -> Callable:
     return inside
 
 
+def put(x: Any, place: NamedSharding) -> Array:
+    """An array that every process holds whole, where it shall lie; each puts down the parts of its own devices."""
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+
 def put_rows(rows: Any, sharding: Sharding | None) -> Any:
     """Arrays of one entry per row, of the host or of a device, where rows lie.
 
@@ -221,6 +227,13 @@ def to_host(arrays: Any) -> Any:
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(arrays, tiled=True)
     return jax.device_get(arrays)
+
+
+def everywhere(flag: bool) -> bool:
+    """Whether it is so on every process."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).all())
 
 
 def check_agreement(value: Any) -> None:

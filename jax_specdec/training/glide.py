@@ -141,6 +141,7 @@ def make_objective(
             "target": fingerprint,
         },
         frozen=jax.tree.map(lambda x: x.astype(dtype), target_params),
+        places=None if model.sharding is None else lambda _: model.places(),
     )
 
 

@@ -1,6 +1,7 @@
 """`train lm`: language-model training of any decoder, from JSONL to a Hugging Face folder."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
 from jax_specdec._types import Params
+from jax_specdec.core.sharding import Sharding, is_names
 from jax_specdec.models.decoder import Decoder
 from jax_specdec.training import trainer
 from jax_specdec.training.config import TrainConfig
@@ -50,5 +53,18 @@ def train(
         loss=loss,
         measure=measure,
         settings={"model": dataclasses.asdict(decoder.config)},
+        places=functools.partial(_places, decoder),
     )
     return trainer.train(objective, config, documents, heldout, workdir, **options)
+
+
+def _places(decoder: Decoder, sharding: Sharding) -> Params:
+    """Along the axes that divide. Fused matrices are not in the order that decoding has: XLA moves more, and the
+    state is the same for every mesh."""
+
+    def place(names: tuple[str | None, ...], x: Any) -> NamedSharding:
+        sizes = zip(names, x.shape, strict=True)
+        return sharding.of(*(n if n and not size % sharding.size(n) else None for n, size in sizes))
+
+    shapes = jax.eval_shape(decoder.init, jax.random.key(0))
+    return jax.tree.map(place, decoder.axes()[0], shapes, is_leaf=is_names)

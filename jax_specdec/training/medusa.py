@@ -18,6 +18,7 @@ from jax_specdec._types import Array, Float, Params
 from jax_specdec.checkpoints.medusa import Accuracies
 from jax_specdec.core.draft import TOP
 from jax_specdec.core.numerics import argmax
+from jax_specdec.core.sharding import to_host
 from jax_specdec.errors import UserError
 from jax_specdec.models.decoder import Decoder
 from jax_specdec.models.medusa import Medusa
@@ -139,7 +140,7 @@ def calibrate(
         _accuracies(heads, own, frozen, jnp.asarray(windows[i : i + batch]))
         for i in range(0, len(windows) // batch * batch, batch)
     ]
-    return tuple(map(tuple, np.mean(jax.device_get(found), axis=0).astype(float).tolist()))
+    return tuple(map(tuple, np.mean(to_host(found), axis=0).astype(float).tolist()))
 
 
 @functools.partial(jax.jit, static_argnums=0)

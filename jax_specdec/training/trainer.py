@@ -4,11 +4,15 @@ What is trained is an `Objective`. Parameters and optimiser state are float32; `
 in bfloat16. The state is saved by orbax, every batch and random draw is a function of (seed, step), and the
 metrics file is cut back to the restored step, so a run that is killed and resumed logs the same losses as one
 that was not.
+
+On a mesh, rows are divided over its `data` axis, and parameters and optimiser state as an objective says. What is saved is whole: a run goes on on any other mesh, from the same state to the bit, and then
+differs as sums of another order do. Of several processes all train and save, and the first one writes the rest.
 """
 
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,10 +24,12 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
 from tqdm.auto import tqdm
 
 from jax_specdec._types import Params
+from jax_specdec.checkpoints.layouts import keys
+from jax_specdec.core.sharding import Sharding, check_agreement, put, to_host
 from jax_specdec.errors import RunError, UserError
 from jax_specdec.training.config import TrainConfig
 from jax_specdec.training.data import (
@@ -58,8 +64,10 @@ class Objective:
       init: fresh float32 parameters from a key.
       loss: differentiated with respect to its first argument.
       measure: taken of held-out windows; `heldout_loss` must be among the names.
-      frozen: what the loss reads beside the parameters, such as a target's parameters.
+      frozen: what the loss reads beside the parameters, such as a target's parameters; on the mesh already, or
+        whole.
       settings: what must be the same in a resumed run; JSON.
+      places: where the parameters lie on a mesh, a tree of `NamedSharding`; without, each device holds them whole.
     """
 
     init: Callable[[jax.Array], Params]
@@ -67,6 +75,7 @@ class Objective:
     measure: MeasureFn
     settings: dict[str, Any]
     frozen: Any = None
+    places: Callable[[Sharding], Params] | None = None
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
@@ -154,6 +163,7 @@ def train(
     heldout: Sequence[np.ndarray],
     workdir: str | Path,
     *,
+    sharding: Sharding | None = None,
     initial: Params | None = None,
     resume: bool = False,
     stop_after: int | None = None,
@@ -164,20 +174,26 @@ def train(
 
     Args:
       documents, heldout: token ids per document, end-of-text included; `Mixed` sources by weight.
-      workdir: receives `state/` (orbax), `metrics.jsonl` and `loss.png`.
+      sharding: None divides rows over all devices of all processes.
+      workdir: of a file system that all processes see; receives `state/` (orbax), `metrics.jsonl` and `loss.png`.
       initial: parameters to start from; fresh ones from `config.seed` otherwise.
       resume: go on from the newest state in `workdir` that can be read; a damaged newer one is deleted,
         with a warning. Without it a used workdir is refused.
       stop_after: return after this step, as a killed run would.
-      on_save: called with the parameters whenever the state is saved, and if a resumed run has no step
-        left, since the run before it may have been killed between saving and the call.
+      on_save: called by every process, with the parameters as numpy, whenever the state is saved, and if a
+        resumed run has no step left, since the run before it may have been killed between saving and the call.
 
     Raises:
       UserError: a used workdir without `resume`, other settings or data than the saved run's, or a
         workdir that another run is in.
-      RunError: the loss is not finite, no saved state can be read, or the disk is full.
+      RunError: the loss is not finite, no saved state can be read, the disk is full, or processes were given
+        different data or settings.
     """
     workdir = Path(workdir).absolute()
+    if sharding is None:
+        names = ("data", "tensor")
+        shape = (len(jax.devices()), 1)
+        sharding = Sharding(jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 2))
     with written(workdir), locked(workdir):
         return _train(
             objective,
@@ -185,6 +201,7 @@ def train(
             documents,
             heldout,
             workdir,
+            sharding,
             initial=initial,
             resume=resume,
             stop_after=stop_after,
@@ -199,6 +216,7 @@ def _train(
     documents: Documents,
     heldout: Sequence[np.ndarray],
     workdir: Path,
+    sharding: Sharding,
     *,
     initial: Params | None,
     resume: bool,
@@ -206,20 +224,17 @@ def _train(
     progress: bool,
     on_save: Callable[[Params], None] | None,
 ) -> Params:
-    metrics_path = workdir / "metrics.jsonl"
+    first_process = jax.process_index() == 0
+    metrics_path = workdir / "metrics.jsonl" if first_process else Path(os.devnull)
     settings = {"train": dataclasses.asdict(config), **objective.settings}
     if isinstance(documents, Mixed):
         settings["weights"] = documents.weights
     settings = json.loads(json.dumps({**settings, "data": fingerprint(documents, heldout)}))
-    devices = jax.devices()
-    micro = config.batch_size // config.accumulate
-    if micro % len(devices):
-        raise UserError(
-            f"A micro-batch of {micro} windows does not divide over {len(devices)} devices."
-        )
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    by_row = NamedSharding(mesh, PartitionSpec("data"))
+    check_agreement(settings)
+    micro, parts = config.batch_size // config.accumulate, sharding.size("batch")
+    if micro % parts:
+        raise UserError(f"A micro-batch of {micro} windows does not divide over {parts} devices.")
+    replicated, by_row = sharding.of(), sharding.of("batch", None)
 
     def compute(function: Callable) -> Callable:
         def call(params, *args):
@@ -241,9 +256,14 @@ def _train(
         key = jax.random.key(config.seed)
         params = objective.init(key) if initial is None else initial
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-        params = jax.device_put(params, replicated)
-        frozen = jax.device_put(objective.frozen, replicated)
-        opt_state = jax.device_put(optimizer.init(params), replicated)
+        where = objective.places
+        places = sharding.whole(params) if where is None else where(sharding)
+        params = jax.tree.map(_put, params, places)
+        frozen = jax.tree.map(
+            lambda x: x if _lies_on(x, sharding.mesh) else put(x, replicated), objective.frozen
+        )
+        state_places = like_params(jax.eval_shape(optimizer.init, params), places, replicated)
+        opt_state = jax.jit(optimizer.init, out_shardings=state_places)(params)
         first = 0
         if latest is not None:
             (params, opt_state), first = restore_newest(
@@ -254,17 +274,17 @@ def _train(
 
         step_fn = jax.jit(
             make_step(compute(objective.loss), config, optimizer),
-            in_shardings=(replicated, replicated, replicated, by_row, replicated),
-            out_shardings=(replicated, replicated, replicated),
+            out_shardings=(places, state_places, replicated),
             donate_argnums=(0, 1),
         )
-        measure_fn = jax.jit(compute(objective.measure))
+        measure_fn = jax.jit(compute(objective.measure), out_shardings=replicated)
         windows = heldout_windows(heldout, config.sequence_length)
         windows = windows[: len(windows) // micro * micro] if len(windows) > micro else windows
 
         def measure() -> dict[str, Any]:
+            place = replicated if len(windows) % parts else by_row
             found = [
-                jax.device_get(measure_fn(params, frozen, jnp.asarray(windows[i : i + micro])))
+                jax.device_get(measure_fn(params, frozen, put(windows[i : i + micro], place)))
                 for i in range(0, len(windows), micro)
             ]
             return {k: np.mean([part[k] for part in found], axis=0).tolist() for k in found[0]}
@@ -277,9 +297,13 @@ def _train(
                     meta=ocp.args.JsonSave(settings),
                 ),
             )
-            plot_metrics(rows, workdir / "loss.png")
+            if first_process:
+                plot_metrics(rows, workdir / "loss.png")
+            saved(params)
+
+        def saved(params: Params) -> None:
             if on_save is not None:
-                on_save(params)
+                on_save(to_host(params))
 
         batches = training_batches(
             documents, config.sequence_length, config.batch_size, config.steps, config.seed
@@ -287,11 +311,12 @@ def _train(
         schedule = learning_rate_schedule(config)
         last = min(config.steps, stop_after or config.steps)
         tokens_per_step = config.batch_size * config.sequence_length
-        bar = tqdm(total=config.steps, initial=first, disable=not progress, unit="step")
+        shown = progress and first_process
+        bar = tqdm(total=config.steps, initial=first, disable=not shown, unit="step")
         with metrics_path.open("a", encoding="utf-8") as log:
             for index in range(first, last):
                 began = time.perf_counter()
-                batch = jax.device_put(np.asarray(batches[index]), by_row)
+                batch = put(batches[index], by_row)
                 params, opt_state, metrics = step_fn(
                     params, opt_state, frozen, batch, jax.random.fold_in(key, index)
                 )
@@ -319,8 +344,31 @@ def _train(
                     save(step)
         bar.close()
         manager.wait_until_finished()
-        if first >= last and on_save is not None:
-            on_save(params)
+        if first >= last:
+            saved(params)
     finally:
         manager.close()
     return params
+
+
+def like_params(state: Any, places: Params, otherwise: NamedSharding) -> Any:
+    """Where an optimiser's state lies: what it holds of a parameter, where that is."""
+    of = {keys(path): place for path, place in jax.tree_util.tree_leaves_with_path(places)}
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        # A moment's path ends with its parameter's; counts have none, and nor have factored moments that shape.
+        names = keys(path)
+        ends = (of.get(names[i:]) for i in range(len(names)))
+        found = next((end for end in ends if end is not None), otherwise)
+        return found if len(found.spec) == len(leaf.shape) else otherwise
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _put(x: Any, place: NamedSharding) -> Any:
+    return jax.device_put(x, place) if _lies_on(x, place.mesh) else put(x, place)
+
+
+def _lies_on(x: Any, mesh: Any) -> bool:
+    here = getattr(x, "sharding", None)
+    return isinstance(here, NamedSharding) and here.mesh == mesh

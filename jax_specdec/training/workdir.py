@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jax_specdec.core.sharding import everywhere
 from jax_specdec.errors import RunError, UserError
 
 logger = logging.getLogger(__name__)
@@ -18,15 +19,17 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Holds a folder for one run. The system lets go of it however the process ends."""
+    """Holds a folder for one run, in its first process. The system lets go of it however the process ends."""
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"Another training is running in {workdir}: use a new folder."
-            ) from None
+    with (workdir / ".lock").open("a") as file:
+        free = True
+        if jax.process_index() == 0:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                free = False
+        if not everywhere(free):
+            raise UserError(f"Another training is running in {workdir}: use a new folder.")
         yield
 
 

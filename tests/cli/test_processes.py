@@ -1,10 +1,14 @@
 """Several processes of one program: the same text on each, written once."""
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 from commands import fails
 
@@ -68,6 +72,91 @@ def test_processes_that_disagree(tiny_checkpoints):
     done = together(tiny_checkpoints, free_port(), (PROMPTS, other))
     assert all(process.returncode != 0 for process in done)
     assert "given different requests" in done[0].stderr
+
+
+def train(home, out, steps: int, *more: str) -> list[str]:
+    """`train glide` beside the small target, its state saved at each step."""
+    usual = (
+        "--target",
+        str(home / "target"),
+        "--data",
+        str(home / "data.jsonl"),
+        "--out",
+        str(out),
+    )
+    sizes = ("--sequence-length", "16", "--batch-size", "4", "--heldout-share", "0.2")
+    often = ("--steps", str(steps), "--save-every", "1", "--eval-every", str(steps))
+    return [sys.executable, "-m", "jax_specdec", "train", "glide", *usual, *sizes, *often, *more]
+
+
+def losses(out) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_training_killed_in_two_processes_goes_on_in_one(tiny_checkpoints, tmp_path):
+    """Both are killed, unasked; one device goes on, and its losses are those of a run that nobody killed."""
+    shutil.copytree(tiny_checkpoints / "target", tmp_path / "target")
+    texts = [
+        {"text": f"The cat saw {i} dogs and Lily ran away with {i % 7} balls."} for i in range(60)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    steps, whole, cut, port = 30, tmp_path / "whole", tmp_path / "cut", free_port()
+    alone = subprocess.run(
+        train(tmp_path, whole, steps), env=environment(1), capture_output=True, text=True
+    )
+    assert alone.returncode == 0, alone.stderr
+    flags = (
+        "--mesh",
+        "data=2,tensor=2",
+        "--coordinator",
+        f"localhost:{port}",
+        "--num-processes",
+        "2",
+    )
+    with (tmp_path / "log").open("w") as log:
+        running = [
+            subprocess.Popen(
+                train(tmp_path, cut, steps, *flags, "--process-id", str(number)),
+                env=environment(2),
+                stdout=log,
+                stderr=log,
+            )
+            for number in range(2)
+        ]
+        until = time.monotonic() + 480
+        while not (cut / "state" / "3").is_dir():
+            said = (tmp_path / "log").read_text()
+            assert all(process.poll() is None for process in running), said
+            assert time.monotonic() < until, said
+            time.sleep(0.1)
+        for process in running:
+            process.kill()
+            process.wait()
+    before = losses(cut)
+    assert 3 <= len(before) < steps
+    resumed = subprocess.run(
+        train(tmp_path, cut, steps, "--resume"), env=environment(1), capture_output=True, text=True
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(cut)[:2] == before[:2] and len(losses(cut)) == steps
+    np.testing.assert_allclose(losses(cut), losses(whole), rtol=2e-3)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_processes_that_do_not_find_each_other(tiny_checkpoints, process):
+    """The first waits for the second in vain, or the second for the first."""
+    shorter = "from jax_specdec.cli import main, mesh; mesh.TIMEOUT_S = 3; raise SystemExit(main())"
+    flags = ("--mesh", "data=2", "--coordinator", f"localhost:{free_port()}")
+    flags += ("--num-processes", "2", "--process-id", str(process))
+    given = command(tiny_checkpoints, *flags, *PROMPTS)[3:]
+    done = subprocess.run(
+        [sys.executable, "-c", shorter, *given], env=environment(1), capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("error: The processes did not find each other at localhost:")
+    assert said.endswith("within 3 s.")
 
 
 @pytest.mark.parametrize(
