@@ -67,9 +67,10 @@ def sizes_of(config: ModelConfig) -> dict[str, Any]:
 
 
 def bytes_per_device(decoder: Decoder) -> int:
-    """Of the parameters of a decoder on a mesh, what one device holds."""
-    assert decoder.sharding is not None
+    """Of the parameters of a decoder, on a mesh, or of int8, what one device holds."""
     shapes = jax.eval_shape(decoder.init, jax.random.key(0))
+    if decoder.sharding is None:
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
     return held_per_device(shapes_at(shapes, decoder.sharding.tree(decoder.axes()[0])))
 
 

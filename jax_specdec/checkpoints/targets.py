@@ -7,7 +7,7 @@ the parameters. Only safetensors are read: no pickles, and no code from a checkp
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,9 +54,11 @@ from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import Decoder
 from jax_specdec.models.hf import Weight, config_from_hf, config_to_hf, weight_names
+from jax_specdec.models.quantized import quantize
 from jax_specdec.models.tensor_parallel import fused_order
 from pallas_kernels import tuning
 
+INT8_PARTS = ("weights", "cache")
 LayerLoop = Literal["unroll", "scan"]
 Place = Callable[[tuple[str | int, ...], np.ndarray], Array]
 
@@ -100,6 +102,7 @@ def load_target(
     tokenizer: bool = True,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
+    int8: Collection[str] = (),
 ) -> Target:
     """Loads a model and its tokenizer.
 
@@ -112,27 +115,46 @@ def load_target(
       mesh: divides the model, by default over its axis `tensor`, and batches over `data`. Each process
         reads the parts of its own devices.
       rules: what is divided over which axis of the mesh.
+      int8: `weights` rounds the matrices that are multiplied, one after the other while they are read
+        (`models.quantized`); `cache` the keys and values of decoding, whose scales are measured on a text that
+        the target writes (`checkpoints.kv_scales`).
 
     Raises:
       UserError: nothing there, or something that is not supported or does not fit together.
     """
     sharding = make_sharding(mesh, rules)
+    check_int8(int8)
     folder = find_checkpoint(source)
     config, generation = load_config(folder), read_generation(folder)
     tensors = open_target(folder, config)
     if dtype is None:
         dtype = default_dtype(folder, tensors)
     decoder = _make_decoder(config, dtype, layer_loop or _faster_loop(config), sharding)
+    decoder = dataclasses.replace(decoder, quantized="weights" in int8)
     loaded = load_tokenizer(folder) if tokenizer else None  # first, because it is quick to fail
     plan = memory_plan(config, decoder.dtype, batch=0, slots=0)
-    if sharding is not None:
+    if sharding is not None or decoder.quantized:
         plan = dataclasses.replace(plan, parameters=bytes_per_device(decoder))
     check_fits(plan, available_memory())
     params = _read_params(folder, tensors, decoder, None, config)
     if config.tied_head and tuning.device().platform == "cpu":
         # XLA's CPU products of a few rows take up to ten times as long with a transposed matrix.
         params["head"] = jnp.array(params["embed"].T)
-    return Target(decoder, params, loaded, folder, generation)
+        params = quantize(params) if decoder.quantized else params
+    target = Target(decoder, params, loaded, folder, generation)
+    if "cache" not in int8:
+        return target
+    from jax_specdec.checkpoints.kv_scales import measure_scales
+
+    scales = measure_scales(target)
+    return dataclasses.replace(target, decoder=dataclasses.replace(decoder, kv_scales=scales))
+
+
+def check_int8(parts: Collection[str]) -> None:
+    """Raises a UserError for other parts than `weights` and `cache`."""
+    wrong = [parts] if isinstance(parts, str) else [x for x in parts if x not in INT8_PARTS]
+    if wrong:
+        raise UserError(f"int8 is of {' and '.join(INT8_PARTS)}, as a tuple, not of {wrong[0]!r}.")
 
 
 def make_sharding(mesh: Mesh | None, rules: ShardingRules | None) -> Sharding | None:
@@ -330,10 +352,14 @@ def _read_params(
 ) -> Params:
     """`config` is the checkpoint's, where that of the decoder is divided over a mesh."""
     config = config or decoder.config
-    sharding, axes = decoder.sharding, decoder.axes()[0]
+    sharding = decoder.sharding
+    axes = dataclasses.replace(decoder, quantized=False).axes()[0]
     check_target_tensors(folder, tensors, config)
     place = place or layouts.put
     scan = decoder.layer_loop == "scan"
+
+    def kept(path: tuple[Any, ...], value: Any) -> Any:
+        return quantize({path[-1]: value})[path[-1]] if decoder.quantized else value
 
     leaves: dict[tuple, dict[str, Weight]] = {}  # our arrays, and the tensors that each is made of
     for name, weight in weight_names(config).items():
@@ -359,7 +385,8 @@ def _read_params(
             whole = (config.num_layers, *whole) if stacked else whole
             read = sharded.reader(parts, tensors, order)
             where = sharding.of(*names)
-            parent[path[-1]] = sharded.place(path, whole, decoder.dtype, where, read)
+            value = sharded.place(path, whole, decoder.dtype, where, read)
+            parent[path[-1]] = kept(path, value)
             continue
         host = aligned((config.num_layers, *shape) if stacked else shape, decoder.dtype)
         for name, weight in parts.items():
@@ -367,5 +394,5 @@ def _read_params(
             part = part[..., weight.start : weight.start + weight.part[-1]]
             read_into(part, tensors[name].view(), weight.transposed)
         # Transfers run ahead of us otherwise, and each holds its host buffer.
-        parent[path[-1]] = jax.block_until_ready(place(path, host))
+        parent[path[-1]] = kept(path, jax.block_until_ready(place(path, host)))
     return params

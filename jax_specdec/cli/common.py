@@ -37,6 +37,23 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_int8(parser: argparse.ArgumentParser, draft: bool = True) -> None:
+    """`--int8` and `--draft-int8`."""
+    flags = {"--int8": "the model's"} | ({"--draft-int8": "the drafter's"} if draft else {})
+    for flag, whose in flags.items():
+        parser.add_argument(
+            flag,
+            type=_parts,
+            default=(),
+            metavar="PARTS",
+            help=f"{whose} `weights`, `cache` or `weights,cache` in 8 bits",
+        )
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
 def add_drafter(parser: argparse.ArgumentParser) -> None:
     """`--drafter` and `--draft`."""
     parser.add_argument(
@@ -129,9 +146,11 @@ def load(args: argparse.Namespace, mesh: "Mesh | None" = None) -> "tuple[Target,
     if spec is None:
         setting = Setting(folder, args.dtype or default_dtype(folder), batch_size)
         spec, reason = choose_drafter(setting, folders)
-    target = load_target(folder, dtype=args.dtype, mesh=mesh)
+    whole, drafts = (getattr(args, name, ()) for name in ("int8", "draft_int8"))
+    target = load_target(folder, dtype=args.dtype, mesh=mesh, int8=whole)
+    options = {"drafts": folders, "batch_size": batch_size, "int8": drafts}
     with warnings_said():
-        drafter = load_drafter(spec, target, drafts=folders, batch_size=batch_size)
+        drafter = load_drafter(spec, target, **options)
     if reason:
         say(f"drafter {drafter.spec} ({reason})")
     return target, drafter

@@ -26,6 +26,7 @@ def register(commands: Any) -> None:
     )
     common.add_model(parser)
     common.add_drafter(parser)
+    common.add_int8(parser)
     prompts = parser.add_argument_group("prompts (default: standard input is one prompt)")
     prompts.add_argument(
         "--prompt", metavar="TEXT", action="append", help="may be given several times"

@@ -52,6 +52,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=1, metavar="N")
     parser.add_argument("--context", type=int, default=8192, metavar="N", help="(default: 8192)")
     parser.add_argument("--dtype", choices=common.DTYPES, default="bfloat16")
+    common.add_int8(parser, draft=False)
     parser.add_argument(
         "--arithmetic", action="store_true", help="by formulas alone: no compiler, no seconds"
     )
@@ -80,10 +81,13 @@ def answer(args: argparse.Namespace) -> dict[str, Any]:
     if topology.hardware.platform == "cpu":
         _cpu_devices(topology.devices)
 
+    from jax_specdec.checkpoints.targets import check_int8
     from jax_specdec.tuning import plan
 
     sizes = meshes.parse_mesh(args.mesh) if args.mesh else _usual_mesh(config, topology.devices)
-    question = plan.Question(config, topology, sizes, args.batch_size, args.context, args.dtype)
+    check_int8(args.int8)
+    sized = (config, topology, sizes, args.batch_size, args.context, args.dtype)
+    question = plan.Question(*sized, args.int8)
     builder = _Drafter(spec, folders, home, config)
     own, nodes = builder.size(question)
     found: dict[str, Any] = {
@@ -95,6 +99,7 @@ def answer(args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "context": args.context,
         "dtype": args.dtype,
+        "int8": list(args.int8),
         **plan.by_arithmetic(question, own, nodes),
         "by": "arithmetic",
     }
@@ -256,9 +261,10 @@ class _Drafter:
 def _lines(found: dict[str, Any]) -> list[str]:
     gib, memory = common.gib, found["memory"]
     mesh = ",".join(f"{name}={size}" for name, size in found["mesh"].items())
+    eight = f" ({' and '.join(found['int8'])} in int8)" if found["int8"] else ""
     lines = [
         f"{found['topology']}: {found['devices']} devices ({found['hardware']}), mesh {mesh}, batch "
-        f"{found['batch_size']}, context {found['context']}, {found['dtype']}, drafter {found['drafter']}",
+        f"{found['batch_size']}, context {found['context']}, {found['dtype']}{eight}, drafter {found['drafter']}",
     ]
     if "program" in found:
         for name in ("prefill", "round"):

@@ -4,10 +4,12 @@ Drafts are not written here. Verification receives their keys and values beside 
 `commit` writes the accepted path once, so rejecting a draft costs nothing.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 import pallas_kernels
@@ -17,6 +19,27 @@ from pallas_kernels import Partition, tuning
 TILE = 32  # slots; a multiple of the sublanes of every dtype
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class KVScales:
+    """What a unit of an int8 cache stands for, by layer and KV head: static, so that a model can hold it.
+
+    Attributes:
+      k, v: `float32[L, K]`, above 0.
+    """
+
+    k: np.ndarray
+    v: np.ndarray
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.k.shape, self.k.tobytes(), self.v.tobytes()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KVScales) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
 class KVCache(flax.struct.PyTreeNode):
     """Keys and values of the committed tokens.
 
@@ -24,11 +47,14 @@ class KVCache(flax.struct.PyTreeNode):
       k, v: a tuple of L arrays `[B, K, S, D]`, or one stacked array `[L, B, K, S, D]` where layers
         are scanned.
       length: `int32[B]`, committed slots of each row; what lies behind them is garbage.
+      k_scale, v_scale: `float32[L, K]` where keys and values are int8, otherwise None.
     """
 
     k: Any
     v: Any
     length: Int[Array, " B"]
+    k_scale: Any = None
+    v_scale: Any = None
 
     @property
     def stacked(self) -> bool:
@@ -38,14 +64,29 @@ class KVCache(flax.struct.PyTreeNode):
     def slots(self) -> int:
         return (self.k if self.stacked else self.k[0]).shape[-2]
 
-    def layer(self, index: Any) -> tuple[Array, Array, Any]:
-        """Keys and values of one layer as `tree_attention` reads them: `(k, v, layer)`.
-
-        `[B, K, S, D]` and None, or, where layers are stacked, all of them and the index.
-        """
+    def layer(self, index: Any) -> dict[str, Any]:
+        """One layer as arguments of `tree_attention`: its keys and values, or those of all layers and the index."""
+        at = {"length": self.length, "k_scale": self.k_scale, "v_scale": self.v_scale}
         if self.stacked:
-            return self.k, self.v, index
-        return self.k[index], self.v[index], None
+            return {"k_cache": self.k, "v_cache": self.v, "layer": index, **at}
+        if self.k_scale is not None:
+            at |= {"k_scale": self.k_scale[index], "v_scale": self.v_scale[index]}
+        return {"k_cache": self.k[index], "v_cache": self.v[index], **at}
+
+    def seen(self, k: Array, v: Array, index: Any) -> tuple[Array, Array]:
+        """New keys and values `[B, T, K, D]` of a layer, as this cache will give them back.
+
+        A token sees itself, its draft and its cache through the same rounding: then what it sees does not
+        depend on which of it is committed yet, and speculative text is plain text, with int8, too.
+        """
+        if self.k_scale is None:
+            return k, v
+
+        def rounded(x: Array, scale: Array) -> Array:
+            scale = scale[index][None, None, :, None]
+            return (to_int8(x, scale).astype(jnp.float32) * scale).astype(x.dtype)
+
+        return rounded(k, self.k_scale), rounded(v, self.v_scale)
 
 
 def init_cache(
@@ -57,10 +98,12 @@ def init_cache(
     dtype: Any,
     *,
     stacked: bool = False,
+    scales: KVScales | None = None,
 ) -> KVCache:
     """An empty cache.
 
     Args:
+      scales: of an int8 cache, whatever `dtype`.
       slots: the capacity plus the widest draft, see `commit`. On accelerators they are rounded up to whole
         tiles: otherwise XLA keeps the cache with the heads innermost between programs, and every program
         begins and ends with copies of it.
@@ -68,11 +111,21 @@ def init_cache(
     if tuning.device().platform != "cpu":
         slots += -slots % TILE
     shape = (batch, num_kv_heads, slots, head_dim)
+    at: dict[str, Any] = {"length": jnp.zeros((batch,), jnp.int32)}
+    if scales is not None:
+        dtype = jnp.int8
+        at |= {"k_scale": jnp.asarray(scales.k), "v_scale": jnp.asarray(scales.v)}
     if stacked:
         k, v = (jnp.zeros((num_layers, *shape), dtype) for _ in range(2))
     else:
         k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)) for _ in range(2))
-    return KVCache(k=k, v=v, length=jnp.zeros((batch,), jnp.int32))
+    return KVCache(k=k, v=v, **at)
+
+
+def to_int8(x: Array, scale: Array) -> Array:
+    """`x / scale`, rounded and cut to -127 .. 127."""
+    units = jnp.round(x.astype(jnp.float32) / scale)
+    return jnp.clip(units, -127, 127).astype(jnp.int8)
 
 
 def _wait_for(start: Array, after: Array) -> Array:
@@ -111,6 +164,8 @@ def commit(
     """
 
     start = cache.length if after is None else _wait_for(cache.length, after[:, -1, 0])
+    if cache.k_scale is not None:
+        new_kv = (_units(new_kv[0], cache.k_scale), _units(new_kv[1], cache.v_scale))
 
     def write(k: Array, v: Array, new_k: Array, new_v: Array) -> tuple[Array, Array]:
         new_k, new_v = new_k.astype(k.dtype), new_v.astype(v.dtype)
@@ -122,3 +177,10 @@ def commit(
         layers = [write(*layer) for layer in zip(cache.k, cache.v, *new_kv, strict=True)]
         new_k, new_v = (tuple(x) for x in zip(*layers, strict=True))
     return cache.replace(k=new_k, v=new_v, length=cache.length + count)
+
+
+def _units(new: Any, scale: Array) -> Any:
+    """Keys or values of all layers as int8."""
+    if not isinstance(new, tuple):
+        return to_int8(new, scale[:, None, None, :, None])
+    return tuple(to_int8(x, scale[index][None, None, :, None]) for index, x in enumerate(new))

@@ -34,8 +34,8 @@ class TargetView(flax.struct.PyTreeNode):
         """Positions that the target has read and committed."""
         return self.cache.length
 
-    def kv(self, layer: Any) -> tuple[Array, Array, Any]:
-        """Keys and values of a layer as `tree_attention` reads them, see `KVCache.layer`.
+    def kv(self, layer: Any) -> dict[str, Any]:
+        """Keys and values of a layer as arguments of `tree_attention`, see `KVCache.layer`.
 
         Raises:
           UserError: the target has none.

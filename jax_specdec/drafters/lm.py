@@ -65,7 +65,9 @@ def _load(request: registry.Request) -> tuple[registry.Make, dict[str, Any]]:
 
     target, where = request.target, request.sharding
     mesh, rules = (None, None) if where is None else (where.mesh, where.rules)
-    small = load_target(request.folder, dtype=request.dtype, mesh=mesh, rules=rules)
+    small = load_target(
+        request.folder, dtype=request.dtype, mesh=mesh, rules=rules, int8=request.int8
+    )
     check_vocabulary(target.tokenizer, target.vocab_size, small.tokenizer, small.vocab_size)
     return _of(small.decoder, request), {request.name: small.params}
 

@@ -11,7 +11,7 @@ import importlib
 import importlib.metadata
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ class Request:
       name: of its parameters, its state and its statistics: the kind's, or a numbered one.
       source: a folder or hub id of its checkpoint, None where the kind needs none.
       target: without parameters where nothing is loaded; None where nothing but the checkpoint matters.
-      dtype: of parameters and computation.
+      dtype: of parameters and computation. int8: of which parts, as in `load_target`.
     """
 
     kind: "Kind"
@@ -47,6 +47,7 @@ class Request:
     source: str | Path | None = None
     target: Any = None
     dtype: Any = None
+    int8: Collection[str] = ()
 
     @property
     def sharding(self) -> Any:
@@ -92,8 +93,15 @@ class Request:
         return min(self.kind.longest(self), LONGEST)
 
     def load(self) -> tuple[Make, dict[str, Any]]:
-        """`Kind.load`."""
-        return self.kind.load(self) if self.kind.load is not None else (self.kind.make(self), {})
+        """`Kind.load`, and its matrices in int8 where they are wanted so."""
+        if self.kind.load is None:
+            return self.kind.make(self), {}
+        make, params = self.kind.load(self)
+        if "weights" in self.int8:
+            from jax_specdec.models.quantized import quantize
+
+            params = {name: quantize(own) for name, own in params.items()}
+        return make, params
 
 
 def _read_nothing(folder: Path) -> None:

@@ -54,11 +54,8 @@ def grown_attention(
     v_new: Array,
     k_drafted: Array,
     v_drafted: Array,
-    k_cache: Array,
-    v_cache: Array,
-    length: Array,
+    cached: dict[str, Any],
     ancestors: Array,
-    layer: Any = None,
     *,
     partition: Partition | None = None,
 ) -> Array:
@@ -69,7 +66,7 @@ def grown_attention(
 
     Args:
       q: `[B, T, N, D]`. k_new, v_new: `[B, T, K, D]`. k_drafted, v_drafted: `[B, M, K, D]`.
-      k_cache, v_cache, length, layer, partition: as in `tree_attention`.
+      cached: a layer of a cache, see `KVCache.layer`. partition: as in `tree_attention`.
       ancestors: `int32[B, T, ceil((M+T)/32)]`; bit j < M is drafted node j, bit M + i new node i.
 
     Returns:
@@ -79,15 +76,12 @@ def grown_attention(
     keys = jnp.concatenate([k_drafted, k_new], axis=1)
     values = jnp.concatenate([v_drafted, v_new], axis=1)
     kv_heads = keys.shape[2]
-    visible = jnp.broadcast_to(length[:, None], (batch, nodes))
+    visible = jnp.broadcast_to(cached["length"][:, None], (batch, nodes))
     prefix, lse = tree_attention(
         q,
         None,
         None,
-        k_cache,
-        v_cache,
-        length,
-        layer=layer,
+        **cached,
         visible=visible,
         return_lse=True,
         partition=partition,

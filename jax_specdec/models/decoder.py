@@ -23,12 +23,13 @@ from jax import lax
 
 from jax_specdec._types import Array, Int, Params
 from jax_specdec.core import cache as kv
-from jax_specdec.core.cache import KVCache
+from jax_specdec.core.cache import KVCache, KVScales
 from jax_specdec.core.model import Output
 from jax_specdec.core.sharding import Sharding, constrain, partition_of
 from jax_specdec.models.attention import causal_attention, grown_attention
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.layers import Block, rms_norm, unembed
+from jax_specdec.models.quantized import quantize, quantized_axes
 from jax_specdec.models.rope import rope_angles
 from jax_specdec.models.tensor_parallel import divided_config
 from pallas_kernels import tree_attention
@@ -67,6 +68,8 @@ class Decoder:
         stacked cache). `stack_layers` and `unstack_layers` convert.
       stacked_cache: whether the cache is one array over all layers under `unroll`, too: kernels then
         commit every layer in one call.
+      quantized: matrices that are multiplied are int8, see `quantized.Quantized`.
+      kv_scales: makes the cache int8; None keeps it in `dtype`.
       sharding: where parameters, activations and cache lie on a mesh, or None for one device. `config` may
         then have more KV heads than it was given, and fused parameters are in groups, see
         `tensor_parallel.divide`.
@@ -80,6 +83,8 @@ class Decoder:
     layer_loop: Literal["unroll", "scan"] = "unroll"
     stacked_cache: bool = False
     sharding: Sharding | None = None
+    quantized: bool = False
+    kv_scales: KVScales | None = None
 
     def __post_init__(self):
         if self.sharding is not None:
@@ -111,7 +116,8 @@ class Decoder:
         }
         if not c.tied_head:
             params["head"] = normal(keys[-2], (c.hidden_size, c.vocab_size), self.dtype)
-        return stack_layers(params) if self.layer_loop == "scan" else params
+        params = stack_layers(params) if self.layer_loop == "scan" else params
+        return quantize(params) if self.quantized else params
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache in the form that `apply` reads; `slots` as in `cache.init_cache`."""
@@ -124,6 +130,7 @@ class Decoder:
             c.head_dim,
             self.dtype,
             stacked=self.stacked_cache,
+            scales=self.kv_scales,
         )
         return jax.tree.map(
             lambda x, names: constrain(self.sharding, x, *names), cache, self.axes()[1]
@@ -223,37 +230,23 @@ class Decoder:
             def attend(q: Array, k: Array, v: Array) -> Array:
                 if cache is None:
                     return causal_attention(q, k, v, window, ancestors)
-                old_k, old_v, at = cache.layer(index)
+                k, v = cache.seen(k, v, index)
                 if drafted is not None:
                     if window is not None or ancestors is None:
                         raise ValueError(
                             "drafted nodes need ancestors, and layers without a window"
                         )
-                    k_drafted, v_drafted = drafted[0][index], drafted[1][index]
-                    return grown_attention(
-                        q,
-                        k,
-                        v,
-                        k_drafted,
-                        v_drafted,
-                        old_k,
-                        old_v,
-                        cache.length,
-                        ancestors,
-                        at,
-                        partition=partition,
-                    )
+                    before = cache.seen(drafted[0][index], drafted[1][index], index)
+                    old = cache.layer(index)
+                    return grown_attention(q, k, v, *before, old, ancestors, partition=partition)
                 out = tree_attention(
                     q,
                     k,
                     v,
-                    old_k,
-                    old_v,
-                    cache.length,
-                    ancestors,
-                    layer=at,
+                    ancestors=ancestors,
                     window=window,
                     partition=partition,
+                    **cache.layer(index),
                 )
                 return cast(Array, out)  # a pair only with return_lse
 
@@ -303,7 +296,10 @@ class Decoder:
             params["layers"] = {name: ("layer", *names) for name, names in layer.items()}
         else:
             params["layers"] = (layer,) * self.config.num_layers
-        return params, KVCache(cached, cached, ("batch",))  # type: ignore[arg-type]
+        if self.quantized:
+            params = quantized_axes(params)
+        scales: Any = None if self.kv_scales is None else (None, "kv_heads")
+        return params, KVCache(cached, cached, ("batch",), scales, scales)  # type: ignore[arg-type]
 
     def _has(self, name: str) -> bool:
         c = self.config

@@ -59,15 +59,13 @@ def glimpse_view(
     """
 
     def attend(q: Array, layer: int) -> Array:
-        k, v, at = view.kv(layer)
+        cached = view.kv(layer)
+        dtype = cached["k_cache"].dtype
         out = tree_attention(
-            q.astype(k.dtype),
+            q if dtype == jnp.int8 else q.astype(dtype),
             None,
             None,
-            k,
-            v,
-            view.length,
-            layer=at,
+            **cached,
             window=windows[layer],
             visible=visible,
             partition=partition_of(sharding),

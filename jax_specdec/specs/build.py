@@ -2,13 +2,13 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jax_specdec.checkpoints.targets import Target
+from jax_specdec.checkpoints.targets import Target, check_int8
 from jax_specdec.core.draft import MAX_NODES
 from jax_specdec.core.drafter import Drafter
 from jax_specdec.drafters import registry
@@ -195,7 +195,7 @@ class Drafters:
     """The drafters beside one target, by specification; a name that comes again is loaded once.
 
     Args:
-      folder, drafts, dtype: as in `load_drafter`. batch_size: which measured lengths count.
+      folder, drafts, dtype, int8: as in `load_drafter`. batch_size: which measured lengths count.
     """
 
     def __init__(
@@ -206,12 +206,15 @@ class Drafters:
         drafts: Mapping[str, str | Path] | None = None,
         dtype: Any = None,
         batch_size: int = 1,
+        int8: Collection[str] = (),
     ):
         self.target = target
         self.home = Path(folder) if folder is not None else target.path.parent
         self.drafts = dict(drafts or {})
         self.dtype = dtype or target.decoder.dtype
         self.setting = setting_of(target, batch_size)
+        check_int8(int8)
+        self.int8 = int8
         self._requests: dict[str, Request] = {}
         self._loaded: dict[str, tuple[Make, dict[str, Any]]] = {}
 
@@ -220,7 +223,8 @@ class Drafters:
         if name not in self._requests:
             kind = registry.of(name)
             source = self.drafts.get(name, self.home / name) if kind.needs_checkpoint else None
-            self._requests[name] = Request(kind, name, source, self.target, self.dtype)
+            given = (self.target, self.dtype, self.int8)
+            self._requests[name] = Request(kind, name, source, *given)
         return self._requests[name]
 
     def available(self) -> list[str]:
@@ -286,6 +290,7 @@ def load_drafter(
     drafts: Mapping[str, str | Path] | None = None,
     dtype: Any = None,
     batch_size: int = 1,
+    int8: Collection[str] = (),
 ) -> LoadedDrafter:
     """Builds the drafter of a specification for a target.
 
@@ -297,12 +302,14 @@ def load_drafter(
       drafts: checkpoint folders or hub ids by name, in place of `folder/name`.
       dtype: of the drafter's parameters; default: the target's.
       batch_size: which measured lengths count where the specification has none.
+      int8: `weights` of the drafter, `cache` of an `lm`, as in `load_target`.
 
     Raises:
       UserError: an unknown drafter, a missing checkpoint, or another tokenizer; for a drafter that reads
         the target another one than it was trained for, or a longer draft.
     """
-    return Drafters(target, folder, drafts=drafts, dtype=dtype, batch_size=batch_size)(spec)
+    options = {"drafts": drafts, "dtype": dtype, "batch_size": batch_size, "int8": int8}
+    return Drafters(target, folder, **options)(spec)
 
 
 def _assemble(whole: Spec, make: Callable[[str], Make]) -> Drafter:

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from jax_specdec.checkpoints import layouts
+from jax_specdec.core.cache import KVScales
 from jax_specdec.core.loop import DecodeLoop
 from jax_specdec.core.sampling import make_sampling
 from jax_specdec.core.sharding import Sharding, held_per_device, row_places, shapes_at
@@ -38,7 +39,8 @@ class Question:
 
     Attributes:
       config: of the target. sizes: of the mesh axes `data` and `tensor`.
-      batch: rows. context: tokens of a row, all cached. dtype: of parameters and cache.
+      batch: rows. context: tokens of a row, all cached. dtype: of parameters and cache, where they are not
+        in `int8`, as in `load_target`.
     """
 
     config: ModelConfig
@@ -47,6 +49,7 @@ class Question:
     batch: int
     context: int
     dtype: str
+    int8: tuple[str, ...] = ()
 
     def __post_init__(self):
         wanted = math.prod(self.sizes.values())
@@ -74,15 +77,17 @@ def parts_by_arithmetic(question: Question, drafter: int, nodes: int) -> dict[st
     c, tensor, data = question.config, question.sizes["tensor"], question.sizes["data"]
     size, rows = jnp.dtype(question.dtype).itemsize, question.batch // data
     kv_heads = max(c.num_kv_heads // tensor, 1)
-    own = c.parameter_count() * size / tensor
-    slot = 2 * c.num_layers * kv_heads * c.head_dim * size
+    embedding = c.vocab_size * c.hidden_size
+    per_weight = 1 if "weights" in question.int8 else size
+    own = ((c.parameter_count() - embedding) * per_weight + embedding * size) / tensor
+    per_value = 1 if "cache" in question.int8 else size
+    slot = 2 * c.num_layers * kv_heads * c.head_dim * per_value
     cache = slot * rows * (question.context + nodes)
-    head = c.vocab_size * c.hidden_size * size / tensor
     # The embedding is not read but for a few of its rows.
-    read = own - (0 if c.tied_head else head) + slot * rows * question.context
+    read = own - (0 if c.tied_head else embedding * size / tensor) + slot * rows * question.context
     # Scores in float32, with the noise, twice: before and after the law.
     scratch = 4 * 4 * rows * nodes * c.vocab_size / tensor
-    products = 2 * (c.parameter_count() - c.vocab_size * c.hidden_size) / tensor * rows * nodes
+    products = 2 * (c.parameter_count() - embedding) / tensor * rows * nodes
     attention = (
         4 * c.num_layers * c.num_heads / tensor * c.head_dim * rows * nodes * question.context
     )
@@ -133,9 +138,9 @@ def by_arithmetic(question: Question, drafter: int, nodes: int) -> dict[str, Any
 def alternatives(question: Question, drafter: int, nodes: int) -> list[str]:
     """The nearest changes that fit by arithmetic: more devices, a shorter context, a smaller batch, int8."""
 
-    def fits(changed: Question, bytes_per_weight: float = 1.0) -> bool:
+    def fits(changed: Question) -> bool:
         parts = parts_by_arithmetic(changed, drafter, nodes)
-        need = parts["parameters"] * bytes_per_weight + parts["cache"] + parts["scratch"]
+        need = parts["parameters"] + parts["cache"] + parts["scratch"]
         return need <= 0.97 * changed.topology.hardware.memory
 
     found = []
@@ -163,8 +168,10 @@ def alternatives(question: Question, drafter: int, nodes: int) -> list[str]:
         batch //= 2
     if batch >= sizes["data"] and batch % sizes["data"] == 0:
         found.append(f"a batch of {batch}")
-    if fits(question, 0.5):
-        found.append("weights in int8")
+    for int8 in (("weights",), ("cache",), ("weights", "cache")):
+        if not set(int8) <= set(question.int8) and fits(dataclasses.replace(question, int8=int8)):
+            found.append(f"{' and '.join(int8)} in int8")
+            break
     return found
 
 
@@ -240,6 +247,7 @@ def compiled(question: Question, make: Any) -> dict[str, Any]:
         decoder = Decoder(
             question.config, question.dtype, loop_of_layers, stacked_cache=True, sharding=sharding
         )
+        decoder = in_int8(decoder, question.int8)
         shapes = jax.eval_shape(decoder.init, jax.random.key(0))
         drafter, own, places = make(decoder)
         params = {
@@ -279,6 +287,13 @@ def compiled(question: Question, make: Any) -> dict[str, Any]:
         "flops": int(cost.get("flops", 0)),
     }
     return found
+
+
+def in_int8(decoder: Decoder, parts: tuple[str, ...]) -> Decoder:
+    """The decoder with weights and cache in int8, as `load_target` would make it, with scales of 1."""
+    ones = np.ones((decoder.config.num_layers, decoder.config.num_kv_heads), np.float32)
+    scales = KVScales(ones, ones) if "cache" in parts else None
+    return dataclasses.replace(decoder, quantized="weights" in parts, kv_scales=scales)
 
 
 @contextlib.contextmanager
