@@ -43,11 +43,16 @@ def row(found: dict, model: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", required=True)
+    parser.add_argument(
+        "--out", required=True, help="JSON; cases that it holds are not planned again"
+    )
+    parser.add_argument("--model", help="only this one, such as llama-3-8b")
     args = parser.parse_args()
     out = Path(args.out)
     done = json.loads(out.read_text()) if out.exists() else {}
     for model, topology, batch in CASES:
+        if args.model not in (None, model):
+            continue
         name = f"{model} {topology} {batch}"
         if name not in done:
             command = ["plan", "--model", str(CONFIGS / f"{model}.json"), "--topology", topology]

@@ -88,7 +88,7 @@ def answer(args: argparse.Namespace) -> dict[str, Any]:
     check_int8(args.int8)
     sized = (config, topology, sizes, args.batch_size, args.context, args.dtype)
     question = plan.Question(*sized, args.int8)
-    builder = _Drafter(spec, folders, home, config)
+    builder = ShapedDrafter(spec, folders, home, config)
     own, nodes = builder.size(question)
     found: dict[str, Any] = {
         "topology": topology.name,
@@ -160,7 +160,7 @@ def _cpu_devices(count: int) -> None:
     jax.config.update("jax_num_cpu_devices", count)
 
 
-class _Drafter:
+class ShapedDrafter:
     """The drafter of a specification as shapes, beside any decoder."""
 
     def __init__(self, spec: "Spec", folders: dict[str, str], home: Path, config: "ModelConfig"):
