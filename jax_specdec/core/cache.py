@@ -77,7 +77,8 @@ class KVCache(flax.struct.PyTreeNode):
         """New keys and values `[B, T, K, D]` of a layer, as this cache will give them back.
 
         A token sees itself, its draft and its cache through the same rounding: then what it sees does not
-        depend on which of it is committed yet, and speculative text is plain text, with int8, too.
+        depend on which of it is committed yet, and speculative text is plain text with int8, too, but for near
+        ties: a value between two units may be rounded to either where sums have another order.
         """
         if self.k_scale is None:
             return k, v
