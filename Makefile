@@ -31,7 +31,7 @@ slow: $(VENV)/.installed $(VENV)/aot/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20 -m slow
 
 test-all: $(VENV)/.installed $(VENV)/aot/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20 -m "slow or not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20 -m "not more"
 
 # What differs between interpreters and versions of JAX: the loop, trees, a cascade, GliDe, the kernels.
 SECOND := tests/loop tests/test_tree.py tests/test_growth.py tests/test_glide.py \
@@ -41,7 +41,7 @@ second: smoke
 
 # Every generation, batch and context; `test` has a part of them.
 aot: $(VENV)/aot/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) tests/aot -m "slow or not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) tests/aot -m "more or not more"
 
 smoke: $(VENV)/.installed
 	$(BIN)/python -m pytest -m smoke

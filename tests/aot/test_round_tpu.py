@@ -27,9 +27,20 @@ def layers_that_fit(generation: str, batch: int, context: int) -> int:
     return min(DEPTH, free // (layer + cache))
 
 
-QUICK = {("v5e", 8, 32768)}  # runs with every test, all of them by `make aot`
+QUICK = {
+    ("v5e", 8, 32768)
+}  # runs with every test; one shape of each other generation in the slow part
+
+
+def _mark(case: tuple[str, int, int]) -> tuple:
+    if case in QUICK:
+        return ()
+    one_each = case[1:] == (8, 32768) or case == ("v5e", 1, 8192)
+    return (pytest.mark.slow if one_each else pytest.mark.more,)
+
+
 CASES = [
-    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    pytest.param(*case, marks=_mark(case))
     for case in itertools.product(TOPOLOGIES, (1, 8), (8192, 32768))
 ]
 
