@@ -101,6 +101,21 @@ def test_runs_that_did_not_write_down_their_data_go_on(documents, killed, cut):
     assert losses(run(documents, cut, resume=True)) == losses(killed[0])
 
 
+def test_what_differs_is_named(documents, cut):
+    other = dataclasses.replace(CONFIG, steps=7, seed=3)
+    with pytest.raises(UserError, match=r"other settings \(seed: 0, now 3; steps: 6, now 7\)"):
+        train(Decoder(MODEL), other, documents, documents[:8], cut, resume=True, progress=False)
+
+
+def test_no_folder_and_no_run(documents, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file, and a run needs a folder"):
+        run(documents, tmp_path / "file")
+    with caplog.at_level(logging.WARNING):
+        run(documents, tmp_path / "new", resume=True)
+    assert "holds no run to go on with" in caplog.text
+
+
 def test_fingerprint_of_data():
     a, b = np.arange(5, dtype=np.int32), np.arange(5, 9, dtype=np.int32)
     joined = [np.concatenate([a, b])]

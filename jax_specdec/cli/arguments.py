@@ -60,6 +60,8 @@ def read_config(path: str | None, kinds: dict[str, type]) -> dict[str, dict[str,
     """The sections of a configuration file, their keys checked against dataclasses."""
     if path is None:
         return {name: {} for name in kinds}
+    if not Path(path).exists():
+        raise UserError(f"There is no file {path}.")
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

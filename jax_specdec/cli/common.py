@@ -51,7 +51,10 @@ def add_int8(parser: argparse.ArgumentParser, draft: bool = True) -> None:
 
 
 def _parts(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
+    parts = tuple(part.strip() for part in text.split(","))
+    if not set(parts) <= {"weights", "cache"} or len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"weights, cache or weights,cache, not {shown(text)}")
+    return parts
 
 
 def add_drafter(parser: argparse.ArgumentParser) -> None:

@@ -81,11 +81,9 @@ def answer(args: argparse.Namespace) -> dict[str, Any]:
     if topology.hardware.platform == "cpu":
         _cpu_devices(topology.devices)
 
-    from jax_specdec.checkpoints.targets import check_int8
     from jax_specdec.tuning import plan
 
     sizes = meshes.parse_mesh(args.mesh) if args.mesh else _usual_mesh(config, topology.devices)
-    check_int8(args.int8)
     sized = (config, topology, sizes, args.batch_size, args.context, args.dtype)
     question = plan.Question(*sized, args.int8)
     builder = ShapedDrafter(spec, folders, home, config)

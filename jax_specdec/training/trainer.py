@@ -11,6 +11,7 @@ differs as sums of another order do. Of several processes all train and save, an
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import time
@@ -46,6 +47,8 @@ from jax_specdec.training.workdir import (
     restore_newest,
     written,
 )
+
+logger = logging.getLogger(__name__)
 
 # `(params, frozen, tokens int32[B, T+1], key) -> loss`, params in the compute dtype.
 LossFn = Callable[[Params, Any, jax.Array, jax.Array], jax.Array]
@@ -233,7 +236,9 @@ def _train(
     check_agreement(settings)
     micro, parts = config.batch_size // config.accumulate, sharding.size("batch")
     if micro % parts:
-        raise UserError(f"A micro-batch of {micro} windows does not divide over {parts} devices.")
+        raise UserError(
+            f"A micro-batch of {micro} windows (batch_size / accumulate) does not divide over {parts} devices."
+        )
     replicated, by_row = sharding.of(), sharding.of("batch", None)
 
     def compute(function: Callable) -> Callable:
@@ -253,6 +258,8 @@ def _train(
             raise UserError(
                 f"{workdir} already holds a run at step {latest}: pass --resume to go on, or use a new folder."
             )
+        if resume and latest is None and first_process:
+            logger.warning("%s holds no run to go on with: this one begins anew.", workdir)
         key = jax.random.key(config.seed)
         params = objective.init(key) if initial is None else initial
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
     """Holds a folder for one run, in its first process. The system lets go of it however the process ends."""
+    if workdir.is_file():
+        raise UserError(f"{workdir} is a file, and a run needs a folder.")
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / ".lock").open("a") as file:
         free = True
@@ -75,10 +77,26 @@ def _restore(
     changed = "data" if {**meta, "data": settings["data"]} == settings else "settings"
     if meta != settings:
         raise UserError(
-            f"{workdir} was started with other {changed}; resume with the same ones or use a new folder."
+            f"{workdir} was started with other {changed}{_differences(meta, settings)}; resume with the same ones or "
+            "use a new folder."
         )
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
     return manager.restore(step, args=args)["state"]
+
+
+def _differences(before: Any, now: Any) -> str:
+    """The settings of a run that are others now, as ` (steps: 4, now 6)`; '' where they are not named."""
+    found = []
+
+    def compare(name: str, a: Any, b: Any) -> None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in sorted(a.keys() | b.keys()):
+                compare(key, a.get(key), b.get(key))
+        elif a != b and name != "data":
+            found.append(f"{name}: {a}, now {b}")
+
+    compare("", before, now)
+    return f" ({'; '.join(found[:4])})" if found else ""
 
 
 def read_metrics(path: Path, up_to_step: int) -> list[dict]:

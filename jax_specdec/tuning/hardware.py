@@ -44,6 +44,7 @@ GPUS = {
 # A desktop's; only shares of it mean anything.
 CPU = Hardware("CPU", 16 * _GIB, 50e9, 0.5e12, 10e9, "cpu")
 LATENCY_S = 3e-6  # of one collective
+LARGEST = 16384  # devices that are planned for: more than any slice has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,4 +77,6 @@ def parse_topology(text: str) -> Topology:
         axes = "2x4" if kind in ("v5e", "v6e") else "2x2x1"
         raise UserError(f"A topology of {kind} has a shape like {axes}, not {shape}.")
     count = math.prod(sizes)
+    if count > LARGEST:
+        raise UserError(f"{text[:40]!r} has {count} devices, and plans end at {LARGEST}.")
     return Topology(text, known[kind], count * (2 if kind in ("v4", "tpu7x") else 1))

@@ -60,7 +60,8 @@ class Question:
             )
         if self.batch % self.sizes["data"]:
             raise UserError(
-                f"A batch of {self.batch} does not divide over data={self.sizes['data']} devices."
+                f"A batch of {self.batch} does not divide over data={self.sizes['data']} devices: choose "
+                "another --batch-size or --mesh."
             )
         if self.context > self.config.context:
             raise UserError(

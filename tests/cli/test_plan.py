@@ -39,6 +39,17 @@ def test_what_does_not_fit_is_refused_with_what_does(capsys):
     assert again["fits"]
 
 
+def test_int8(capsys):
+    """What would help is offered, and by the formulas it does."""
+    given = ("--model", LLAMA_70B, "--topology", "v6e:2x2", "--arithmetic")
+    found = plan(capsys, *given)
+    assert not found["fits"] and "weights in int8" in found["alternatives"]
+    again = plan(capsys, *given, "--int8", "weights")
+    assert again["fits"] and again["int8"] == ["weights"]
+    both = plan(capsys, *given, "--int8", "weights,cache")
+    assert both["memory"]["cache"] == pytest.approx(again["memory"]["cache"] / 2)
+
+
 def test_gpus_by_arithmetic(capsys):
     found = plan(capsys, "--model", LLAMA_70B, "--topology", "h100:8", "--batch-size", "8")
     assert found["by"] == "arithmetic" and found["fits"]

@@ -57,6 +57,8 @@ def test_arguments(model, capsys, monkeypatch, tmp_path):
         (["--top-p", "0"], "top_p must be in (0, 1], got 0.0"),
         (["--top-p", "1e-60"], "top_p must be in (0, 1], got 1e-60"),
         (["--min-p", "2"], "min_p must be in [0, 1], got 2.0"),
+        (["--int8", "wheights"], "--int8: weights, cache or weights,cache, not 'wheights'"),
+        (["--draft-int8", "cache,cache"], "--draft-int8: weights, cache or weights,cache"),
         (["--top-k", "-3"], "top_k must be 0 (off) or a positive count, got -3"),
         (["--seed", "-1"], "seed must be in [0, 2^32), got -1"),
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
