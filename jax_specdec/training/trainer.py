@@ -5,8 +5,9 @@ in bfloat16. The state is saved by orbax, every batch and random draw is a funct
 metrics file is cut back to the restored step, so a run that is killed and resumed logs the same losses as one
 that was not.
 
-On a mesh, rows are divided over its `data` axis, and parameters and optimiser state as an objective says. What is saved is whole: a run goes on on any other mesh, from the same state to the bit, and then
-differs as sums of another order do. Of several processes all train and save, and the first one writes the rest.
+On a mesh, rows are divided over its `data` axis, and parameters and optimiser state as an objective says. What is
+saved fits any other mesh: a run goes on there from the same state to the bit, and then differs as sums of another
+order do. Of several processes all train and save, and the first one writes the rest.
 """
 
 import dataclasses
