@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from jax_specdec.expansions.expand import Expand
     from jax_specdec.expansions.siblings import Fixed, PathProbability
     from jax_specdec.expansions.static_tree import StaticTree
-    from jax_specdec.generation import Generation
+    from jax_specdec.generation import Generation, Request
+    from jax_specdec.loading import load
     from jax_specdec.models.config import ModelConfig, RopeConfig
     from jax_specdec.models.decoder import Decoder
     from jax_specdec.models.glide import GliDe
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from jax_specdec.pipeline import SpeculativeDecoder
     from jax_specdec.specs.build import LoadedDrafter, load_drafter
     from jax_specdec.specs.defaults import default_spec
+    from jax_specdec.streaming import Piece, Stream
 
     __version__: str
 
@@ -61,7 +63,9 @@ _HOMES = {
     "models.glide": ("GliDe",),
     "models.glide_config": ("GliDeConfig",),
     "models.medusa": ("Medusa", "MedusaConfig"),
-    "generation": ("Generation",),
+    "generation": ("Generation", "Request"),
+    "loading": ("load",),
+    "streaming": ("Piece", "Stream"),
     "pipeline": ("SpeculativeDecoder",),
     "core.sampling": ("Sampling", "make_sampling"),
     "core.sharding": ("Sharding", "ShardingRules"),
@@ -96,7 +100,9 @@ __all__ = [
     "Outcome",
     "Output",
     "PathProbability",
+    "Piece",
     "Reject",
+    "Request",
     "RopeConfig",
     "RunError",
     "Sampling",
@@ -104,6 +110,7 @@ __all__ = [
     "ShardingRules",
     "SpeculativeDecoder",
     "StaticTree",
+    "Stream",
     "Target",
     "TargetView",
     "Text",
@@ -111,6 +118,7 @@ __all__ = [
     "Verifier",
     "convert",
     "default_spec",
+    "load",
     "load_drafter",
     "load_target",
     "make_generate",

@@ -5,7 +5,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -16,6 +16,7 @@ from jax_specdec.checkpoints.targets import Target
 from jax_specdec.generation import Chunk, Generation, near_tie
 from jax_specdec.pipeline import SpeculativeDecoder
 from jax_specdec.specs.build import LoadedDrafter
+from jax_specdec.streaming import Piece, Pieces
 from jax_specdec.text.detokenize import TextStream
 
 COLOURS = ("green", "cyan", "magenta", "yellow", "blue")
@@ -150,9 +151,10 @@ def run_demo(
     for prompt in prompts:
         if not as_json:
             screen.title(prompt)
-            stream = TextStream(target.tokenizer, prompt=plain.encode(prompt.prompt))
-            answer(speculative, prompt, lambda chunk, stream=stream: screen.show(chunk, stream))
-            screen.end(stream)
+            spelled = TextStream(target.tokenizer, prompt=plain.encode(prompt.prompt))
+            pieces = Pieces(spelled)
+            answer(speculative, prompt, lambda chunk, pieces=pieces: screen.show(chunk, pieces))
+            screen.end(pieces)
         # Timed apart from the display, which costs each of them a different number of waits.
         slow, fast = answer(plain, prompt), answer(speculative, prompt)
         rows.append(Row(prompt, slow, fast, compare(slow, fast, target.decoder.dtype)))
@@ -250,15 +252,18 @@ class Screen:
         self._print(f"\n== {prompt.id}{warm} ==", "bold")
         self._print(prompt.prompt, "dim", end="")
 
-    def show(self, chunk: Chunk, stream: TextStream) -> None:
+    def show(self, chunk: Chunk, pieces: Pieces) -> None:
         """Tokens as they come, each in its source's colour."""
-        for token, source in zip(chunk.token_ids, chunk.sources, strict=True):
-            if piece := stream.push([token]):
-                self._print(piece, self.styles.get(source or "", ""), end="")
-        self.console.file.flush()
+        self._show(pieces.push(chunk.token_ids, chunk.sources))
 
-    def end(self, stream: TextStream) -> None:
-        self._print(stream.finish())
+    def end(self, pieces: Pieces) -> None:
+        self._show(pieces.finish())
+        self._print()
+
+    def _show(self, pieces: Iterator[Piece]) -> None:
+        for piece in pieces:
+            self._print(piece.text, self.styles.get(piece.source or "", ""), end="")
+        self.console.file.flush()
 
     def comparison(self, row: Row) -> None:
         _, plain, speculative, found = row

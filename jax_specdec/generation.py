@@ -3,12 +3,15 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 
+from jax_specdec import display
+from jax_specdec._types import Int
 from jax_specdec.errors import UserError
+from jax_specdec.text.inputs import Prompt, a_kind
 
 # Two best scores closer than this may change places between a one-row and a T-row forward.
 _NEAR_TIES = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.03}
@@ -27,8 +30,11 @@ def near_tie(dtype: Any) -> float:
 class Request:
     """One prompt, and how it is to be answered.
 
+    >>> Request("Once upon a time", max_new_tokens=32, temperature=0.7).top_p
+    1.0
+
     Attributes:
-      prompt: text, or token ids.
+      prompt: a text, a chat, token ids, or what a tokenizer returns (`text.inputs`).
       id: name of the answer; default: the prompt's number in its list.
       key: what the seed is folded with, in [0, 2^31), so that a text depends on seed and key and not on the
         place of its prompt; default: the prompt's number. `id_key` makes one from an id.
@@ -41,7 +47,7 @@ class Request:
       bad_words: texts, with and without a space before them, or token sequences, that must not occur.
     """
 
-    prompt: str | Sequence[int]
+    prompt: Any
     id: Any = None
     key: int | None = None
     max_new_tokens: int = 128
@@ -72,6 +78,32 @@ def id_key(name: Any) -> int:
         return int(name)
     digest = hashlib.blake2b(str(name).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") % 2**31
+
+
+T = TypeVar("T")
+_Each = T | Sequence[T]  # one value for all prompts, or a list with one for each
+
+
+class Options(TypedDict, total=False):
+    """The fields of `Request` as keyword arguments, each one value or a list with one per prompt."""
+
+    key: _Each[int | None]
+    max_new_tokens: _Each[int]
+    min_new_tokens: _Each[int]
+    temperature: _Each[float]
+    top_k: _Each[int]
+    top_p: _Each[float]
+    min_p: _Each[float]
+    seed: _Each[int]
+    own_seed: _Each[bool]
+    stop: str | tuple[str, ...] | list[tuple[str, ...]]
+    stop_token_ids: tuple[int, ...] | list[tuple[int, ...]]
+    ignore_eos: _Each[bool]
+    repetition_penalty: _Each[float]
+    presence_penalty: _Each[float]
+    frequency_penalty: _Each[float]
+    logit_bias: Mapping[int, float] | list[Mapping[int, float]]
+    bad_words: tuple[str | tuple[int, ...], ...] | list[tuple[str | tuple[int, ...], ...]]
 
 
 # Fields whose value is itself a sequence or mapping: a list of them has one for each prompt.
@@ -113,8 +145,7 @@ def make_requests(
       UserError: prompts that are no list, no prompts, an unknown option, or a list of another length.
     """
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-        kind = type(prompts).__name__
-        raise UserError(f"Prompts come in a list, one prompt too: got a {kind} alone.")
+        raise UserError(f"Prompts come in a list, one prompt too: got {a_kind(prompts)} alone.")
     count = len(prompts)
     if count == 0:
         raise UserError("There are no prompts.")
@@ -152,6 +183,42 @@ def make_requests(
     return requests
 
 
+def samples_of(requests: Sequence[Request], n: int) -> list[Request]:
+    """Each request `n` times, with keys of their own: the first as it is, the others by `sample_key`.
+
+    >>> [r.key for r in samples_of(make_requests(["a"], None, {"temperature": 1.0}), 2)] == [
+    ...     0,
+    ...     sample_key(0, 1),
+    ... ]
+    True
+
+    Raises:
+      UserError: `n` below 1, or samples that would all be the same text.
+    """
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+        raise UserError(f"n must be a whole number of at least 1, got {n!r:.40}.")
+    if n > 1 and any(
+        isinstance(r.temperature, (int, float)) and r.temperature == 0 for r in requests
+    ):
+        raise UserError(
+            f"At temperature 0 all {n} samples would be the same text: give a temperature."
+        )
+    if n > 1 and any(r.own_seed for r in requests):
+        raise UserError(
+            "With own_seed the seed alone decides a text, and n samples would be the same."
+        )
+    return [
+        dataclasses.replace(r, key=sample_key(0 if r.key is None else r.key, i))
+        for r in requests
+        for i in range(n)
+    ]
+
+
+def sample_key(key: int, number: int) -> int:
+    """The key of a prompt's sample: the prompt's own for the first, and so whatever `n` is."""
+    return key if number == 0 else id_key(f"{key}/{number}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Stats:
     """What one prompt took. Names as in vLLM where it has them.
@@ -183,21 +250,24 @@ class Stats:
     near_ties: int | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Generation:
-    """One prompt's answer.
+    """One prompt's answer; `str` of it is the text, and notebooks show it coloured by source.
 
     Attributes:
+      prompt: its text, messages or token ids.
       token_ids: emitted tokens, the one that stopped the row included.
       text: what the tokens add to the prompt's text, without special tokens, cut before a stop string.
       logprobs: the target's log-probability of each emitted token (nats, before temperature and
         filters), None where they are not recorded. margins: by how much each token's score beat the second
         best, or None.
       sources: which drafter each token is from, None for the target's own.
+      token_texts: what each token made certain of the text, so that they add up to it; empty without a
+        tokenizer.
     """
 
     id: Any
-    prompt: str | list[int]
+    prompt: Prompt
     text: str
     token_ids: list[int]
     finish_reason: Literal["stop", "length"] | None
@@ -205,6 +275,53 @@ class Generation:
     logprobs: list[float] | None
     margins: list[float] | None
     sources: list[str | None]
+    token_texts: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def tokens(self) -> Int[np.ndarray, " N"]:
+        """`token_ids` as an array, int32."""
+        return np.asarray(self.token_ids, np.int32)
+
+    def table(self) -> "display.Table":
+        """A row per token: `position` in the answer, `token_id`, `text`, `source`, `logprob` and `margin`.
+
+        The last two are there where they are recorded. `pandas.DataFrame(generation.table())` takes it.
+        """
+        texts = self.token_texts or [""] * len(self.token_ids)
+        columns: dict[str, Any] = {
+            "position": range(len(self.token_ids)),
+            "token_id": self.token_ids,
+            "text": texts,
+            "source": [source or "target" for source in self.sources],
+            "logprob": self.logprobs,
+            "margin": self.margins,
+        }
+        kept = {name: values for name, values in columns.items() if values is not None}
+        rows = zip(*kept.values(), strict=True)
+        return display.Table([dict(zip(kept, row, strict=True)) for row in rows], tuple(kept))
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        shown = repr(self.text if len(self.text) <= 60 else f"{self.text[:57]}...")
+        return (
+            f"Generation({shown}, {self.stats.num_tokens} tokens, {self.finish_reason}, "
+            f"tau {self.stats.mean_acceptance_length:.2f}, {self.stats.tokens_per_second:.0f} tokens/s)"
+        )
+
+    def _repr_html_(self) -> str:
+        spans = zip(self.token_texts, self.sources, strict=True) if self.token_texts else ()
+        stats = self.stats
+        figures = {
+            "tokens": f"{stats.num_tokens}",
+            "passes of the target": f"{stats.num_spec_steps}",
+            "tokens a pass (tau)": f"{stats.mean_acceptance_length:.2f}",
+            "drafts accepted": f"{stats.draft_acceptance_rate:.0%}",
+            "tokens/s": f"{stats.tokens_per_second:.0f}",
+            "ended by": f"{self.finish_reason}",
+        }
+        return display.answer_html(list(spans), list(stats.per_drafter), figures)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,6 +50,7 @@ from jax_specdec.checkpoints.tensor_files import (
 )
 from jax_specdec.checkpoints.tokenizer_files import TOKENIZER_FILES, load_tokenizer
 from jax_specdec.core.sharding import Sharding, ShardingRules
+from jax_specdec.display import short, size
 from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import Decoder
@@ -63,20 +64,19 @@ LayerLoop = Literal["unroll", "scan"]
 Place = Callable[[tuple[str | int, ...], np.ndarray], Array]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Target:
     """A loaded model.
 
     Attributes:
-      tokenizer: a transformers tokenizer, or None where none was asked for.
-      path: the folder it was loaded from.
+      tokenizer: of transformers, None where none was asked for. path: the folder it was loaded from.
       generation: what the checkpoint asks of decoding. Nothing here applies it but the end-of-text ids,
         which are in `config`.
     """
 
     decoder: Decoder
-    params: Params = dataclasses.field(repr=False)
-    tokenizer: Any = dataclasses.field(repr=False)
+    params: Params
+    tokenizer: Any
     path: Path
     generation: GenerationDefaults = dataclasses.field(default_factory=GenerationDefaults)
 
@@ -92,6 +92,14 @@ class Target:
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
+
+    def __repr__(self) -> str:
+        config, held = self.config, sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        dtype = "int8" if self.decoder.quantized else self.decoder.dtype
+        sizes = f"{short(config.parameter_count())} parameters in {dtype}, {size(held)}"
+        sizes += f", {config.num_layers} layers of {config.hidden_size}"
+        reads = f"vocabulary {config.vocab_size:,}, context {config.context:,}"
+        return f"Target({self.path.name or '.'}: {config.family}, {sizes}, {reads})"
 
 
 def load_target(

@@ -117,40 +117,31 @@ def given_drafter(args: argparse.Namespace) -> "Spec | None":
 
 
 def choose_drafter(setting: "Setting", folders: dict[str, str]) -> "tuple[Spec, str]":
-    """What `--drafter auto` stands for, and why."""
-    from jax_specdec.specs.build import parse_drafter
-    from jax_specdec.specs.defaults import USUAL, measured, measured_on
+    """See `loading.choose_drafter`."""
+    from jax_specdec import loading
 
-    if folders:
-        name = next(iter(folders))
-        return parse_drafter(name), "the first --draft"
-    record = measured(setting.folder, setting)
-    default = record.get("default")
-    if default is None:
-        return parse_drafter(USUAL), "nothing was measured for this model, see `jax-specdec tune`"
-    return parse_drafter(default), f"{measured_on(record)} to be the fastest"
+    return loading.choose_drafter(setting, folders)
 
 
 def load(args: argparse.Namespace, mesh: "Mesh | None" = None) -> "tuple[Target, LoadedDrafter]":
     """The target and the drafter that the arguments name; cheap mistakes fail first."""
-    from jax_specdec.checkpoints.hub import find_checkpoint
-    from jax_specdec.checkpoints.targets import default_dtype, load_target
-    from jax_specdec.specs.build import load_drafter
-    from jax_specdec.specs.defaults import Setting
+    from jax_specdec import loading
 
     folders, spec = draft_folders(args.draft), given_drafter(args)
-    folder = find_checkpoint(model_source(args))
-    batch_size, reason = getattr(args, "batch_size", 1), ""
-    if spec is None:
-        setting = Setting(folder, args.dtype or default_dtype(folder), batch_size)
-        spec, reason = choose_drafter(setting, folders)
-    whole, drafts = (getattr(args, name, ()) for name in ("int8", "draft_int8"))
-    target = load_target(folder, dtype=args.dtype, mesh=mesh, int8=whole)
-    options = {"drafts": folders, "batch_size": batch_size, "int8": drafts}
     with warnings_said():
-        drafter = load_drafter(spec, target, **options)
-    if reason:
-        say(f"drafter {drafter.spec} ({reason})")
+        target, drafter = loading.load_pair(
+            model_source(args),
+            loading.AUTO if spec is None else spec,
+            draft=folders,
+            dtype=args.dtype,
+            mesh=mesh,
+            int8=getattr(args, "int8", ()),
+            draft_int8=getattr(args, "draft_int8", ()),
+            batch_size=getattr(args, "batch_size", 1),
+            first="the first --draft",
+        )
+    if drafter.reason:
+        say(loading.chosen(drafter))
     return target, drafter
 
 
@@ -196,8 +187,3 @@ def at_least_one(args: argparse.Namespace, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
-
-
-def gib(size: int) -> str:
-    """Bytes for reading."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

@@ -3,19 +3,19 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jax_specdec.cli import common
 from jax_specdec.cli import mesh as meshes
 from jax_specdec.errors import UserError
-from jax_specdec.text.chat import chat_text
+from jax_specdec.text.chat import chat_ids
 from jax_specdec.text.prompts import PromptRecord, prompt_of_input, read_prompts
 
 if TYPE_CHECKING:
     from jax_specdec.checkpoints.targets import Target
-    from jax_specdec.generation import Chunk, Generation
-    from jax_specdec.pipeline import SpeculativeDecoder
+    from jax_specdec.generation import Generation
+    from jax_specdec.streaming import Stream
 
 LOSSY = "lossy-typical"
 
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
     records = read_records(args)
 
     from jax_specdec.core.acceptance import RULES
-    from jax_specdec.generation import SAMPLED, id_key
+    from jax_specdec.generation import SAMPLED, each, id_key, make_requests
     from jax_specdec.pipeline import SpeculativeDecoder
 
     mesh = meshes.start(args)  # before anything else asks JAX for its devices
@@ -161,42 +161,35 @@ def run(args: argparse.Namespace) -> int:
     rule = RULES[args.rule](**chosen)
     target, drafter = common.load(args, mesh)
     decoder = SpeculativeDecoder(target, drafter, rule=rule, logprobs=args.logprobs, margins=True)
-    stops = _lists(args, records, "stop")
-    prompts = [_prompt(record, target, args) for record in records]
-    streams = _Streams(decoder, prompts, stops) if args.stream else None
-    listen = streams.show if streams else None
-    if streams and not meshes.first():
-        listen = _Streams.ignore
-    answers = decoder.generate(
-        prompts,
-        **settings,
-        own_seed=["seed" in record.settings for record in records],
-        stop=stops,
-        stop_token_ids=_lists(args, records, "stop_token_ids"),
-        bad_words=_lists(args, records, "bad_words"),
-        ignore_eos=args.ignore_eos,
-        batch_size=args.batch_size,
-        ids=[record.id for record in records],
-        key=[id_key(record.id) for record in records],
-        on_chunk=listen,
-        rounds_per_chunk=2,
+    requests = make_requests(
+        [_prompt(record, target, args) for record in records],
+        [record.id for record in records],
+        {
+            **settings,
+            "own_seed": ["seed" in record.settings for record in records],
+            "stop": _lists(args, records, "stop"),
+            "stop_token_ids": _lists(args, records, "stop_token_ids"),
+            "bad_words": _lists(args, records, "bad_words"),
+            "ignore_eos": args.ignore_eos,
+            "key": [id_key(record.id) for record in records],
+        },
     )
+    if args.stream:
+        answers = _streamed(each(requests, decoder.stream), records)
+    else:
+        answers = decoder.generate(requests, batch_size=args.batch_size)
     done = []
-    if not meshes.first():  # of several processes one writes, and all decode
-        for _ in answers:
-            pass
-        return 0
-    if streams:
-        streams.begin(records)
     for record, answer in zip(records, answers, strict=True):
+        if not meshes.first():  # of several processes one writes, and all decode
+            continue
         done.append(answer)
         if args.json:
             common.print_json(as_record(record, answer, args.logprobs))
-        elif streams:
-            streams.end(records)
-        else:
+        elif not args.stream:
             _head(records, record)
             print(answer.text, flush=True)
+    if not meshes.first():
+        return 0
     if not args.json:
         common.say(summary(done, args.batch_size) + f", {LOSSY}" * (args.rule == LOSSY))
     return 0
@@ -289,8 +282,7 @@ def _prompt(record: PromptRecord, target: "Target", args: argparse.Namespace) ->
     """The text, or its token ids where more than tokenising is asked for."""
     tokenizer = target.tokenizer
     if args.chat:
-        text = chat_text(tokenizer, record.prompt)
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = chat_ids(tokenizer, record.prompt)
     elif args.keep_last is None:
         return record.prompt
     else:
@@ -303,33 +295,19 @@ def _head(records: Sequence[PromptRecord], record: PromptRecord) -> None:
         print(f"[{record.id}]", flush=True)
 
 
-class _Streams:
+def _streamed(
+    streams: "Sequence[Stream]", records: Sequence[PromptRecord]
+) -> "Iterator[Generation]":
     """Prints texts as they grow, one after the other."""
+    write = print if meshes.first() else _ignore
+    for record, stream in zip(records, streams, strict=True):
+        if meshes.first():
+            _head(records, record)
+        for piece in stream:
+            write(piece, end="", flush=True)
+        write(flush=True)
+        yield stream.generation
 
-    def __init__(
-        self,
-        decoder: "SpeculativeDecoder",
-        prompts: Sequence[str | list[int]],
-        stops: Sequence[tuple[str, ...]],
-    ):
-        self._decoder, self._prompts, self._stops, self._index = decoder, prompts, stops, 0
 
-    def begin(self, records: Sequence[PromptRecord]) -> None:
-        from jax_specdec.text.detokenize import TextStream
-
-        if self._index < len(records):
-            prompt = self._decoder.encode(self._prompts[self._index])
-            self._text = TextStream(self._decoder.token_bytes, self._stops[self._index], prompt)
-            _head(records, records[self._index])
-
-    @staticmethod
-    def ignore(chunk: "Chunk") -> None:
-        """Of processes that do not print: they too must decode in pieces."""
-
-    def show(self, chunk: "Chunk") -> None:
-        print(self._text.push(chunk.token_ids), end="", flush=True)
-
-    def end(self, records: Sequence[PromptRecord]) -> None:
-        print(self._text.finish(), flush=True)
-        self._index += 1
-        self.begin(records)
+def _ignore(*_: Any, **__: Any) -> None:
+    """Of processes that do not print: they too must decode in pieces."""

@@ -11,6 +11,7 @@ import jax
 from jax_specdec.checkpoints.targets import Target, check_int8
 from jax_specdec.core.draft import MAX_NODES
 from jax_specdec.core.drafter import Drafter
+from jax_specdec.display import short
 from jax_specdec.drafters import registry
 from jax_specdec.drafters.cascade import Cascade, Horizontal
 from jax_specdec.drafters.cascade_sizes import check_budget, check_depth, check_lenience
@@ -23,6 +24,7 @@ from jax_specdec.expansions.dynamic_tree import DynamicTree
 from jax_specdec.expansions.expand import Expand, Rule
 from jax_specdec.expansions.siblings import Fixed, PathProbability
 from jax_specdec.expansions.static_tree import StaticTree
+from jax_specdec.models.config import ModelConfig
 from jax_specdec.specs.defaults import Setting, measured, measured_on, setting_of
 from jax_specdec.specs.language import CASCADE, EXAMPLE, Spec, known_name, parse
 from jax_specdec.specs.sizes import depth_of
@@ -37,14 +39,36 @@ RULES: dict[str, type[Rule]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LoadedDrafter:
-    """A drafter and its parameters, `{name: ...}`; `longest` is the longest draft it can be loaded for."""
+    """A drafter and its parameters.
+
+    Attributes:
+      params: by name, `{name: ...}`.
+      longest: the longest draft it can be loaded for.
+      made_for: folder and configuration of the target it was loaded for; None where that is not known.
+      reason: why it was chosen, where nobody named it.
+    """
 
     drafter: Drafter
-    params: dict[str, Any] = dataclasses.field(repr=False)
+    params: dict[str, Any]
     spec: str
     longest: int = MAX_NODES - 1
+    made_for: tuple[Path, ModelConfig] | None = None
+    reason: str = ""
+
+    def check_target(self, target: Target) -> None:
+        """Raises a UserError for another target than the one that it was loaded for."""
+        if self.made_for is not None and self.made_for != (target.path, target.config):
+            raise UserError(
+                f"The drafter {self.spec} was loaded for the target in {self.made_for[0]}, and this one is in "
+                f"{target.path}: load it for this one."
+            )
+
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        held = f", {short(count)} parameters" if count else ""
+        return f"LoadedDrafter({self.spec}{held}{', ' if self.reason else ''}{self.reason})"
 
 
 def parse_drafter(text: str) -> Spec:
@@ -279,7 +303,8 @@ class Drafters:
         drafter = _assemble(whole, lambda name: self._loaded[name][0])
         _warn_of_larger(whole, params)
         longest = MAX_NODES - 1 if whole.name == CASCADE else self.request(whole.name).longest
-        return LoadedDrafter(drafter, params, str(whole), longest)
+        made_for = (self.target.path, self.target.config)
+        return LoadedDrafter(drafter, params, str(whole), longest, made_for)
 
 
 def load_drafter(

@@ -1,0 +1,118 @@
+"""The compiled programs of a decoder: one pair (prefill, rounds) for each shape of a batch."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_specdec._types import Params
+from jax_specdec.checkpoints.memory import available_memory, check_fits, memory_plan
+from jax_specdec.checkpoints.targets import Target
+from jax_specdec.core.loop import DecodeLoop
+from jax_specdec.core.sampling import Sampling
+from jax_specdec.core.sharding import shapes_at
+from jax_specdec.progress import Compilation
+
+
+class Programs:
+    """Compiles ahead of time what a batch needs, and keeps it.
+
+    Attributes:
+      batches: batch sizes that there are programs for.
+      compilations, seconds: how many programs were compiled, and how long that took.
+    """
+
+    def __init__(self, target: Target, loop: DecodeLoop, params: Params):
+        self._target, self._loop, self._params = target, loop, params
+        self._pairs: dict[Any, tuple[Callable, Callable]] = {}
+        self._seen: dict[str, set[int]] = {"batch": set(), "texts of up to": set(), "stops": {0}}
+        self.compilations = 0
+        self.seconds = 0.0
+
+    @property
+    def batches(self) -> set[int]:
+        return self._seen["batch"]
+
+    def get(
+        self,
+        tokens: Any,
+        lengths: Any,
+        sampling: Sampling,
+        ids: Any,
+        capacity: int,
+        progress: bool | None = None,
+    ) -> tuple[Callable, Callable]:
+        """The prefill and the rounds for arrays of these shapes.
+
+        Raises:
+          UserError: they do not fit the memory.
+        """
+        shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), (tokens, sampling))
+        key = (capacity, str(jax.tree.leaves(shapes)))
+        if key not in self._pairs:
+            began = time.perf_counter()
+            sizes = (tokens.shape[0], capacity, sampling.stop_table.shape[0])
+            what, args = self._what(sizes), (tokens, lengths, sampling, ids)
+            self._pairs[key] = self._compile(args, capacity, what, progress)
+            for seen, size in zip(self._seen.values(), sizes, strict=True):
+                seen.add(size)
+            self.compilations += 2
+            self.seconds += time.perf_counter() - began
+        return self._pairs[key]
+
+    def _compile(
+        self, rows: Any, capacity: int, what: str, progress: bool | None
+    ) -> tuple[Callable, Callable]:
+        target, loop, args = self._target, self._loop, (self._params, *rows)
+        # Without slots: the whole state is counted as it is, the drafter's caches with it.
+        batch = rows[0].shape[0]
+        plan = memory_plan(target.config, target.decoder.dtype, batch, 0, width=loop.nodes)
+        start = jax.jit(loop.start, static_argnames=("capacity",))
+        state = start.eval_shape(*args, capacity=capacity)
+        held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        check_fits(dataclasses.replace(plan, parameters=0, cache=held), available_memory())
+
+        device = jax.devices()[0]
+        machine = (device.device_kind, jax.__version__, os.cpu_count(), os.environ.get("XLA_FLAGS"))
+        compilation = Compilation(device.platform, " ".join(map(str, machine)), what, progress)
+        prefill = compilation.add(start.lower(*args, capacity=capacity))
+        if target.sharding is None:
+            rounds = compilation.add(self._lower(state, {}))
+            return compilation.compile(prefill), compilation.compile(rounds)
+        begun = compilation.compile(prefill)
+        # Rounds leave everything where the prefill puts it.
+        state = shapes_at(state, begun.output_shardings)
+        rounds = compilation.add(self._lower(state, {"out_shardings": begun.output_shardings}))
+        return begun, compilation.compile(rounds)
+
+    def _lower(self, state: Any, places: dict[str, Any]) -> Any:
+        run = jax.jit(self._loop.run, donate_argnums=1, **places)
+        return run.lower(self._params, state, jnp.int32(0))
+
+    def _what(self, sizes: tuple[int, int, int]) -> str:
+        """What is new about these shapes."""
+        if not self.batches:
+            return f"first use of batch {sizes[0]}"
+        names = dict(zip(self._seen, sizes, strict=True))
+        new = [name for name, size in names.items() if size not in self._seen[name]]
+        if "batch" in new:
+            return f"first use of batch {sizes[0]}"
+        if "texts of up to" in new:
+            return f"first use of texts of up to {sizes[1]} tokens"
+        if "stops" in new:
+            return "first use of stop strings" if len(self._seen["stops"]) == 1 else "longer stops"
+        return "first use of these sizes together"
+
+    def peak_memory(self) -> int:
+        """The most bytes that one of them takes, parameters included."""
+
+        def size(program: Any) -> int:
+            found = program.memory_analysis()
+            held = found.argument_size_in_bytes + found.output_size_in_bytes
+            return held - found.alias_size_in_bytes + found.temp_size_in_bytes
+
+        return max((size(p) for pair in self._pairs.values() for p in pair), default=0)
