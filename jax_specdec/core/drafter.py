@@ -49,6 +49,8 @@ class Info:
       ends_early: whether a draft shorter than the longest means that drafting further would not pay.
       ranked: whether a drafted token is the best of its node's `top_ids`. Lenience and a token drawn from q
         break that.
+      rewinds: whether `commit` takes states back to any length, and what begins larger states may be copied
+        from smaller ones. Others read a text anew that another one begins with.
       models: the models inside, none for statistical drafters.
     """
 
@@ -61,6 +63,7 @@ class Info:
     distribution: bool = False
     ends_early: bool = False
     ranked: bool = True
+    rewinds: bool = True
     models: tuple[ModelUse, ...] = ()
 
     @property

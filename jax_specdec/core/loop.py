@@ -8,45 +8,23 @@ request where an old one has finished.
 import dataclasses
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_specdec._types import Array, Bool, Float, Int, Params, UInt
+from jax_specdec._types import Array, Bool, Float, Int, Params
 from jax_specdec.core import acceptance, numerics, prng
 from jax_specdec.core.context import Context, Tapped, TargetView
 from jax_specdec.core.draft import Draft, Text
-from jax_specdec.core.drafter import Drafter, Outcome, States
+from jax_specdec.core.drafter import Drafter, Outcome, States, accepted_prefix
 from jax_specdec.core.law import Law
 from jax_specdec.core.model import Model
 from jax_specdec.core.prefill import read_text
 from jax_specdec.core.processors import Processor
 from jax_specdec.core.sampling import STRING_COMPLETE, Sampling
 from jax_specdec.core.sharding import on_its_mesh, sharding_of
+from jax_specdec.core.state import LoopState
 from jax_specdec.core.stats import FAILED, LENGTH, RUNNING, STOP, Stats, write_window
-
-
-class LoopState(flax.struct.PyTreeNode):
-    """Everything a round reads and writes.
-
-    Attributes:
-      text: committed tokens. `text.tokens[:, length - 1]` is the root, which the target has not read yet.
-      prompt_length, limit: `int32[B]`; a row ends when its length reaches `limit`.
-      view: the target's cache and taps, of length `text.length - 1`.
-      drafts: drafter states by name.
-      keys: `uint32[B, 2]`, key data per row. stop_state: `int32[B]`, stop-string automaton.
-    """
-
-    text: Text
-    prompt_length: Int[Array, " B"]
-    limit: Int[Array, " B"]
-    view: TargetView
-    drafts: States
-    keys: UInt[Array, "B 2"]
-    sampling: Sampling
-    stop_state: Int[Array, " B"]
-    stats: Stats
 
 
 def _lead(scores: Float[Array, "B T V"]) -> Float[Array, "B T"]:
@@ -107,20 +85,59 @@ class DecodeLoop:
           tokens: prompts, left-aligned; what lies behind `lengths[b] >= 1` is ignored.
           capacity: static, the most tokens of a row, prompt included.
         """
-        drafts = self.drafter.init(tokens.shape[0], capacity + self.window)
-        return self._start(params, tokens, lengths, sampling, request_ids, capacity, chunk, drafts)
+        caches = self.empty(params, tokens.shape[0], capacity)
+        return self._start(params, tokens, lengths, sampling, request_ids, capacity, chunk, *caches)
+
+    @on_its_mesh
+    def empty(self, params: Params, batch: int, capacity: int) -> tuple[TargetView, States]:
+        """The target's cache and the drafter's states that have read nothing."""
+        view = self._tapped.init_view(params["target"], batch, capacity + self.nodes)
+        return view, self.drafter.init(batch, capacity + self.window)
+
+    @on_its_mesh
+    def resume(
+        self,
+        params: Params,
+        caches: tuple[TargetView, States],
+        tokens: Int[Array, "B Lp"],
+        lengths: Int[Array, " B"],
+        kept: Int[Array, " B"],
+        sampling: Sampling,
+        request_ids: Int[Array, " B"],
+        *,
+        capacity: int,
+        chunk: int | None = None,
+    ) -> LoopState:
+        """`start` beside caches that have read a part of the texts: the rest alone is read. Donate `caches`.
+
+        Args:
+          caches: `view` and `drafts` of a state of this capacity, or `empty`.
+          kept: how many tokens at the start of each text are those of the state's text. Below what the target
+            has read, its cache is rolled back, which it must allow (`model.rewinds`).
+        """
+        view, drafts = caches
+        behind = kept <= view.length  # not all of the old text is in the new one
+        cut = jnp.minimum(view.length, jnp.minimum(kept, lengths - 1))
+        view, info = self._tapped.rollback(view, cut), self.drafter.info
+        if info.rewinds:
+            none = jnp.zeros_like(kept)
+            drafts = self.drafter.commit(drafts, accepted_prefix(kept, none, info.depth))
+        else:
+            drafts = self.drafter.reset(drafts, behind)
+        return self._start(
+            params, tokens, lengths, sampling, request_ids, capacity, chunk, view, drafts
+        )
 
     def _start(
-        self, params, tokens, lengths, sampling, request_ids, capacity, chunk, drafts
+        self, params, tokens, lengths, sampling, request_ids, capacity, chunk, view, drafts
     ) -> LoopState:
-        """`start` with drafter states that have read nothing."""
+        """`start` with caches that may have read something."""
         batch, width = tokens.shape
         if width > capacity:
             raise ValueError(f"prompts of width {width} do not fit a capacity of {capacity}")
         columns = capacity + self.window
         buffer = jnp.zeros((batch, columns), jnp.int32)
         text = Text(lax.dynamic_update_slice(buffer, tokens, (0, 0)), lengths)
-        view = self._tapped.init_view(params["target"], batch, capacity + self.nodes)
         view = read_text(self._tapped, params["target"], view, text.tokens, lengths - 1, chunk)
         limit = jnp.minimum(lengths + sampling.max_new_tokens, capacity)
         info = self.drafter.info
@@ -185,7 +202,9 @@ class DecodeLoop:
 
         drafts = jax.tree.map(take, state.drafts, axes.drafts)
         drafts = self.drafter.reset(drafts, jnp.ones((1,), bool))
-        fresh = self._start(params, tokens, length, sampling, request_id, capacity, chunk, drafts)
+        view, _ = self.empty(params, 1, capacity)
+        args = (tokens, length, sampling, request_id, capacity, chunk)
+        fresh = self._start(params, *args, view, drafts)
         return jax.tree.map(put, state, fresh, axes)
 
     def _row_axes(self, params: Params, state: LoopState, capacity: int) -> Any:

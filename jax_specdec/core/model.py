@@ -90,7 +90,8 @@ class Model(Protocol):
         """The cache as it was at `length[b] <= cache.length[b]`.
 
         A drafter's cache is rolled back by what was rejected. A target's is rolled back only while a prompt
-        is read, at the end of a full text buffer, by less than a chunk.
+        is read, at the end of a full text buffer, by less than a chunk; and where it `rewinds`, to what a
+        changed text has in common with the old one.
         """
         ...
 
@@ -105,6 +106,15 @@ class Model(Protocol):
         and `slots`; None for an axis that has no name. What a mesh shards is up to its rules.
         """
         ...
+
+
+def rewinds(model: Any) -> bool:
+    """Whether a model says, by an attribute of this name, that its caches go back to any length.
+
+    `rollback` then takes a cache to any length up to its own, and the slots of a shorter cache may be copied
+    into those of a longer one. A conversation needs both to keep what was read.
+    """
+    return bool(getattr(model, "rewinds", False))
 
 
 def tap_shapes(

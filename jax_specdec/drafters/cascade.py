@@ -113,6 +113,7 @@ class Horizontal(Composed):
             taps=_taps(infos),
             distribution=any(info.distribution for info in infos),
             ranked=all(info.ranked for info in infos),
+            rewinds=all(info.rewinds for info in infos),
             models=tuple(models),
         )
 
@@ -263,6 +264,7 @@ class Cascade(Composed):
             taps=_taps((own, inner)),
             distribution=own.distribution,
             ranked=own.ranked and self.lenience == 1,
+            rewinds=own.rewinds and inner.rewinds,
             models=(*verifying, *inner.models),
         )
 

@@ -110,6 +110,10 @@ class GliDeReader:
         return self.model.decoder
 
     @property
+    def rewinds(self) -> bool:
+        return self.decoder.rewinds
+
+    @property
     def vocab_size(self) -> int:
         return self.model.target.vocab_size
 

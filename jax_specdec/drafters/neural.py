@@ -14,7 +14,7 @@ from jax_specdec.core.confidence import chain_fields
 from jax_specdec.core.context import Context, Proposal, TargetView
 from jax_specdec.core.draft import Draft, chain
 from jax_specdec.core.drafter import Info, ModelUse, Outcome, States, chain_info, rollback
-from jax_specdec.core.model import Model
+from jax_specdec.core.model import Model, rewinds
 from jax_specdec.core.numerics import argmax
 from jax_specdec.core.prefill import read_ending, read_text
 from jax_specdec.drafters.cascade_sizes import ended_early
@@ -82,6 +82,7 @@ class NeuralDrafter:
             taps=self.taps,
             distribution=True,
             ends_early=self.stop is not None,
+            rewinds=rewinds(self.body),
             models=(use,),
         )
 

@@ -24,7 +24,7 @@ from jax_specdec._types import Array, Float, Int, Params
 from jax_specdec.core.confidence import best_children
 from jax_specdec.core.context import Context, Proposal, TargetView
 from jax_specdec.core.draft import Draft, Text, from_parents
-from jax_specdec.core.drafter import Drafter, States
+from jax_specdec.core.drafter import Drafter, States, rollback
 from jax_specdec.core.model import Model, Output
 from jax_specdec.core.numerics import argmax
 from jax_specdec.errors import UserError
@@ -253,6 +253,7 @@ class GrownTree(Rule):
     def commit(self, drafter, states, outcome):
         name = drafter.info.name
         cache, (new_kv, slot) = states[name], states[_key(drafter)]
+        cache = drafter.body.rollback(cache, rollback(cache.length, outcome))
         slot = jnp.take_along_axis(slot, outcome.path[:, 1:], axis=1)  # [B, P]
         level = jnp.arange(1, drafter.info.depth + 1, dtype=jnp.int32)[None]
         # Only the last accepted node may not have been read; the next round reads it, as after a chain.

@@ -14,7 +14,7 @@ one matrix (`qkv`, `gate_up`).
 
 import dataclasses
 import functools
-from typing import Any, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import flax.linen as nn
 import jax
@@ -94,6 +94,8 @@ class Decoder:
             object.__setattr__(self, "stacked_cache", True)
         if self.layer_loop == "scan" and len(set(self.windows)) > 1:
             raise ValueError("layers with different sliding windows cannot be scanned: use unroll")
+
+    rewinds: ClassVar[bool] = True  # slots behind a cache's length are garbage
 
     @property
     def vocab_size(self) -> int:

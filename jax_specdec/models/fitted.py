@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jax_specdec._types import Array, Float, Int, Params
-from jax_specdec.core.model import Model, Output
+from jax_specdec.core.model import Model, Output, rewinds
 from jax_specdec.core.numerics import NEG_INF
 
 
@@ -27,6 +27,10 @@ class Fitted:
     @property
     def windows(self) -> tuple[int | None, ...]:
         return self.model.windows
+
+    @property
+    def rewinds(self) -> bool:
+        return rewinds(self.model)
 
     def blank(self, batch: int, nodes: int) -> Any:
         return self.model.blank(batch, nodes)
