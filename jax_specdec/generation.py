@@ -231,6 +231,7 @@ class Stats:
       accepted_per_pos: how often the draft's token at each position was accepted.
       per_drafter: by source, `calls` (rounds it drafted in), `drafted` and `accepted`.
       wall_time_s: prefill to the last token of the row's batch, compilation apart.
+      num_cached_tokens: of the prompt, those that were not read because caches held them (`Conversation`).
       near_ties: emitted tokens whose score beat the second best by less than rounding may change
         (`near_tie`); None where margins are not recorded.
     """
@@ -248,6 +249,7 @@ class Stats:
     compile_time_s: float
     tokens_per_second: float
     near_ties: int | None
+    num_cached_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

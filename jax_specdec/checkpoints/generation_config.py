@@ -80,6 +80,35 @@ class GenerationDefaults:
     others: tuple[str, ...] = ()
     file: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
+    def options(self) -> dict[str, Any]:
+        """What of these settings a `generation.Request` has, as its fields.
+
+        As in transformers, temperature and filters count where `do_sample` is true, and top-k is 50 there unless
+        it is named.
+
+        >>> GenerationDefaults(do_sample=True, temperature=0.7, suppress_tokens=(5,)).options()
+        {'temperature': 0.7, 'top_k': 50, 'bad_words': ((5,),)}
+        """
+        named = {"max_new_tokens": self.max_new_tokens, "min_new_tokens": self.min_new_tokens}
+        named["repetition_penalty"] = self.repetition_penalty
+        if self.do_sample:
+            named["temperature"] = 1.0 if self.temperature is None else self.temperature
+            named["top_k"] = 50 if self.top_k is None else self.top_k
+            named |= {"top_p": self.top_p, "min_p": self.min_p}
+        if self.suppress_tokens:
+            named["bad_words"] = tuple((token,) for token in self.suppress_tokens)
+        return {name: value for name, value in named.items() if value is not None}
+
+    def unheeded(self, context: int) -> tuple[str, ...]:
+        """Names of settings that change a text and that `options` leaves out."""
+        changing = {
+            "no_repeat_ngram_size": bool(self.no_repeat_ngram_size),
+            "min_length": bool(self.min_length),
+            "max_length": self.max_length is not None and self.max_length < context,
+            "begin_suppress_tokens": bool(self.begin_suppress_tokens),
+        }
+        return (*(name for name, on in changing.items() if on), *self.others)
+
 
 def read_generation(folder: Path) -> GenerationDefaults:
     """The defaults of a checkpoint's folder.

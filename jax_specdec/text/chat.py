@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax_specdec.errors import UserError, shown_value
+from jax_specdec.errors import UserError, shown, shown_value
 
 # `{"role": ..., "content": ...}`, and what else a template reads of a message.
 Message = Mapping[str, Any]
 
 _PROBE = "jaxspecdecprobe"
+# Names that a template has of transformers, whatever it is given.
+_BY_TRANSFORMERS = ("messages", "add_generation_prompt", "raise_exception", "strftime_now")
 
 
 def is_message(value: Any) -> bool:
@@ -20,7 +22,14 @@ def is_message(value: Any) -> bool:
     return isinstance(value, Mapping) and "role" in value
 
 
-def chat_text(tokenizer: Any, prompt: str | Sequence[Message]) -> str:
+def chat_text(
+    tokenizer: Any,
+    prompt: str | Sequence[Message],
+    *,
+    template: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
+    answer_follows: bool = True,
+) -> str:
     """A chat as text, and what the template puts before the answer.
 
     A template takes a message's content as text or as a list of parts; one that wants parts may leave a
@@ -28,31 +37,53 @@ def chat_text(tokenizer: Any, prompt: str | Sequence[Message]) -> str:
 
     Args:
       prompt: the messages, or the text of the user's only one.
+      template: Jinja, in place of the tokenizer's own.
+      template_args: what else the template is given, such as `enable_thinking`.
+      answer_follows: False leaves out what stands before an answer.
 
     Raises:
-      UserError: no template, one that fails or leaves the prompt out, or messages that are none.
+      UserError: no template, one that fails or leaves something out, an argument that it does not know, or
+        messages that are none.
     """
     alone = isinstance(prompt, str)
     instead = "leave out --chat" if alone else "give the prompt as text"
     messages = [{"role": "user", "content": prompt}] if alone else check_messages(prompt)
-    if not tokenizer.chat_template:
-        raise UserError(f"The tokenizer has no chat template: {instead}.")
+    if not (template or tokenizer.chat_template):
+        raise UserError(
+            f"The tokenizer has no chat template: {instead}, or give a template (--template FILE)."
+        )
+    options: dict[str, Any] = dict(template_args or {})
+    _check_args(tokenizer, template, options)
+    if template:
+        options["chat_template"] = template
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=answer_follows, tokenize=False, **options
+        )
+
     failure: Exception | None = None
     for content in (lambda text: text, lambda text: [{"type": "text", "text": text}]):
         try:
-            if _PROBE in _render(tokenizer, [{"role": "user", "content": content(_PROBE)}]):
-                return _render(tokenizer, [_with_content(message, content) for message in messages])
+            if _PROBE in render([{"role": "user", "content": content(_PROBE)}]):
+                text = render([_with_content(message, content) for message in messages])
+                break
         except Exception as error:  # a template's code is the checkpoint's
             failure = failure or error
-    if failure is None:
-        raise UserError(f"The chat template leaves out what the user says: {instead}.")
-    reason = " ".join(str(failure).split()) or type(failure).__name__
-    raise UserError(f"The chat template fails: {reason:.300}") from failure
+    else:
+        if failure is None:
+            raise UserError(f"The chat template leaves out what the user says: {instead}.")
+        reason = " ".join(str(failure).split()) or type(failure).__name__
+        raise UserError(f"The chat template fails: {reason:.300}") from failure
+    system = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
+    if isinstance(system, str) and system.strip() not in text:
+        raise UserError("The chat template leaves out the system message: leave it out, too.")
+    return text
 
 
-def chat_ids(tokenizer: Any, prompt: str | Sequence[Message]) -> list[int]:
+def chat_ids(tokenizer: Any, prompt: str | Sequence[Message], **options: Any) -> list[int]:
     """Token ids of `chat_text`, whose template brings the special tokens along."""
-    text = chat_text(tokenizer, prompt)
+    text = chat_text(tokenizer, prompt, **options)
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -80,5 +111,21 @@ def _with_content(message: dict[str, Any], content: Any) -> dict[str, Any]:
     return {**message, "content": content(said)} if isinstance(said, str) else message
 
 
-def _render(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+def _check_args(tokenizer: Any, template: str | None, given: Mapping[str, Any]) -> None:
+    """Jinja ignores what a template does not use, so a misspelt argument would change nothing."""
+    if not given:
+        return
+    import jinja2.meta
+
+    template = template or tokenizer.chat_template
+    try:
+        env = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+        used = jinja2.meta.find_undeclared_variables(env.parse(template))
+    except Exception:  # with blocks of its own, or several templates: what it uses is not known
+        return
+    own = {*env.globals, *tokenizer.special_tokens_map, *_BY_TRANSFORMERS}
+    if unknown := [name for name in given if name not in used - own]:
+        known = ", ".join(sorted(used - own)) or "none"
+        raise UserError(
+            f"The chat template has no argument {shown(unknown[0])}; its arguments: {known:.300}."
+        )

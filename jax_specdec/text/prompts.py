@@ -2,11 +2,12 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax_specdec.errors import UserError
+from jax_specdec.text.chat import check_messages, is_message
 from jax_specdec.text.jsonl import read_jsonl
 
 # Sampling parameters that a record may carry, and what they must be.
@@ -44,6 +45,7 @@ class PromptRecord:
     """One prompt.
 
     Attributes:
+      messages: a chat in place of a text; `prompt` is then what was said last.
       settings: sampling parameters of its own, `stop` among them as a tuple.
       where: its place in a file, for messages; empty elsewhere.
     """
@@ -53,13 +55,15 @@ class PromptRecord:
     category: str | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     where: str = ""
+    messages: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self):
         start = f"{self.where}: the" if self.where else "The"
-        if not self.prompt:
+        if not self.prompt and not self.messages:
             raise UserError(f"{start} prompt is empty.")
         try:
-            self.prompt.encode()
+            for text in (self.prompt, *(message["content"] for message in self.messages)):
+                str(text).encode()
         except UnicodeEncodeError:  # half of a surrogate pair, or bytes of a terminal
             raise UserError(f"{start} prompt is not valid Unicode text.") from None
 
@@ -67,8 +71,8 @@ class PromptRecord:
 def read_prompts(path: str | Path) -> list[PromptRecord]:
     """The prompts of a JSONL file.
 
-    A record is `{"id", "prompt"}`, or one of Spec-Bench, `{"question_id", "category", "turns"}`, whose
-    first turn counts. It may carry settings of its own, named as the fields of `generation.Request`, and
+    A record is `{"id", "prompt"}`, or `{"id", "messages"}`, a chat to be answered, or one of Spec-Bench,
+    `{"question_id", "category", "turns"}`, whose first turn counts. It may carry settings of its own, named as the fields of `generation.Request`, and
     anything else that is not one of these misspelt. Without an id it gets its number, from 0.
 
     Raises:
@@ -98,8 +102,15 @@ def _record(where: str, number: int, record: dict[str, Any]) -> PromptRecord:
         prompt = turns[0] if isinstance(turns, list) and turns else None
         if not isinstance(prompt, str):
             raise UserError(f'{where}: expected a list of strings in "turns".')
+    messages: list[dict[str, Any]] = []
+    if prompt is None and "messages" in record:
+        messages = _messages(where, record["messages"])
+        said = messages[-1]["content"]
+        prompt = said if isinstance(said, str) else ""
     if not isinstance(prompt, str):
-        raise UserError(f'{where}: expected a string in "prompt" (or Spec-Bench\'s "turns").')
+        raise UserError(
+            f'{where}: expected a string in "prompt" (or a chat in "messages", or Spec-Bench\'s "turns").'
+        )
     name = record.get("id", record.get("question_id"))
     return PromptRecord(
         id=number if name is None else name,
@@ -107,7 +118,21 @@ def _record(where: str, number: int, record: dict[str, Any]) -> PromptRecord:
         category=record.get("category"),
         settings=_settings(where, record),
         where=where,
+        messages=messages,
     )
+
+
+def _messages(where: str, given: Any) -> list[dict[str, Any]]:
+    """A chat that waits for an answer."""
+    if not isinstance(given, list) or not given or not all(map(is_message, given)):
+        raise UserError(f'{where}: "messages" must be a list of objects with "role" and "content".')
+    try:
+        messages = check_messages(given)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if messages[-1]["role"] == "assistant":
+        raise UserError(f"{where}: the last message is the assistant's: there is nothing to answer.")
+    return messages
 
 
 def _settings(where: str, record: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,200 @@
+"""`chat`: a conversation in the terminal."""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jax_specdec.cli import common, sampling, templates
+from jax_specdec.errors import RunError, UserError, shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jax_specdec.conversation import Conversation
+    from jax_specdec.generation import Generation
+
+BLOCK = '"""'
+HELP = f"""/help          these lines
+/reset         begin anew
+/undo          take back the last turn
+/system TEXT   set the system message, or show it
+/save FILE     write the messages, for `chat --messages` or `generate --prompts`
+/quit          end, as Ctrl-D does
+{BLOCK} begins and ends a message of several lines; Ctrl-C stops an answer, and the turn is taken back."""
+# Of sources in their order; what the target itself says has the terminal's own colour.
+COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
+
+
+def register(commands: Any) -> None:
+    parser = commands.add_parser(
+        "chat",
+        help="a conversation in the terminal",
+        description="A conversation, its answers coloured by the drafter that each token is from. What was read "
+        "stays in the caches, so a turn reads its own tokens only. From a pipe each line is a turn.",
+    )
+    common.add_model(parser)
+    common.add_drafter(parser)
+    common.add_int8(parser)
+    group = parser.add_argument_group("the conversation")
+    templates.add_template(group)
+    group.add_argument(
+        "--messages", metavar="FILE", help="go on with a conversation that /save has written"
+    )
+    sampling.add_sampling(parser, "model", max_new_tokens=512)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    sampling.settle(args)
+    form = templates.template_options(args)
+    messages = _read(args.messages) if args.messages is not None else []
+    if sys.stdin is None:
+        raise UserError("There is no standard input to read messages from.")
+
+    from rich.console import Console
+
+    from jax_specdec.pipeline import SpeculativeDecoder
+
+    target, drafter = common.load(args)
+    sampling.heed(args, target)
+    decoder = SpeculativeDecoder(target, drafter)
+    names = (*args.usual, "stop", "stop_token_ids", "bad_words", "logit_bias", "ignore_eos")
+    options = {name: getattr(args, name) for name in names}
+    options |= {name: tuple(options[name]) for name in ("stop", "stop_token_ids", "bad_words")}
+    chat = decoder.chat(args.system, messages=messages, **form, **options)
+    console = Console(highlight=False, soft_wrap=True)
+    if sys.stdin.isatty() and console.is_terminal:
+        name = target.path.resolve().name
+        _Terminal(chat, console, decoder.loaded.drafter.info.sources).run(f"{name}, drafter {drafter.spec}")
+        return 0
+    for line in sys.stdin:
+        if line.strip():
+            for piece in (stream := chat.stream(line.strip())):
+                console.print(piece.text, end="", markup=False)
+            console.print()
+            common.say(_figures(stream.generation))
+    return 0
+
+
+class _Terminal:
+    """Reads messages and commands, and shows answers while they are decoded."""
+
+    def __init__(self, chat: "Conversation", console: "Console", sources: tuple[str, ...]):
+        self._chat, self._console = chat, console
+        self._colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(sources)}
+
+    def run(self, title: str) -> None:
+        from rich.text import Text
+
+        self._console.print(Text(title, "bold"))
+        legend = Text("the target itself", "dim")
+        for name, colour in self._colours.items():
+            legend.append(", ").append(name, f"not dim {colour}")
+        self._console.print(legend.append("; /help for commands, Ctrl-D ends"))
+        with contextlib.suppress(ImportError):  # there is none on Windows
+            import readline  # noqa: F401  (`input` edits lines with it)
+        for message in self._inputs():
+            try:
+                if message.startswith("/"):
+                    if self._command(*message[1:].split(maxsplit=1)):
+                        return
+                else:
+                    self._answer(message)
+            except (UserError, RunError) as error:
+                self._console.print(Text(f"error: {error}", "red"))
+
+    def _inputs(self) -> Iterator[str]:
+        """What is typed, until the input ends."""
+        while True:
+            try:
+                message = input("\n> ").strip()
+                if message.startswith(BLOCK):
+                    message = self._block(message.removeprefix(BLOCK))
+            except KeyboardInterrupt:
+                self._console.print()
+                continue
+            except EOFError:
+                self._console.print()
+                return
+            if message:
+                yield message
+
+    def _block(self, line: str) -> str:
+        lines = [line]
+        while not lines[-1].endswith(BLOCK):
+            lines.append(input("... ").rstrip())
+        return "\n".join(lines).removesuffix(BLOCK).strip()
+
+    def _answer(self, message: str) -> None:
+        from rich.text import Text
+
+        stream = self._chat.stream(message)
+        try:
+            for piece in stream:
+                self._console.print(Text(piece.text, self._colours.get(piece.source or "", "")), end="")
+        except KeyboardInterrupt:
+            stream.close()
+            self._console.print(Text("\n(stopped; the turn is taken back)", "dim"))
+            return
+        self._console.print()
+        self._console.print(Text(_figures(stream.generation), "dim"))
+
+    def _command(self, name: str = "", rest: str = "") -> bool:
+        """Does what is asked; whether that is to end."""
+        messages = self._chat.messages
+        if name == "quit":
+            return True
+        if name == "help":
+            self._console.print(HELP, markup=False)
+        elif name == "reset":
+            self._chat.reset()
+            self._say("The conversation begins anew.")
+        elif name == "undo":
+            self._chat.undo()
+            self._say(f"The last turn is taken back; {len(messages)} messages are left.")
+        elif name == "system":
+            if rest:
+                self._chat.system = rest
+            self._say(f"The system message is {shown(self._chat.system, 300)}." if self._chat.system else "There is no system message.")
+        elif name == "save" and rest:
+            _write(rest, messages)
+            self._say(f"{len(messages)} messages are in {shown(rest)}.")
+        else:
+            known = "/save takes the name of a file" if name == "save" else f"There is no command /{name[:40]}"
+            raise UserError(f"{known}: /help says which there are.")
+        return False
+
+    def _say(self, sentence: str) -> None:
+        from rich.text import Text
+
+        self._console.print(Text(sentence, "dim"))
+
+
+def _figures(answer: "Generation") -> str:
+    stats = answer.stats
+    read = len(answer.prompt) - stats.num_cached_tokens
+    return (
+        f"[{stats.num_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, tau {stats.mean_acceptance_length:.2f}; "
+        f"read {read} of {len(answer.prompt)} tokens before them]"
+    )
+
+
+def _write(path: str, messages: list[dict[str, Any]]) -> None:
+    try:
+        Path(path).write_text(json.dumps({"messages": messages}, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{shown(path)} cannot be written: {error.strerror}.") from None
+
+
+def _read(path: str) -> list[dict[str, Any]]:
+    """The messages of the one record of a file."""
+    from jax_specdec.text.jsonl import read_jsonl
+
+    records = [record for _, record in read_jsonl(path)]
+    if len(records) != 1 or not isinstance(records[0].get("messages"), list):
+        raise UserError(f'{shown(path)} must hold one record, {{"messages": [...]}}, as /save writes it.')
+    return records[0]["messages"]
