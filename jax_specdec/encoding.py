@@ -139,10 +139,11 @@ class Encoder:
         spelled = self.target.tokenizer([word, f" {word}"], add_special_tokens=False)["input_ids"]
         return list(dict.fromkeys(map(tuple, spelled)))
 
-    def arrays(self, batch: Sequence[Encoded]) -> tuple[Any, int]:
-        """What a batch's programs take, where it lies, and the text capacity."""
+    def arrays(self, batch: Sequence[Encoded], least: int = 0) -> tuple[Any, int]:
+        """What a batch's programs take, where it lies, and the text capacity, at least `least`."""
         longest = max(len(row.ids) for row in batch)
         capacity = self.capacity(longest, max(row.request.max_new_tokens for row in batch))
+        capacity = max(capacity, least)
         tokens = np.zeros((len(batch), capacity), np.int32)
         for place, row in enumerate(batch):
             tokens[place, : len(row.ids)] = row.ids

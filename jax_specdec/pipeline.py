@@ -3,8 +3,8 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Unpack, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,9 @@ from jax_specdec.text.chat import Message
 from jax_specdec.text.detokenize import TextStream
 from jax_specdec.text.inputs import a_kind, split
 from jax_specdec.text.token_bytes import TokenBytes
+
+if TYPE_CHECKING:
+    from jax_specdec.conversation import Conversation
 
 _ROUNDS_FOREVER = np.iinfo(np.int32).max
 # Where nobody listens the device still comes back about so often (seconds), for Ctrl-C and the bar.
@@ -102,7 +105,7 @@ class SpeculativeDecoder:
         self.encoder = Encoder(target)
         self._sources = self._loaded.drafter.info.sources
         # Held while the device works, never while a caller's code runs.
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     @property
     def loaded(self) -> LoadedDrafter:
@@ -214,12 +217,37 @@ class SpeculativeDecoder:
         prompts, alone = split(prompt)
         if not alone:
             raise UserError(f"A stream is of one prompt: got {a_kind(prompt)} of several.")
-        encoded = self._prepare(make_requests(prompts, None, options), 1, rounds_per_chunk)
+        encoded = self.prepare(make_requests(prompts, None, options), 1, rounds_per_chunk)
         (row,) = encoded
         text = None
         if self.token_bytes is not None:
             text = TextStream(self.token_bytes, row.request.stop, row.ids)
         return Stream(self._events(encoded, 1, rounds_per_chunk, progress), Pieces(text))
+
+    def chat(
+        self,
+        system: str | None = None,
+        *,
+        messages: Sequence[Message] = (),
+        template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        **options: Unpack[Options],
+    ) -> "Conversation":
+        """A conversation, each turn of which reads only what is new of it; see `Conversation`.
+
+        Args:
+          system: the system message. messages: a conversation so far, to go on with.
+          template: Jinja, in place of the tokenizer's chat template.
+          template_args: what else the template is given, such as `{"enable_thinking": False}`.
+          options: fields of `Request`, for all turns.
+
+        Raises:
+          UserError: no tokenizer or template, a template that fails, or options out of range.
+        """
+        from jax_specdec.conversation import Conversation
+
+        form = {"template": template, "template_args": template_args}
+        return Conversation(self, system, messages=messages, **form, **options)
 
     def generate(
         self,
@@ -249,7 +277,7 @@ class SpeculativeDecoder:
         items, alone = split(prompts)
         if alone:
             raise UserError(f"Prompts come in a list, one prompt too: got {a_kind(prompts)} alone.")
-        encoded = self._prepare(make_requests(items, ids, options), batch_size, rounds_per_chunk)
+        encoded = self.prepare(make_requests(items, ids, options), batch_size, rounds_per_chunk)
         if self.target.sharding is None and batch_size not in self.programs.batches:
             # Fewer prompts than rows need no copies of themselves.
             batch_size = min(batch_size, len(encoded))
@@ -264,7 +292,7 @@ class SpeculativeDecoder:
 
         return answers()
 
-    def _prepare(
+    def prepare(
         self, requests: Sequence[Request], batch_size: int, per_chunk: int
     ) -> list[Encoded]:
         """The requests on token ids, all that they ask for checked."""
@@ -300,7 +328,7 @@ class SpeculativeDecoder:
                 count = len(batch)
                 # A short last batch repeats its last row, so that it needs no program of its own.
                 batch = [*batch, *[batch[-1]] * (batch_size - count)]
-                with self._lock:
+                with self.lock:
                     spent = self.compile_time_s
                     arrays, capacity = self.encoder.arrays(batch)
                     start, run = self.programs.get(*arrays, capacity, shown)
@@ -310,7 +338,7 @@ class SpeculativeDecoder:
                     bar = stack.enter_context(progress.bar(sum(room), watching, unit="token"))
 
                 began = time.perf_counter()
-                with self._lock:
+                with self.lock:
                     state = jax.block_until_ready(start(self.params, *arrays))
                 prefill = time.perf_counter() - began
                 state = yield from self._rounds(run, state, first, count, per_chunk, prefill, bar)
@@ -341,7 +369,7 @@ class SpeculativeDecoder:
             rounds = _ROUNDS_FOREVER
         while True:
             began = time.perf_counter()
-            with self._lock:
+            with self.lock:
                 state = run(self.params, state, jnp.int32(rounds))
                 length, finish = to_host((state.text.length, state.stats.finish))
             bar.update(int((length - seen)[:rows].sum()))

@@ -29,6 +29,7 @@ class Programs:
     def __init__(self, target: Target, loop: DecodeLoop, params: Params):
         self._target, self._loop, self._params = target, loop, params
         self._pairs: dict[Any, tuple[Callable, Callable]] = {}
+        self._rounds: dict[Any, Callable] = {}
         self._seen: dict[str, set[int]] = {"batch": set(), "texts of up to": set(), "stops": {0}}
         self.compilations = 0
         self.seconds = 0.0
@@ -45,33 +46,50 @@ class Programs:
         ids: Any,
         capacity: int,
         progress: bool | None = None,
+        *,
+        resumed: tuple[Any, ...] = (),
     ) -> tuple[Callable, Callable]:
         """The prefill and the rounds for arrays of these shapes.
+
+        Args:
+          resumed: `caches` and `kept`, where the prefill is to be `DecodeLoop.resume`.
 
         Raises:
           UserError: they do not fit the memory.
         """
         shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), (tokens, sampling))
-        key = (capacity, str(jax.tree.leaves(shapes)))
+        rounds = (capacity, str(jax.tree.leaves(shapes)))
+        # On one device rounds do not ask how they were begun.
+        shared = rounds if self._target.sharding is None else (*rounds, bool(resumed))
+        key = (*rounds, bool(resumed))
         if key not in self._pairs:
             began = time.perf_counter()
             sizes = (tokens.shape[0], capacity, sampling.stop_table.shape[0])
-            what, args = self._what(sizes), (tokens, lengths, sampling, ids)
-            self._pairs[key] = self._compile(args, capacity, what, progress)
+            what = "next turns of a chat" if rounds in self._rounds else self._what(sizes)
+            args, known = (tokens, lengths, sampling, ids, *resumed), self._rounds.get(shared)
+            self._pairs[key] = self._compile(args, capacity, what, progress, known)
+            self._rounds[shared] = self._pairs[key][1]
             for seen, size in zip(self._seen.values(), sizes, strict=True):
                 seen.add(size)
-            self.compilations += 2
+            self.compilations += 2 if known is None else 1
             self.seconds += time.perf_counter() - began
         return self._pairs[key]
 
     def _compile(
-        self, rows: Any, capacity: int, what: str, progress: bool | None
+        self,
+        rows: tuple[Any, ...],
+        capacity: int,
+        what: str,
+        progress: bool | None,
+        known: Callable | None,
     ) -> tuple[Callable, Callable]:
+        """The programs, `known` being that of the rounds."""
         target, loop, args = self._target, self._loop, (self._params, *rows)
         # Without slots: the whole state is counted as it is, the drafter's caches with it.
         batch = rows[0].shape[0]
         plan = memory_plan(target.config, target.decoder.dtype, batch, 0, width=loop.nodes)
-        start = jax.jit(loop.start, static_argnames=("capacity",))
+        begin, given_away = (loop.resume, (5,)) if len(rows) > 4 else (loop.start, ())
+        start = jax.jit(begin, static_argnames=("capacity",), donate_argnums=given_away)
         state = start.eval_shape(*args, capacity=capacity)
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         check_fits(dataclasses.replace(plan, parameters=0, cache=held), available_memory())
@@ -80,6 +98,8 @@ class Programs:
         machine = (device.device_kind, jax.__version__, os.cpu_count(), os.environ.get("XLA_FLAGS"))
         compilation = Compilation(device.platform, " ".join(map(str, machine)), what, progress)
         prefill = compilation.add(start.lower(*args, capacity=capacity))
+        if known is not None:
+            return compilation.compile(prefill), known
         if target.sharding is None:
             rounds = compilation.add(self._lower(state, {}))
             return compilation.compile(prefill), compilation.compile(rounds)
