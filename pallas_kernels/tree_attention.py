@@ -212,18 +212,29 @@ def _divided(
     return partition.call(local, args, axes, out, len(args["length"]))
 
 
+def automatic(
+    q: Any, ancestors: Any = None, *, new_tokens: bool = True
+) -> tuple[str, str | None]:
+    """The back-end that is taken where none is named, and why it is not the platform's own Pallas kernel.
+
+    Args:
+        q, ancestors: arrays, or their shapes, as in `tree_attention`. new_tokens: whether there are new keys.
+    """
+    native = tuning.NATIVE.get(tuning.device().platform)
+    if native is None:
+        return "xla", None
+    why = _PALLAS[native].reason_against(q, ancestors, new_tokens=new_tokens)
+    return (native, None) if why is None else ("xla", f"{native} {why}")
+
+
 def _choose(
     backend: str | None, q, k_cache, ancestors, *, new_tokens: bool, interpret: Any
 ) -> Backend:
     if backend is None:
         if interpret:
             raise ValueError("interpret needs a backend: 'mosaic_tpu' or 'triton'")
-        here = tuning.device()
-        native, why = tuning.NATIVE.get(here.platform), None
-        if native is not None:
-            why = _PALLAS[native].reason_against(q, ancestors, new_tokens=new_tokens)
-        backend = native if native is not None and why is None else "xla"
-        _say(backend, here, why and f"{native} {why}", q.shape, k_cache.shape)
+        backend, why = automatic(q, ancestors, new_tokens=new_tokens)
+        _say(backend, tuning.device(), why, q.shape, k_cache.shape)
         return BACKENDS[backend]
     tuning.check_exists(backend, BACKENDS)
     if backend not in _PALLAS:

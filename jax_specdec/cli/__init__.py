@@ -3,55 +3,42 @@
 Nothing here imports jax before a command runs, so that help and errors of wrong use come at once.
 """
 
-import argparse
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
-from jax_specdec.cli import convert, demo, generate, info, plan, train, tune
+from jax_specdec.cli import convert, demo, doctor, generate, info, plan, train, tune
+from jax_specdec.cli.parser import Commands, Parser
 from jax_specdec.errors import RunError, UserError
 
 LONGEST_MESSAGE = 2000  # characters: what a user gave may be echoed
 
-REGISTER: tuple[Callable, ...] = (
-    generate.register,
-    demo.register,
-    train.register,
-    convert.register,
-    info.register,
-    plan.register,
-    tune.register,
-)
+EXAMPLES = """examples:
+  jax-specdec doctor
+  jax-specdec demo
+  jax-specdec generate --prompt "Once upon a time, there was a" --stream
+  jax-specdec generate --help    # every command has its own"""
 
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence; sub-commands inherit it."""
-
-    def __init__(self, *args, **kwargs):
-        kwargs.setdefault("allow_abbrev", False)
-        super().__init__(*args, **kwargs)
-        # Without a default here, so that `--debug` before the command is not overwritten after it.
-        self.add_argument(
-            "--debug",
-            action="store_true",
-            default=argparse.SUPPRESS,
-            help="show the traceback of an error",
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.rstrip('.')} (see `{self.prog} --help`).")
+# The commands, by what they are for.
+COMMANDS: dict[str, tuple[Callable, ...]] = {
+    "decode": (demo.register, generate.register),
+    "look before you load": (doctor.register, info.register, plan.register),
+    "measure, train, convert": (tune.register, train.register, convert.register),
+}
 
 
 def make_parser() -> Parser:
-    parser = Parser(
-        prog="jax-specdec", description="Lossless speculative decoding of large language models."
-    )
+    parser = Parser(prog="jax-specdec")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for register in REGISTER:
-        register(commands)
+    commands = Commands(parser, "command", "COMMAND")
+    for title, registers in COMMANDS.items():
+        commands.lines += ["", f"{title}:"]
+        for register in registers:
+            register(commands)
+    what = "Lossless speculative decoding of large language models."
+    parser.description = "\n".join([what, *commands.lines])
+    parser.epilog = EXAMPLES
     return parser
 
 

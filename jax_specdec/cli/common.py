@@ -22,8 +22,13 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """`--model` and `--dtype`."""
+def model_group(parser: argparse.ArgumentParser) -> Any:
+    """The group of help in which `--model` and what belongs to it stand."""
+    return parser.add_argument_group("the model and its drafter")
+
+
+def add_model(parser: Any) -> None:
+    """`--model` and `--dtype`, to a parser or a group."""
     parser.add_argument(
         "--model",
         metavar="DIR",
@@ -36,7 +41,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_int8(parser: argparse.ArgumentParser, draft: bool = True) -> None:
+def add_int8(parser: Any, draft: bool = True) -> None:
     """`--int8` and `--draft-int8`."""
     flags = {"--int8": "the model's"} | ({"--draft-int8": "the drafter's"} if draft else {})
     for flag, whose in flags.items():
@@ -56,15 +61,16 @@ def _parts(text: str) -> tuple[str, ...]:
     return parts
 
 
-def add_drafter(parser: argparse.ArgumentParser) -> None:
+def add_drafter(parser: Any) -> None:
     """`--drafter` and `--draft`."""
     parser.add_argument(
         "--drafter",
         metavar="SPEC",
         default="auto",
         help="a kind of drafter (`jax-specdec info --drafters` lists them) with a draft length after a colon, as "
-        "in lm:4, and maybe an expansion with its nodes, as in lm:4+cape:16; or a cascade of drafters (default: "
-        "the first --draft NAME; else the fastest measured for the model; else one that needs no checkpoint)",
+        "in lm:4, and maybe an expansion with its nodes, as in lm:4+cape:16; or a cascade of drafters; or none "
+        "(default: the first --draft NAME; else the fastest measured for the model; else one that needs no "
+        "checkpoint)",
     )
     parser.add_argument(
         "--draft",

@@ -10,15 +10,22 @@ from jax_specdec.errors import UserError
 def register(commands: Any) -> None:
     parser = commands.add_parser(
         "convert",
-        help="write a checkpoint in another dtype or other shards, or import a drafter",
+        help="a checkpoint in another dtype or other shards; imports drafters",
         description="Writes a checkpoint again, in another dtype or other shards. With --target it reads a "
         "drafter of another project, whichever kind of drafter it is for, and writes it for --drafter.",
+        examples=("DIR OUT --dtype bfloat16", "HEADS OUT --target DIR"),
     )
     parser.add_argument("source", metavar="SRC", help="checkpoint folder or hub id")
     parser.add_argument("out", metavar="OUT", help="folder to write")
-    parser.add_argument("--dtype", choices=common.DTYPES, help="default: as it is")
     parser.add_argument(
-        "--max-shard-mb", type=float, default=2000.0, metavar="MB", help="default: 2000"
+        "--dtype", choices=common.DTYPES, help="of what is written (default: as it is)"
+    )
+    parser.add_argument(
+        "--max-shard-mb",
+        type=float,
+        default=2000.0,
+        metavar="MB",
+        help="the largest file (default: 2000)",
     )
     parser.add_argument("--target", metavar="DIR", help="import a drafter for this target")
     parser.set_defaults(run=run)

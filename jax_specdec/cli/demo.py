@@ -12,10 +12,14 @@ def register(commands: Any) -> None:
         help="plain and speculative decoding side by side",
         description="Decodes a few built-in prompts plainly and speculatively, shows who proposed each "
         "token, checks that both give the same text, and compares the speeds.",
+        examples=("", "--drafter lm:5+cape:16", "--drafter max-gram:6 --max-new-tokens 64"),
     )
-    common.add_model(parser)
-    common.add_drafter(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    group = common.model_group(parser)
+    common.add_model(group)
+    common.add_drafter(group)
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="default: 128"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     parser.set_defaults(run=run)
 

@@ -22,11 +22,20 @@ LOSSY = "lossy-typical"
 
 def register(commands: Any) -> None:
     parser = commands.add_parser(
-        "generate", help="answer prompts", description="Answers prompts, as plain decoding would."
+        "generate",
+        help="answer prompts",
+        description="Answers prompts, as plain decoding would.",
+        examples=(
+            '--prompt "Once upon a time, there was a" --stream',
+            '--model DIR --chat --prompt "Who are you?"',
+            "--model DIR --drafter lm:5 --draft lm=SMALL --prompts FILE --json",
+            '--prompt "The fox" --temperature 0.8 --top-p 0.95 --seed 7',
+        ),
     )
-    common.add_model(parser)
-    common.add_drafter(parser)
-    common.add_int8(parser)
+    group = common.model_group(parser)
+    common.add_model(group)
+    common.add_drafter(group)
+    common.add_int8(group)
     prompts = parser.add_argument_group("prompts (default: standard input is one prompt)")
     prompts.add_argument(
         "--prompt", metavar="TEXT", action="append", help="may be given several times"
@@ -42,14 +51,16 @@ def register(commands: Any) -> None:
         "--keep-last", type=int, metavar="N", help="keep the last N tokens of each prompt"
     )
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    sampling.add_argument(
-        "--temperature", type=float, default=0.0, help="0, the default, is greedy"
-    )
-    sampling.add_argument("--top-k", type=int, default=0, help="0, the default, is off")
-    sampling.add_argument("--top-p", type=float, default=1.0, help="1, the default, is off")
-    sampling.add_argument("--min-p", type=float, default=0.0, help="0, the default, is off")
-    sampling.add_argument("--seed", type=int, default=0)
+    for flag, kind, default, text in (
+        ("--max-new-tokens", int, 128, "the longest answer (default: 128)"),
+        ("--temperature", float, 0.0, "0, the default, is greedy"),
+        ("--top-k", int, 0, "of the N likeliest tokens alone; 0, the default, is off"),
+        ("--top-p", float, 1.0, "of the likeliest that make up P; 1, the default, is off"),
+        ("--min-p", float, 0.0, "of those above P times the likeliest; 0, the default, is off"),
+        ("--seed", int, 0, "of the sampled text (default: 0)"),
+    ):
+        name = "P" if flag.endswith("-p") else "N" if kind is int else "X"
+        sampling.add_argument(flag, type=kind, default=default, metavar=name, help=text)
     sampling.add_argument(
         "--stop",
         metavar="TEXT",
@@ -127,7 +138,9 @@ def register(commands: Any) -> None:
     )
     meshes.add_mesh(parser)
     running = parser.add_argument_group("running and output")
-    running.add_argument("--batch-size", type=int, default=1, metavar="N")
+    running.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="prompts at a time (default: 1)"
+    )
     running.add_argument("--stream", action="store_true", help="print the text as it is decoded")
     running.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     running.add_argument(

@@ -2,10 +2,14 @@
 
 import argparse
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jax_specdec.cli import common
 from jax_specdec.errors import UserError
+
+if TYPE_CHECKING:
+    from jax_specdec.checkpoints.targets import Target
+    from jax_specdec.specs.build import Drafters
 
 
 def register(commands: Any) -> None:
@@ -14,10 +18,14 @@ def register(commands: Any) -> None:
         help="sizes and memory, before anything is loaded",
         description="Shows the sizes of a model and what decoding with it takes in memory. Reads "
         "config.json and the headers of the weights, and loads nothing.",
+        examples=("--model DIR", "--model DIR --drafter lm:5 --batch-size 8", "--drafters"),
     )
-    common.add_model(parser)
-    common.add_drafter(parser)
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N")
+    group = common.model_group(parser)
+    common.add_model(group)
+    common.add_drafter(group)
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="rows at a time (default: 1)"
+    )
     parser.add_argument(
         "--context",
         type=int,
@@ -49,10 +57,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything `info` knows, as a JSON object."""
+def open_headers(args: argparse.Namespace) -> "tuple[Target, str, Drafters]":
+    """The target without parameters, the dtype that it is stored in, and the drafters beside it."""
     from jax_specdec.checkpoints.hub import find_checkpoint
-    from jax_specdec.checkpoints.memory import available_memory, memory_plan, sizes_of
     from jax_specdec.checkpoints.targets import (
         Target,
         default_dtype,
@@ -62,11 +69,24 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     from jax_specdec.checkpoints.tokenizer_files import has_tokenizer
     from jax_specdec.models.decoder import Decoder
     from jax_specdec.specs.build import Drafters
+
+    folders = common.draft_folders(args.draft)
+    folder = find_checkpoint(common.model_source(args))
+    config, stored = inspect_checkpoint(folder)
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    decoder = Decoder(config, args.dtype or default_dtype(folder))
+    target = Target(decoder, {}, tokenizer, folder)
+    return target, stored, Drafters(target, drafts=folders, batch_size=args.batch_size)
+
+
+def describe(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything `info` knows, as a JSON object."""
+    from jax_specdec.checkpoints.memory import available_memory, memory_plan, sizes_of
     from jax_specdec.specs.defaults import setting_of
 
     folders, given = common.draft_folders(args.draft), common.given_drafter(args)
-    folder = find_checkpoint(common.model_source(args))
-    config, stored = inspect_checkpoint(folder)
+    target, stored, drafters = open_headers(args)
+    config, dtype = target.config, str(target.decoder.dtype)
     context = args.context or config.context
     if context > config.context:
         raise UserError(f"The model's context is {config.context} tokens, fewer than {context}.")
@@ -74,10 +94,6 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(
             f"{args.max_new_tokens} new tokens leave no room for a prompt in a context of {context}."
         )
-    dtype = args.dtype or default_dtype(folder)
-    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
-    target = Target(Decoder(config, dtype), {}, tokenizer, folder)
-    drafters = Drafters(target, drafts=folders, batch_size=args.batch_size)
     if given is None:
         given, _ = common.choose_drafter(setting_of(target, args.batch_size), folders)
     with common.warnings_said():
@@ -108,10 +124,10 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         total += drafter["memory"]["total"]
     available = available_memory()
     return {
-        "model": str(folder),
+        "model": str(target.path),
         **sizes_of(config),
         "stored_dtype": stored,
-        "tokenizer": tokenizer is not None,
+        "tokenizer": target.tokenizer is not None,
         "dtype": dtype,
         "batch_size": args.batch_size,
         "context_used": context,

@@ -20,9 +20,14 @@ TAUS = (1.0, 2.0, 3.0, 4.0)
 def register(commands: Any) -> None:
     parser = commands.add_parser(
         "plan",
-        help="does it fit, and how fast would it be, on devices that are not here",
+        help="does it fit devices that are not here, and how fast would it be",
         description="Compiles prefill and one decoding round for described devices, and says what they take. "
         "Needs the model's config.json alone.",
+        examples=(
+            "--model DIR --topology v5e:2x4",
+            "--model DIR --topology h100:8 --mesh data=2,tensor=4 --batch-size 16",
+            "--model DIR --topology cpu:8 --arithmetic --json",
+        ),
     )
     parser.add_argument(
         "--model",
@@ -37,7 +42,13 @@ def register(commands: Any) -> None:
         help="none, max-gram, prompt-lookup, glide, medusa or lm, with an expansion (default: glide:7+cape:16); "
         "glide and medusa have their default shape unless --draft names a checkpoint",
     )
-    parser.add_argument("--draft", metavar="NAME=DIR", action="append", default=[])
+    parser.add_argument(
+        "--draft",
+        metavar="NAME=DIR",
+        action="append",
+        default=[],
+        help="where a drafter's checkpoint is",
+    )
     parser.add_argument(
         "--topology",
         metavar="NAME",
@@ -47,11 +58,18 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--mesh",
         metavar="AXIS=N,...",
-        help="(default: all devices along tensor, as far as they divide)",
+        help="rows over data and the model over tensor, as in data=2,tensor=4 (default: all devices along "
+        "tensor, as far as they divide the model)",
     )
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N")
-    parser.add_argument("--context", type=int, default=8192, metavar="N", help="(default: 8192)")
-    parser.add_argument("--dtype", choices=common.DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="rows at a time (default: 1)"
+    )
+    parser.add_argument(
+        "--context", type=int, default=8192, metavar="N", help="tokens of a row (default: 8192)"
+    )
+    parser.add_argument(
+        "--dtype", choices=common.DTYPES, default="bfloat16", help="default: bfloat16"
+    )
     common.add_int8(parser, draft=False)
     parser.add_argument(
         "--arithmetic", action="store_true", help="by formulas alone: no compiler, no seconds"

@@ -15,13 +15,18 @@ from jax_specdec.text.prompts import read_prompts
 def register(kinds: Any) -> None:
     parser = kinds.add_parser(
         "regenerate",
-        help="training data for drafters: the target's own answers, or the drafter's",
+        help="text to train drafters on, as a target or a drafter writes it",
         description="Answers a prompt file and writes one document per prompt, prompt and answer together, "
         "to train drafters on: what the target writes (sequence-level distillation, arXiv 1606.07947), "
         "or what the drafter does (on-policy data, arXiv 2310.08461).",
+        examples=(
+            "--model DIR --prompts FILE --out WRITTEN",
+            "--prompts FILE --out WRITTEN --temperature 0 --temperature 0.7 --resume",
+        ),
     )
-    common.add_model(parser)
-    common.add_drafter(parser)
+    group = common.model_group(parser)
+    common.add_model(group)
+    common.add_drafter(group)
     parser.add_argument(
         "--prompts", metavar="FILE", required=True, help='JSONL of {"id", "prompt"}'
     )
@@ -35,16 +40,21 @@ def register(kinds: Any) -> None:
         default="target",
         help="drafter: every token that --drafter (lm or glide) proposes becomes text, right or wrong",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=160, metavar="N")
-    parser.add_argument("--keep-last", type=int, default=256, metavar="N", help="of each prompt")
+    for flag, default, text in (
+        ("--max-new-tokens", 160, "the longest answer"),
+        ("--keep-last", 256, "tokens of each prompt"),
+        ("--batch-size", 32, "prompts at a time"),
+        ("--seed", 0, "of sampled text"),
+    ):
+        text = f"{text} (default: {default})"
+        parser.add_argument(flag, type=int, default=default, metavar="N", help=text)
     parser.add_argument(
         "--temperature",
         type=float,
         action="append",
+        metavar="X",
         help="0, the default, is greedy; given several times, the prompts take them in turn",
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N")
     parser.set_defaults(run=run)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_specdec.cli import arguments, common, mesh, regenerate, train_glide, train_medusa
+from jax_specdec.cli.parser import Commands
 from jax_specdec.errors import UserError
 from jax_specdec.training.config import TrainConfig
 
@@ -22,15 +23,20 @@ SHAPE = (
 
 def register(commands: Any) -> None:
     parser = commands.add_parser(
-        "train", help="train a model, a tokenizer or a bigram table", description="Trains."
+        "train",
+        help="train drafters, models, tokenizers and bigram tables",
+        description="Trains a drafter, a language model, a tokenizer or a bigram table, or has a\n"
+        "target write the text to train drafters on.",
+        examples=("glide --help", "lm --data FILE --tokenizer DIR --out OUT --steps 1000"),
     )
-    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    kinds = Commands(parser, "kind", "KIND", required=True)
     register_lm(kinds)
     train_glide.register(kinds)
     train_medusa.register(kinds)
     register_tokenizer(kinds)
     register_bigram(kinds)
     regenerate.register(kinds)
+    parser.description = "\n".join([parser.description, "", "kinds:", *kinds.lines])
 
 
 def register_lm(kinds: Any) -> None:
@@ -39,6 +45,10 @@ def register_lm(kinds: Any) -> None:
         help="a language model, for example a draft model",
         description="Trains a language model and writes it to OUT/checkpoint; the state to resume from, "
         "metrics.jsonl and loss.png go to OUT.",
+        examples=(
+            "--data FILE --tokenizer DIR --out OUT --layers 2 --steps 1000",
+            "--data FILE --init OUT/checkpoint --out OUT2 --steps 500",
+        ),
     )
     arguments.add_data(parser)
     parser.add_argument("--tokenizer", metavar="DIR", help="default: the one of --init")
@@ -66,6 +76,7 @@ def register_tokenizer(kinds: Any) -> None:
         "tokenizer",
         help="a byte-level BPE tokenizer",
         description="Trains a byte-level BPE tokenizer on the texts of JSONL files.",
+        examples=("--data FILE --vocab-size 4096 --out OUT",),
     )
     parser.add_argument("--data", metavar="FILE", action="append", required=True)
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N")
@@ -79,6 +90,7 @@ def register_bigram(kinds: Any) -> None:
         "bigram",
         help="the table of the drafter 'bigram'",
         description="Counts the most frequent successor of each token, for the drafter 'bigram'.",
+        examples=("--data FILE --tokenizer DIR --out OUT",),
     )
     parser.add_argument("--data", metavar="FILE", action="append", required=True)
     parser.add_argument(

@@ -34,6 +34,10 @@ def register(kinds: Any) -> None:
         help="a GliDe drafter for a target",
         description="Trains a GliDe drafter beside its frozen target and writes it to OUT/checkpoint "
         "whenever the state is saved; the state to resume from, metrics.jsonl and loss.png go to OUT.",
+        examples=(
+            "--target DIR --data FILE --out OUT --steps 1000",
+            "--target DIR --data FILE=1 --data WRITTEN=4 --out OUT --steps 1000",
+        ),
     )
     beside.add_arguments(
         parser,

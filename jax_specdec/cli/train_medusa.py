@@ -16,6 +16,7 @@ def register(kinds: Any) -> None:
         description="Trains Medusa heads on their frozen target and writes them to OUT/checkpoint whenever "
         "the state is saved, with the accuracies on the held-out text that a static tree is chosen by; the "
         "state to resume from, metrics.jsonl and loss.png go to OUT.",
+        examples=("--target DIR --data FILE --out OUT --heads 4 --steps 1000",),
     )
     beside.add_arguments(parser, "start from this Medusa checkpoint")
     parser.add_argument(

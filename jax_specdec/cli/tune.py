@@ -11,9 +11,13 @@ from jax_specdec.errors import UserError
 def register(commands: Any) -> None:
     parser = commands.add_parser(
         "tune",
-        help="choose draft lengths and budgets from measured costs and acceptance",
+        help="choose draft lengths from measured costs and acceptance",
         description="Measures the cost of verifying T nodes, of drafting, and acceptance on real "
         "prompts; chooses each drafter's length, its nodes with an expansion, and the default drafter.",
+        examples=(
+            "--prompts FILE",
+            "--model DIR --drafters lm,max-gram,cascade --prompts FILE --batch-size 8",
+        ),
     )
     common.add_model(parser)
     parser.add_argument(
@@ -22,17 +26,31 @@ def register(commands: Any) -> None:
         help="drafters to tune, by name, with an expansion (`lm+path`) or without, and `cascade` for the best "
         "cascade of them (default: all drafters that there are)",
     )
-    parser.add_argument("--draft", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument(
-        "--prompts", action="append", required=True, metavar="FILE.jsonl", help="repeatable"
+        "--draft",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="where a drafter's checkpoint is (default: the folder NAME beside the model)",
     )
-    parser.add_argument("--per-file", type=int, default=8, metavar="N", help="prompts of each file")
-    parser.add_argument("--longest", type=int, default=12, metavar="N", help="lengths up to this")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N")
+    parser.add_argument(
+        "--prompts",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help='JSONL of {"id", "prompt"}, of text as it will be met; may be given several times',
+    )
+    for flag, default, text in (
+        ("--per-file", 8, "prompts of each file"),
+        ("--longest", 12, "tokens of a draft, at most"),
+        ("--max-new-tokens", 64, "the longest answer"),
+        ("--batch-size", 1, "prompts at a time"),
+    ):
+        text = f"{text} (default: {default})"
+        parser.add_argument(flag, type=int, default=default, metavar="N", help=text)
     parser.add_argument(
         "--out",
-        metavar="FILE.json",
+        metavar="FILE",
         help="what was measured for other models, devices, dtypes and batch sizes is kept there (default: "
         "draft_lengths.json beside the model's folder; for a model of the hub, in the user's cache)",
     )

@@ -1,5 +1,7 @@
 """`convert` and `info`, and the command as a program."""
 
+import argparse
+import shlex
 import subprocess
 import sys
 
@@ -7,6 +9,7 @@ from commands import ok, records
 
 from jax_specdec.checkpoints import targets as checkpoints
 from jax_specdec.checkpoints.embedded import demo_folder
+from jax_specdec.cli import make_parser
 
 
 def test_convert(model, capsys, tmp_path):
@@ -93,3 +96,28 @@ def test_import_leaves_out_nnx():
 def test_demo_checkpoint_is_beside_the_package():
     assert demo_folder().parts[-2:] == ("checkpoints", "demo")
     assert (demo_folder().parents[1] / "jax_specdec").is_dir()
+
+
+# help
+
+
+def parsers(parser):
+    """A parser and those of its commands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from parsers(inner)
+
+
+def test_help_fits_a_terminal_and_its_examples_parse(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    whole = make_parser()
+    for parser in parsers(whole):
+        text = parser.format_help()
+        assert max(map(len, text.splitlines())) < 80, parser.prog
+        assert "examples:" in text, parser.prog
+        for example in parser.examples:
+            words = shlex.split(example)
+            if words[-1] != "--help":
+                assert whole.parse_args(words[1:]).run
