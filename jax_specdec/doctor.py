@@ -158,12 +158,14 @@ def device(count: int, platform: str, kind: str) -> Findings:
         return
     elif plugins:
         text = f"{text}: {' and '.join(plugins)} is installed and finds no device"
-        remedy = "look at the driver with nvidia-smi" if "cuda" in plugins[0] else "is the TPU taken?"
+        remedy = (
+            "look at the driver with nvidia-smi" if "cuda" in plugins[0] else "is the TPU taken?"
+        )
     elif have:
         text, remedy = f"{text}: there is {names[have]}, which JAX cannot use yet", INSTALL[have]
     else:
         text += ": everything runs, slower than on an accelerator"
-        remedy = f"on a machine with an NVIDIA GPU {INSTALL['gpu']}, on a TPU \"jax-specdec[tpu]\""
+        remedy = f'on a machine with an NVIDIA GPU {INSTALL["gpu"]}, on a TPU "jax-specdec[tpu]"'
     yield Finding("device", "warn", text, remedy)
 
 

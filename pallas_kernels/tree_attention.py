@@ -212,9 +212,7 @@ def _divided(
     return partition.call(local, args, axes, out, len(args["length"]))
 
 
-def automatic(
-    q: Any, ancestors: Any = None, *, new_tokens: bool = True
-) -> tuple[str, str | None]:
+def automatic(q: Any, ancestors: Any = None, *, new_tokens: bool = True) -> tuple[str, str | None]:
     """The back-end that is taken where none is named, and why it is not the platform's own Pallas kernel.
 
     Args:

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from jax_specdec.cli import convert, demo, doctor, generate, info, plan, train, tune
+from jax_specdec.cli import chat, convert, demo, doctor, generate, info, plan, train, tune
 from jax_specdec.cli.parser import Commands, Parser
 from jax_specdec.errors import RunError, UserError
 
@@ -18,11 +18,12 @@ EXAMPLES = """examples:
   jax-specdec doctor
   jax-specdec demo
   jax-specdec generate --prompt "Once upon a time, there was a" --stream
+  jax-specdec chat --model DIR --drafter max-gram:6
   jax-specdec generate --help    # every command has its own"""
 
 # The commands, by what they are for.
 COMMANDS: dict[str, tuple[Callable, ...]] = {
-    "decode": (demo.register, generate.register),
+    "decode": (demo.register, generate.register, chat.register),
     "look before you load": (doctor.register, info.register, plan.register),
     "measure, train, convert": (tune.register, train.register, convert.register),
 }

@@ -35,10 +35,15 @@ def register(commands: Any) -> None:
         help="a conversation in the terminal",
         description="A conversation, its answers coloured by the drafter that each token is from. What was read "
         "stays in the caches, so a turn reads its own tokens only. From a pipe each line is a turn.",
+        examples=(
+            "--model DIR --drafter max-gram:6",
+            '--model DIR --drafter lm:5 --draft lm=SMALL --system "Be brief." --temperature 0.7',
+        ),
     )
-    common.add_model(parser)
-    common.add_drafter(parser)
-    common.add_int8(parser)
+    group = common.model_group(parser)
+    common.add_model(group)
+    common.add_drafter(group)
+    common.add_int8(group)
     group = parser.add_argument_group("the conversation")
     templates.add_template(group)
     group.add_argument(
@@ -69,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     if sys.stdin.isatty() and console.is_terminal:
         name = target.path.resolve().name
-        _Terminal(chat, console, decoder.loaded.drafter.info.sources).run(f"{name}, drafter {drafter.spec}")
+        _Terminal(chat, console, decoder.loaded.drafter.info.sources).run(
+            f"{name}, drafter {drafter.spec}"
+        )
         return 0
     for line in sys.stdin:
         if line.strip():
@@ -135,7 +142,9 @@ class _Terminal:
         stream = self._chat.stream(message)
         try:
             for piece in stream:
-                self._console.print(Text(piece.text, self._colours.get(piece.source or "", "")), end="")
+                self._console.print(
+                    Text(piece.text, self._colours.get(piece.source or "", "")), end=""
+                )
         except KeyboardInterrupt:
             stream.close()
             self._console.print(Text("\n(stopped; the turn is taken back)", "dim"))
@@ -159,12 +168,20 @@ class _Terminal:
         elif name == "system":
             if rest:
                 self._chat.system = rest
-            self._say(f"The system message is {shown(self._chat.system, 300)}." if self._chat.system else "There is no system message.")
+            self._say(
+                f"The system message is {shown(self._chat.system, 300)}."
+                if self._chat.system
+                else "There is no system message."
+            )
         elif name == "save" and rest:
             _write(rest, messages)
             self._say(f"{len(messages)} messages are in {shown(rest)}.")
         else:
-            known = "/save takes the name of a file" if name == "save" else f"There is no command /{name[:40]}"
+            known = (
+                "/save takes the name of a file"
+                if name == "save"
+                else f"There is no command /{name[:40]}"
+            )
             raise UserError(f"{known}: /help says which there are.")
         return False
 
@@ -185,7 +202,9 @@ def _figures(answer: "Generation") -> str:
 
 def _write(path: str, messages: list[dict[str, Any]]) -> None:
     try:
-        Path(path).write_text(json.dumps({"messages": messages}, ensure_ascii=False) + "\n", encoding="utf-8")
+        Path(path).write_text(
+            json.dumps({"messages": messages}, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     except OSError as error:
         raise UserError(f"{shown(path)} cannot be written: {error.strerror}.") from None
 
@@ -196,5 +215,7 @@ def _read(path: str) -> list[dict[str, Any]]:
 
     records = [record for _, record in read_jsonl(path)]
     if len(records) != 1 or not isinstance(records[0].get("messages"), list):
-        raise UserError(f'{shown(path)} must hold one record, {{"messages": [...]}}, as /save writes it.')
+        raise UserError(
+            f'{shown(path)} must hold one record, {{"messages": [...]}}, as /save writes it.'
+        )
     return records[0]["messages"]

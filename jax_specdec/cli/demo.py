@@ -17,9 +17,7 @@ def register(commands: Any) -> None:
     group = common.model_group(parser)
     common.add_model(group)
     common.add_drafter(group)
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="N", help="default: 128"
-    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     parser.set_defaults(run=run)
 

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jax_specdec.cli import common
+from jax_specdec.cli import common, sampling, templates
 from jax_specdec.cli import mesh as meshes
 from jax_specdec.errors import UserError
-from jax_specdec.text.chat import chat_ids
+from jax_specdec.text.chat import Message, chat_ids
 from jax_specdec.text.prompts import PromptRecord, prompt_of_input, read_prompts
 
 if TYPE_CHECKING:
@@ -43,83 +43,16 @@ def register(commands: Any) -> None:
     prompts.add_argument(
         "--prompts",
         metavar="FILE",
-        help='JSONL of {"id", "prompt"} or of Spec-Bench; a record may carry its own sampling '
-        "parameters, and one with a seed uses that seed alone",
+        help='JSONL of {"id", "prompt"}, of {"id", "messages"} (a chat, in the chat template) or of Spec-Bench; '
+        "a record may carry its own sampling parameters, and one with a seed uses that seed alone",
     )
     prompts.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    templates.add_template(prompts)
     prompts.add_argument(
         "--keep-last", type=int, metavar="N", help="keep the last N tokens of each prompt"
     )
-    sampling = parser.add_argument_group("sampling")
-    for flag, kind, default, text in (
-        ("--max-new-tokens", int, 128, "the longest answer (default: 128)"),
-        ("--temperature", float, 0.0, "0, the default, is greedy"),
-        ("--top-k", int, 0, "of the N likeliest tokens alone; 0, the default, is off"),
-        ("--top-p", float, 1.0, "of the likeliest that make up P; 1, the default, is off"),
-        ("--min-p", float, 0.0, "of those above P times the likeliest; 0, the default, is off"),
-        ("--seed", int, 0, "of the sampled text (default: 0)"),
-    ):
-        name = "P" if flag.endswith("-p") else "N" if kind is int else "X"
-        sampling.add_argument(flag, type=kind, default=default, metavar=name, help=text)
-    sampling.add_argument(
-        "--stop",
-        metavar="TEXT",
-        action="append",
-        default=[],
-        help="end before this text, or at this special token; may be given several times",
-    )
-    sampling.add_argument(
-        "--stop-token-id",
-        dest="stop_token_ids",
-        type=int,
-        metavar="ID",
-        action="append",
-        default=[],
-        help="end at this token, too; may be given several times",
-    )
-    sampling.add_argument(
-        "--ignore-eos", action="store_true", help="decode past end-of-text tokens"
-    )
-    sampling.add_argument(
-        "--min-new-tokens", type=int, default=0, metavar="N", help="no stop token before so many"
-    )
-    sampling.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="for tokens in prompt or answer, as in transformers; 1, the default, is off",
-    )
-    sampling.add_argument(
-        "--presence-penalty",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="taken off the scores of tokens in the answer; 0, the default, is off",
-    )
-    sampling.add_argument(
-        "--frequency-penalty",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="the same, as often as they occur there",
-    )
-    sampling.add_argument(
-        "--logit-bias",
-        type=_bias,
-        metavar="ID=X",
-        action="append",
-        default=[],
-        help="added to a token's score; may be given several times",
-    )
-    sampling.add_argument(
-        "--bad-words",
-        metavar="TEXT",
-        action="append",
-        default=[],
-        help="text that must not occur; may be given several times",
-    )
-    sampling.add_argument(
+    rules = sampling.add_sampling(parser, "none")
+    rules.add_argument(
         "--rule",
         choices=("match", "reject", LOSSY),
         default="match",
@@ -127,13 +60,13 @@ def register(commands: Any) -> None:
         "lossy-typical: NOT exact, takes every draft that the target finds likely enough (Medusa's "
         "typical acceptance)",
     )
-    sampling.add_argument(
+    rules.add_argument(
         "--lossy-epsilon",
         type=float,
         metavar="P",
         help="of lossy-typical: likely enough is what is above min(P, D exp(-entropy)) (default: 0.09)",
     )
-    sampling.add_argument(
+    rules.add_argument(
         "--lossy-delta", type=float, metavar="D", help="of lossy-typical (default: 0.3)"
     )
     meshes.add_mesh(parser)
@@ -161,24 +94,27 @@ def run(args: argparse.Namespace) -> int:
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if chosen and args.rule != LOSSY:
         raise UserError(f"--lossy-{next(iter(chosen))} is a setting of --rule {LOSSY}.")
-    args.logit_bias = dict(args.logit_bias)
-    records = read_records(args)
+    sampling.settle(args)
+    records, form = read_records(args), templates.template_options(args)
+    if not args.chat and not any(record.messages for record in records):
+        if flag := templates.given(args):
+            raise UserError(f"{flag} is for --chat, or for records of messages.")
 
     from jax_specdec.core.acceptance import RULES
     from jax_specdec.generation import SAMPLED, each, id_key, make_requests
     from jax_specdec.pipeline import SpeculativeDecoder
 
     mesh = meshes.start(args)  # before anything else asks JAX for its devices
-    settings: dict[str, Any] = {name: _rows(args, records, name) for name in SAMPLED}
-    _check(records, settings)
+    _check(records, {name: _rows(args, records, name) for name in SAMPLED})
     rule = RULES[args.rule](**chosen)
     target, drafter = common.load(args, mesh)
+    sampling.heed(args, target)
     decoder = SpeculativeDecoder(target, drafter, rule=rule, logprobs=args.logprobs, margins=True)
     requests = make_requests(
-        [_prompt(record, target, args) for record in records],
+        [_prompt(record, target, args, form) for record in records],
         [record.id for record in records],
         {
-            **settings,
+            **{name: _rows(args, records, name) for name in SAMPLED},
             "own_seed": ["seed" in record.settings for record in records],
             "stop": _lists(args, records, "stop"),
             "stop_token_ids": _lists(args, records, "stop_token_ids"),
@@ -229,7 +165,7 @@ def as_record(record: PromptRecord, answer: "Generation", logprobs: bool = False
     """The JSON object of an answer."""
     value = {
         "id": answer.id,
-        "prompt": record.prompt,
+        "prompt": record.messages or record.prompt,
         "text": answer.text,
         "token_ids": answer.token_ids,
         "finish_reason": answer.finish_reason,
@@ -263,17 +199,6 @@ def _lists(args: argparse.Namespace, records: Sequence[PromptRecord], name: str)
     return list(map(tuple, _rows(args, records, name)))
 
 
-def _bias(text: str) -> tuple[int, float]:
-    """`ID=X` of `--logit-bias`."""
-    token, _, value = text.partition("=")
-    try:
-        return int(token), float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected a token id and a number, as in 42=-5, got {text[:40]!r}"
-        ) from None
-
-
 def _check(records: Sequence[PromptRecord], settings: dict[str, Any]) -> None:
     """Ranges, before a model is loaded; names the line of a record that is wrong."""
     from jax_specdec.core.sampling import make_sampling
@@ -291,16 +216,31 @@ def _check(records: Sequence[PromptRecord], settings: dict[str, Any]) -> None:
         raise
 
 
-def _prompt(record: PromptRecord, target: "Target", args: argparse.Namespace) -> str | list[int]:
+def _prompt(
+    record: PromptRecord, target: "Target", args: argparse.Namespace, form: dict[str, Any]
+) -> str | list[int]:
     """The text, or its token ids where more than tokenising is asked for."""
     tokenizer = target.tokenizer
-    if args.chat:
-        ids = chat_ids(tokenizer, record.prompt)
+    if args.chat or record.messages:
+        try:
+            ids = chat_ids(tokenizer, _chat(record, args.system), **form)
+        except UserError as error:
+            raise UserError(f"{record.where}: {error}" if record.where else str(error)) from None
     elif args.keep_last is None:
         return record.prompt
     else:
         ids = tokenizer(record.prompt, verbose=False)["input_ids"]
     return ids if args.keep_last is None else ids[-args.keep_last :]
+
+
+def _chat(record: PromptRecord, system: str | None) -> str | list[Message]:
+    """The chat of a record; its own system message wins."""
+    if not record.messages and system is None:
+        return record.prompt
+    messages = list(record.messages) or [{"role": "user", "content": record.prompt}]
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _head(records: Sequence[PromptRecord], record: PromptRecord) -> None:

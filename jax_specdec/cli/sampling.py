@@ -62,7 +62,11 @@ def add_sampling(parser: argparse.ArgumentParser, source: str, **usual: Any) -> 
     group.add_argument("--ignore-eos", action="store_true", help="decode past end-of-text tokens")
     for name, kind, text in (
         ("min-new-tokens", int, "no stop token before so many"),
-        ("repetition-penalty", float, "for tokens in prompt or answer, as in transformers; 1 is off"),
+        (
+            "repetition-penalty",
+            float,
+            "for tokens in prompt or answer, as in transformers; 1 is off",
+        ),
         ("presence-penalty", float, "taken off the scores of tokens in the answer; 0 is off"),
         ("frequency-penalty", float, "the same, as often as they occur there"),
     ):
@@ -110,7 +114,11 @@ def heed(args: argparse.Namespace, target: "Target") -> None:
         left = [*named, *(["suppress_tokens"] if defaults.suppress_tokens else []), *left]
         asked = {}
     if left:
-        hint = " (--generation-config model heeds what it can)" if args.generation_config == "none" else ""
+        hint = (
+            " (--generation-config model heeds what it can)"
+            if args.generation_config == "none"
+            else ""
+        )
         common.say(f"generation_config.json: left out {', '.join(left)}{hint}")
     for name in args.open:
         setattr(args, name, asked.get(name, getattr(args, name)))

@@ -27,6 +27,16 @@ def add_template(group: Any) -> None:
     )
 
 
+def given(args: argparse.Namespace) -> str | None:
+    """A flag of these that was given."""
+    flags = {
+        "--system": args.system,
+        "--template": args.template,
+        "--template-arg": args.template_args,
+    }
+    return next((flag for flag, value in flags.items() if value not in (None, [])), None)
+
+
 def template_options(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags say, as `text.chat.chat_text` takes it.
 
@@ -39,7 +49,9 @@ def template_options(args: argparse.Namespace) -> dict[str, Any]:
             template = Path(args.template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise UserError(f"The template {shown(args.template)} cannot be read: {reason}.") from None
+            raise UserError(
+                f"The template {shown(args.template)} cannot be read: {reason}."
+            ) from None
         if not template.strip():
             raise UserError(f"The template {shown(args.template)} is empty.")
     return {"template": template, "template_args": dict(args.template_args)}
@@ -49,7 +61,9 @@ def _argument(text: str) -> tuple[str, Any]:
     """`NAME=VALUE`, the value as JSON has it, else a string."""
     name, equals, value = text.partition("=")
     if not (equals and name.isidentifier()):
-        raise argparse.ArgumentTypeError(f"NAME=VALUE, as in enable_thinking=false, not {shown(text)}")
+        raise argparse.ArgumentTypeError(
+            f"NAME=VALUE, as in enable_thinking=false, not {shown(text)}"
+        )
     try:
         return name, json.loads(value)
     except ValueError:

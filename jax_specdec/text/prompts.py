@@ -131,7 +131,9 @@ def _messages(where: str, given: Any) -> list[dict[str, Any]]:
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if messages[-1]["role"] == "assistant":
-        raise UserError(f"{where}: the last message is the assistant's: there is nothing to answer.")
+        raise UserError(
+            f"{where}: the last message is the assistant's: there is nothing to answer."
+        )
     return messages
 
 

@@ -39,7 +39,9 @@ def test_a_model(model, capsys, monkeypatch):
     assert {line.split()[1] for line in found} <= {"ok", "warn"}
     assert "2 x 256 tokens" in lines_of("model", found)[0]
     assert any("for this model: lm, max-gram, prompt-lookup, bigram" in line for line in found)
-    assert any("auto takes prompt-lookup" in line and "nothing was measured" in line for line in found)
+    assert any(
+        "auto takes prompt-lookup" in line and "nothing was measured" in line for line in found
+    )
     assert "by xla: there is no other kernel for a cpu" in lines_of("kernels", found)[0]
     assert main(["doctor", "--model", model]) == 0
     screen = capsys.readouterr().out.splitlines()
