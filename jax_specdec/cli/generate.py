@@ -96,9 +96,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--lossy-{next(iter(chosen))} is a setting of --rule {LOSSY}.")
     sampling.settle(args)
     records, form = read_records(args), templates.template_options(args)
-    if not args.chat and not any(record.messages for record in records):
-        if flag := templates.given(args):
-            raise UserError(f"{flag} is for --chat, or for records of messages.")
+    flag = templates.given(args)
+    if flag and not args.chat and not any(record.messages for record in records):
+        raise UserError(f"{flag} is for --chat, or for records of messages.")
 
     from jax_specdec.core.acceptance import RULES
     from jax_specdec.generation import SAMPLED, each, id_key, make_requests
@@ -149,7 +149,7 @@ def read_records(args: argparse.Namespace) -> list[PromptRecord]:
     if args.prompt is not None and args.prompts is not None:
         raise UserError("Give --prompt or --prompts, not both.")
     if args.prompts is not None:
-        return read_prompts(args.prompts)
+        return read_prompts(args.prompts, chats=True)
     if args.prompt is not None:
         return [PromptRecord(i, text) for i, text in enumerate(args.prompt)]
     if sys.stdin is None or sys.stdin.isatty():

@@ -13,7 +13,7 @@ from jax_specdec.core import prng
 from jax_specdec.core import sampling as laws
 from jax_specdec.core.context import Context, Tapped, TargetView, make_context
 from jax_specdec.core.draft import Draft, Text
-from jax_specdec.core.drafter import Outcome
+from jax_specdec.core.drafter import Outcome, accepted_prefix
 from jax_specdec.core.law import Law
 from jax_specdec.core.loop import DecodeLoop
 from jax_specdec.core.model import Model
@@ -59,6 +59,7 @@ def check_drafter(
     run.check_rounds()
     run.check_lags()
     run.check_reset()
+    run.check_rewind()
     run.check_inactive_rows()
     run.check_text()
 
@@ -282,6 +283,26 @@ class _Run:
         want, _ = self.propose(self.fresh(text, view), text, view)
         everywhere = np.ones_like(rows)
         self.equal(got, want, everywhere, "after reset a draft must not depend on the old text")
+
+    def check_rewind(self) -> None:
+        """Texts of which the beginning alone is kept, as the next turn of a conversation may do."""
+        if not self.info.rewinds:
+            return
+        states = self.fresh(*self.at(self.ends - 1))
+        kept = self.lengths // 2
+        place = np.arange(self.columns)[None]
+        texts = np.where(place < kept[:, None], self.tokens, np.roll(self.tokens, 1, axis=0))
+        text, view = self.at(self.lengths, texts)
+        none = jnp.zeros_like(text.length)
+        outcome = accepted_prefix(jnp.asarray(kept, jnp.int32), none, self.info.depth)
+        states = self.same(states, self.commit(states, outcome), "commit")
+        got, _ = self.propose(self.extended(states, text, view), text, view)
+        want, _ = self.propose(self.fresh(text, view), text, view)
+        sentence = (
+            "commit must take a state back to any length, or info.rewinds be false: a draft depends on text that "
+            "was cut off"
+        )
+        self.equal(got, want, kept >= 0, sentence)
 
     def check_inactive_rows(self) -> None:
         text, view = self.at(self.lengths)

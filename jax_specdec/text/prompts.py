@@ -68,18 +68,18 @@ class PromptRecord:
             raise UserError(f"{start} prompt is not valid Unicode text.") from None
 
 
-def read_prompts(path: str | Path) -> list[PromptRecord]:
+def read_prompts(path: str | Path, *, chats: bool = False) -> list[PromptRecord]:
     """The prompts of a JSONL file.
 
-    A record is `{"id", "prompt"}`, or `{"id", "messages"}`, a chat to be answered, or one of Spec-Bench,
-    `{"question_id", "category", "turns"}`, whose first turn counts. It may carry settings of its own, named as the fields of `generation.Request`, and
+    A record is `{"id", "prompt"}`, or one of Spec-Bench, `{"question_id", "category", "turns"}`, whose
+    first turn counts, or, where `chats` are known, `{"id", "messages"}`, a chat to be answered. It may carry settings of its own, named as the fields of `generation.Request`, and
     anything else that is not one of these misspelt. Without an id it gets its number, from 0.
 
     Raises:
       UserError: no such file, no records, or a record that is wrong, with its line.
     """
     records = [
-        _record(f"{path}, line {line}", number, record)
+        _record(f"{path}, line {line}", number, record, chats)
         for number, (line, record) in enumerate(read_jsonl(path))
     ]
     if not records:
@@ -95,7 +95,7 @@ def prompt_of_input(text: str) -> PromptRecord:
     return PromptRecord(0, text.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r"))
 
 
-def _record(where: str, number: int, record: dict[str, Any]) -> PromptRecord:
+def _record(where: str, number: int, record: dict[str, Any], chats: bool) -> PromptRecord:
     prompt = record.get("prompt")
     if prompt is None and "turns" in record:
         turns = record["turns"]
@@ -103,7 +103,7 @@ def _record(where: str, number: int, record: dict[str, Any]) -> PromptRecord:
         if not isinstance(prompt, str):
             raise UserError(f'{where}: expected a list of strings in "turns".')
     messages: list[dict[str, Any]] = []
-    if prompt is None and "messages" in record:
+    if prompt is None and chats and "messages" in record:
         messages = _messages(where, record["messages"])
         said = messages[-1]["content"]
         prompt = said if isinstance(said, str) else ""
