@@ -33,6 +33,24 @@ def test_records(tmp_path):
     assert (d.id, d.settings) == (3, {"stop": ("x", "y"), "max_new_tokens": 7, "top_p": 0.5})
 
 
+def test_chats(tmp_path):
+    said = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    file = write(tmp_path / "p.jsonl", {"id": "a", "messages": said}, {"prompt": "b"})
+    chat, text = read_prompts(file, chats=True)
+    assert (chat.messages, chat.prompt, text.messages, text.prompt) == (said, "Hi", [], "b")
+    with pytest.raises(UserError, match='line 1: expected a string in "prompt"'):
+        read_prompts(file)  # of commands that do not know chats
+    for wrong, sentence in (
+        ("Hi", '"messages" must be a list of objects'),
+        ([], '"messages" must be a list of objects'),
+        ([{"role": "user"}], 'Message 1 of the chat: "content" must be a text'),
+        ([*said, {"role": "assistant", "content": "Hi"}], "there is nothing to answer"),
+        ([{"role": "user", "content": "\ud800"}], "is not valid Unicode"),
+    ):
+        with pytest.raises(UserError, match=f"line 1: .*{sentence}"):
+            read_prompts(write(tmp_path / "w.jsonl", {"messages": wrong}), chats=True)
+
+
 def test_byte_order_mark_and_line_ends(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"prompt": "a\\n"}\r\n{"prompt": "\xc3\xa9"}')

@@ -91,9 +91,13 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """The messages as dictionaries.
 
     Raises:
-      UserError: one that has no role or no content.
+      UserError: what is no message, or has no role or no content.
     """
     for number, message in enumerate(messages, 1):
+        if not is_message(message):
+            raise UserError(
+                f'Message {number} of the chat must have "role" and "content", got {shown_value(message)}.'
+            )
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not role:
             raise UserError(
