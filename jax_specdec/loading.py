@@ -41,11 +41,6 @@ def load(
 ) -> SpeculativeDecoder:
     """A decoder for a model.
 
-    >>> load("checkpoints/demo/target")
-    SpeculativeDecoder(Target(target: llama, 14.1M parameters in float32, ...), LoadedDrafter(glide:..., ...), rule match)
-    >>> load("checkpoints/demo/target", "max-gram:6").loaded.spec
-    'max-gram:6'
-
     Args:
       model: a folder, or a model id of the Hugging Face hub; None is the demo's.
       drafter: a specification (`load_drafter`), or None for plain decoding. `auto` is the first of `draft`;

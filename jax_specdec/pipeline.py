@@ -59,12 +59,6 @@ class Settings(Options, total=False):
 class SpeculativeDecoder:
     """Decodes prompts with one target and one drafter.
 
-    >>> decoder = SpeculativeDecoder(target, load_drafter("max-gram:4", target))
-    >>> decoder("Once upon a time", max_new_tokens=8)
-    Generation(..., 8 tokens, length, tau ..., ... tokens/s)
-    >>> [answer.text for answer in decoder(["Once upon", "One day"], max_new_tokens=8)]
-    [...]
-
     Programs are compiled ahead of time, one pair (prefill, rounds) per text capacity, batch size and
     number of stop-string states, each in powers of two; `compilations` counts them.
 

@@ -121,6 +121,7 @@ class Stream(Iterator[Piece], AsyncIterator[Piece]):
 
     def close(self) -> None:
         """Gives up what has not been decoded yet."""
+        self._waiting.clear()
         close = getattr(self._events, "close", None)
         if close is not None:
             close()

@@ -39,6 +39,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
             "merges.txt."
         )
     _check_sentencepiece(folder)
+    # Only tokenizers are used of transformers, which otherwise tells each user that torch is missing.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     try:

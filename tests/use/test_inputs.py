@@ -1,0 +1,174 @@
+"""What a decoder may be asked: every form that is understood, and what is refused by name and type."""
+
+import decimal
+from collections import UserDict
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+from jax_specdec import Request, UserError
+from jax_specdec.generation import OPTIONS, Options, make_requests, sample_key, samples_of
+from jax_specdec.text.chat import chat_text
+from jax_specdec.text.inputs import as_prompt, split
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def understood(given):
+    prompts, alone = split(given)
+    prompts = [as_prompt(prompt) for prompt in prompts]
+    return prompts[0] if alone else tuple(prompts)
+
+
+class Encoding:
+    """As the package tokenizers has it."""
+
+    ids, attention_mask = [0, 5, 6], [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("Hi", "Hi"),
+        (["Hi"], ("Hi",)),
+        (("Hi", [5, 6]), ("Hi", [5, 6])),
+        ([5, 6], [5, 6]),
+        ((5, 6), [5, 6]),
+        (range(2), [0, 1]),
+        ([np.int64(5), jnp.int32(6)], [5, 6]),
+        ([[5, 6]], ([5, 6],)),
+        (np.array([5, 6], np.uint16), [5, 6]),
+        (jnp.array([5, 6]), [5, 6]),
+        (jnp.array([[5, 6], [7, 8]]), ([5, 6], [7, 8])),
+        (jnp.array([[5, 6]]), ([5, 6],)),  # dimensions decide, not sizes
+        ([np.array([5]), [6, 7]], ([5], [6, 7])),
+        (HELLO, HELLO),
+        ([HELLO, "Hi"], (HELLO, "Hi")),
+        ({"input_ids": [5, 6]}, [5, 6]),
+        (UserDict(input_ids=[5, 6], attention_mask=[1, 1]), [5, 6]),
+        ({"input_ids": [[0, 5], [6, 7]], "attention_mask": [[0, 1], [1, 1]]}, ([5], [6, 7])),
+        ({"input_ids": np.array([[5, 0]]), "attention_mask": np.array([[1, 0]])}, ([5],)),
+        ([{"input_ids": [5]}, {"input_ids": [6]}], ([5], [6])),
+        (Encoding(), [5, 6]),
+        ([Encoding()], ([5, 6],)),
+        ((text for text in ("a", "b")), ("a", "b")),
+        ((ids for ids in ([5], [6])), ([5], [6])),
+        ([], ()),
+    ],
+)
+def test_forms(given, expected):
+    assert understood(given) == expected
+
+
+def test_an_encoding_of_tokenizers():
+    vocab = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 5, "?": 0}, unk_token="?"))
+    assert understood(vocab.encode("a")) == [5]
+    assert understood(vocab.encode_batch(["a", "b"])) == ([5], [0])
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (None, "text, a chat or token ids, and not None"),
+        ([None], "and not None"),
+        (["Hi", None], "and not None"),
+        (b"Hi", r"not bytes: decode it first"),
+        ([bytearray(b"Hi")], "not a bytearray: decode it first"),
+        (Path("prompt.txt"), r"not a PosixPath: read it first, as with \.read_text"),
+        (5, "not an int"),
+        (1.5, "not a float"),
+        (True, "not a bool"),
+        ({"Hi"}, "not a set"),
+        (object, "not a type"),
+        ({"text": "Hi"}, "not a dict"),
+        (HELLO[0], "a list of messages: got a message alone"),
+        ([5, 6.0], "whole numbers, and 6.0 is among them"),
+        ([5, float("nan")], "whole numbers, and nan is among them"),
+        ([5, True], "whole numbers, and a bool is among them"),
+        ([True, False], "whole numbers, and True is among them"),
+        ([5, 2**70], "whole numbers, and 1180591620717411303424 is among them"),
+        ([decimal.Decimal(5)], "whole numbers, and Decimal"),
+        ([5, None], "not an int"),
+        ([5, "a"], "not an int"),
+        ([[5, "a"]], "not a list with a str in it"),
+        ([[5, None]], "not a list with None in it"),
+        ([[[5]]], "nested too deeply"),
+        ([[[5], [6, 7]]], "nested too deeply"),
+        (np.array([0.5, np.nan]), "not of the dtype float64"),
+        (np.array([True]), "not of the dtype bool"),
+        (np.array(["a"]), "not of the dtype <U1"),
+        (np.array(5), "one dimension, and not 0"),
+        (np.zeros((1, 1, 1), int), "one dimension, and not 3"),
+        ([np.zeros((2, 1), int)], "one dimension, and not 2"),
+        ({"input_ids": []}, "has no token ids"),
+        ({"input_ids": "Hi"}, "has no token ids"),
+        ([{"input_ids": [[5], [6]]}], "has 2 rows: give it by itself"),
+        ({"input_ids": [5, 6], "attention_mask": [1]}, "another shape"),
+        ({"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]}, "leaves out tokens within"),
+        ({"input_ids": [[5], [6]], "attention_mask": [[1]]}, "2 rows and 1 attention masks"),
+        ([{"role": "user"}], '"content" must be a text, got None'),
+        ([{"role": 5, "content": "Hi"}], '"role" must be a text, got 5'),
+        ([*HELLO, {"role": "user", "content": b"Hi"}], "Message 2 of the chat"),
+    ],
+)
+def test_refusals_name_what_was_given(given, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        understood(given)
+    assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
+
+
+def test_a_long_value_is_cut():
+    with pytest.raises(UserError) as caught:
+        understood([[5, decimal.Decimal("1" * 5000)]])
+    assert len(str(caught.value)) < 300
+
+
+def test_a_chat_becomes_the_templates_text():
+    class Tokenizer:
+        chat_template = "given"
+
+        def apply_chat_template(self, messages, add_generation_prompt, tokenize):
+            assert add_generation_prompt and not tokenize
+            return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+
+    chat = [{"role": "system", "content": "Be brief."}, *HELLO]
+    assert chat_text(Tokenizer(), chat) == "<system>Be brief.<user>Hello<assistant>"
+    Tokenizer.chat_template = ""
+    with pytest.raises(UserError, match="no chat template: give the prompt as text"):
+        chat_text(Tokenizer(), chat)
+
+
+def test_options_are_the_fields_of_a_request():
+    assert set(Options.__annotations__) == set(OPTIONS)
+
+
+def test_samples_are_the_same_whatever_their_number():
+    requests = make_requests(["a", "b"], None, {"temperature": 1.0})
+    few, many = samples_of(requests, 2), samples_of(requests, 5)
+    assert [r.key for r in few] == [0, sample_key(0, 1), 1, sample_key(1, 1)]
+    assert [r.key for r in many[:2]] == [r.key for r in few[:2]]
+    assert len({r.key for r in many}) == 10 and [r.id for r in many] == [0] * 5 + [1] * 5
+
+
+@pytest.mark.parametrize(
+    ("options", "n", "sentence"),
+    [
+        ({}, 2, "At temperature 0 all 2 samples would be the same text"),
+        ({"temperature": 1.0, "own_seed": True}, 2, "n samples would be the same"),
+        ({"temperature": 1.0}, 0, "n must be a whole number of at least 1, got 0"),
+        ({"temperature": 1.0}, True, "n must be a whole number"),
+        ({"temperature": 1.0}, 2.0, "n must be a whole number"),
+        ({"temperature": 1.0}, "2", "n must be a whole number"),
+    ],
+)
+def test_samples_refused(options, n, sentence):
+    with pytest.raises(UserError, match=sentence):
+        samples_of(make_requests(["a"], None, options), n)
+
+
+def test_a_request_may_hold_any_form():
+    (request,) = make_requests([Request({"input_ids": [5]})], None, {})
+    assert as_prompt(request.prompt) == [5]
