@@ -134,6 +134,7 @@ def run_demo(
             seed=prompt.seed,
             on_chunk=on_chunk,
             rounds_per_chunk=ROUNDS_PER_CHUNK,
+            progress=False,  # it would be timed, and drawn across the texts
         )
         return result
 

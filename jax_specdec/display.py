@@ -9,11 +9,14 @@ from typing import Any
 # the page's own colour, so that it is readable on light and on dark pages alike.
 COLOURS = ("0,158,115", "86,180,233", "204,121,167", "230,159,0", "213,94,0")
 MOST_ROWS = 40
+MOST_BEFORE = 400  # characters
 
 _STYLE = (
     "<style>.jaxsd{font-family:inherit;max-width:60em;line-height:1.6}"
     ".jaxsd-text{white-space:pre-wrap;overflow-wrap:anywhere}"
-    ".jaxsd-text span,.jaxsd-legend span{border-radius:.2em;padding:.1em 0}"
+    ".jaxsd-text span,.jaxsd-legend span{border-radius:.2em;padding:.1em 0;"
+    "-webkit-box-decoration-break:clone;box-decoration-break:clone}"
+    ".jaxsd-text i{font-style:normal;opacity:.6}"
     ".jaxsd-legend{font-size:.85em;margin:.6em 0 .3em;opacity:.85}"
     ".jaxsd-legend span{padding:.1em .5em;margin-right:.4em}"
     ".jaxsd table{border-collapse:collapse;font-size:.85em;font-variant-numeric:tabular-nums;"
@@ -118,11 +121,15 @@ def facts_html(title: str, facts: Mapping[str, str]) -> str:
 
 
 def answer_html(
-    spans: Sequence[tuple[str, str | None]], sources: Sequence[str], figures: Mapping[str, str]
+    spans: Sequence[tuple[str, str | None]],
+    sources: Sequence[str],
+    figures: Mapping[str, str],
+    before: str = "",
 ) -> str:
     """A text coloured by source, what the colours mean, and figures below.
 
     Args:
+      before: what the text follows, shown fainter, its end if it is long.
       spans: pieces of the text with their sources, None for the target's own, which has no colour.
     """
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(sources)}
@@ -134,6 +141,9 @@ def answer_html(
         return f'<span style="background:rgba({colour},.3)" title="{escape(str(source))}">{escape(text)}</span>'
 
     text = "".join(coloured(*run) for run in _runs(spans))
+    if before:
+        before = before if len(before) <= MOST_BEFORE else f"\u2026{before[-MOST_BEFORE:]}"
+        text = f"<i>{escape(before)}</i>{text}"
     legend = "".join(
         f'<span style="background:rgba({colour},.3)">{escape(name)}</span>'
         for name, colour in colours.items()

@@ -323,7 +323,8 @@ class Generation:
             "tokens/s": f"{stats.tokens_per_second:.0f}",
             "ended by": f"{self.finish_reason}",
         }
-        return display.answer_html(list(spans), list(stats.per_drafter), figures)
+        before = self.prompt if isinstance(self.prompt, str) else ""
+        return display.answer_html(list(spans), list(stats.per_drafter), figures, before)
 
 
 @dataclasses.dataclass(frozen=True)

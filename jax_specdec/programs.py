@@ -124,7 +124,8 @@ class Programs:
         if "texts of up to" in new:
             return f"first use of texts of up to {sizes[1]} tokens"
         if "stops" in new:
-            return "first use of stop strings" if len(self._seen["stops"]) == 1 else "longer stops"
+            longer = "longer " if len(self._seen["stops"]) > 1 else ""
+            return f"first use of {longer}stop strings"
         return "first use of these sizes together"
 
     def peak_memory(self) -> int:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -172,8 +173,10 @@ def records_file() -> Path:
     kept = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if kept and "://" not in kept:
         return Path(kept) / "jax_specdec_compilation.json"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "jax_specdec" / "compilation.json"
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        return cache / "jax_specdec" / "compilation.json"
+    return Path(tempfile.gettempdir()) / "jax_specdec_compilation.json"
 
 
 def read_records(file: Path) -> dict[str, list[Compiled]]:

@@ -99,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         own_seed=True,
         batch_size=min(args.batch_size, len(todo)),
         ids=[record.id for record in todo],
+        progress=False,  # there is a bar of prompts
     )
     tokens = 0
     out.parent.mkdir(parents=True, exist_ok=True)
