@@ -8,6 +8,7 @@ from jax_specdec.errors import RunError, UserError
 if TYPE_CHECKING:
     from jax_specdec.checkpoints.memory import memory_plan
     from jax_specdec.checkpoints.targets import Target, convert, load_target, save_pretrained
+    from jax_specdec.conversation import Conversation
     from jax_specdec.core.acceptance import LossyTypical, Match, Reject
     from jax_specdec.core.context import Context, TargetView
     from jax_specdec.core.draft import Draft, Text
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "checkpoints.targets": ("Target", "convert", "load_target", "save_pretrained"),
     "checkpoints.memory": ("memory_plan",),
+    "conversation": ("Conversation",),
     "core.acceptance": ("LossyTypical", "Match", "Reject"),
     "core.context": ("Context", "TargetView"),
     "core.drafter": ("Drafter", "Info", "ModelUse", "Outcome", "Verifier"),
@@ -77,6 +79,7 @@ __all__ = [
     "Cape",
     "Cascade",
     "Context",
+    "Conversation",
     "DecodeLoop",
     "Decoder",
     "Draft",

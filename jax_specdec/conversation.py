@@ -44,18 +44,6 @@ Events = Generator[Chunk | Generation, None, None]
 class Conversation:
     """A chat of several turns; `SpeculativeDecoder.chat` makes one.
 
-    >>> chat = decoder.chat("You are a poet.", max_new_tokens=16)
-    >>> chat("Write a line about a fox.")
-    Generation(..., tokens, ..., tau ..., ... tokens/s)
-    >>> for piece in chat.stream("And one about a pond."):
-    ...     print(piece, end="")
-    ...
-    >>> [message["role"] for message in chat.messages]
-    ['system', 'user', 'assistant', 'user', 'assistant']
-    >>> chat.undo()
-    >>> chat
-    Conversation(3 messages, the last 'Write a line about a fox.' and its answer)
-
     A turn that fails, is interrupted, or whose stream is not read to its end leaves the conversation as it was.
 
     Attributes:

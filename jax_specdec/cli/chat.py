@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     chat = decoder.chat(args.system, messages=messages, **form, **options)
     console = Console(highlight=False, soft_wrap=True)
     if sys.stdin.isatty() and console.is_terminal:
-        name = target.path.resolve().name
+        name = "the demo's model" if args.model is None else args.model
         _Terminal(chat, console, decoder.loaded.drafter.info.sources).run(
             f"{name}, drafter {drafter.spec}"
         )
@@ -193,10 +193,10 @@ class _Terminal:
 
 def _figures(answer: "Generation") -> str:
     stats = answer.stats
-    read = len(answer.prompt) - stats.num_cached_tokens
+    prompt = len(answer.prompt)
     return (
         f"[{stats.num_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, tau {stats.mean_acceptance_length:.2f}; "
-        f"read {read} of {len(answer.prompt)} tokens before them]"
+        f"{prompt - stats.num_cached_tokens} of {prompt} prompt tokens read]"
     )
 
 

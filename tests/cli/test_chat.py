@@ -91,7 +91,9 @@ def test_wrong_use(model, capsys, monkeypatch, tmp_path):
     file = lines(tmp_path / "none.jsonl", {"text": "Hi"})
     assert "must hold one record" in fails(capsys, "chat", "--model", model, "--messages", file)
     file = lines(tmp_path / "odd.jsonl", {"messages": ["Hi"]})
-    assert 'must have "role" and "content"' in fails(capsys, "chat", "--model", model, "--messages", file)
+    assert 'must have "role" and "content"' in fails(
+        capsys, "chat", "--model", model, "--messages", file
+    )
 
 
 class Chat:
@@ -169,7 +171,7 @@ def test_terminal(monkeypatch, tmp_path):
     typed += (KeyboardInterrupt(), '"""two', 'lines"""', "/undo", "again", "/reset", "")
     text = screen(monkeypatch, chat, *typed)
     assert "Paris\x1b[32m is [b]it\x1b[0m" in text  # green is the first source
-    assert "[7 tokens, 35.0 tokens/s, tau 1.75; read 12 of 30 tokens before them]" in text
+    assert "[7 tokens, 35.0 tokens/s, tau 1.75; 12 of 30 prompt tokens read]" in text
     assert "There is no system message." in text and chat.system == "Be kind."
     assert "error: /save takes the name of a file" in text and "no command /x" in text
     assert "(stopped; the turn is taken back)" in text and chat.closed == 1

@@ -15,7 +15,7 @@ from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.specs.build import LoadedDrafter
 
 EOS = 1
-# Those that a template writes and a model may write, too, and letters. "a" and "b" have a token together, so what
+# Those that a template writes and a model may write, too, and letters up to w. "a" and "b" have a token together, so what
 # a model writes letter by letter is not how the tokenizer would spell it.
 NAMES = ("<s>", "</s>", "<u>", "<b>", *"abcdefghijklmnopqrstuvw", "ab", "cd", "Ġ", ".", "?")
 TEMPLATE = (
