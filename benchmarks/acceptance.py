@@ -10,8 +10,6 @@ accepted if all before it were.
 import argparse
 from pathlib import Path
 
-import matplotlib
-import numpy as np
 from _common import machine, read_prompts, write_json
 
 import jax_specdec as sd
@@ -54,17 +52,9 @@ def main() -> None:
 
 
 def plot(path: Path, arms: dict[str, list[float]]) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for spec, accepted in arms.items():
-        axes.plot(np.arange(1, len(accepted) + 1), accepted, marker=".", label=spec)
-    axes.set(xlabel="position in the draft", ylabel="share of rounds that accept it", ylim=(0, 1))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes = sd.plots.acceptance(arms)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    axes.figure.savefig(path, dpi=120)
     print(f"wrote {path}")
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from jax_specdec.errors import RunError, UserError
 
 if TYPE_CHECKING:
+    from jax_specdec import plots
     from jax_specdec.checkpoints.memory import memory_plan
     from jax_specdec.checkpoints.targets import Target, convert, load_target, save_pretrained
     from jax_specdec.conversation import Conversation
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from jax_specdec.specs.build import LoadedDrafter, load_drafter
     from jax_specdec.specs.defaults import default_spec
     from jax_specdec.streaming import Piece, Stream
+    from jax_specdec.training.api import train_glide, train_lm, train_medusa
 
     __version__: str
 
@@ -72,6 +74,7 @@ _HOMES = {
     "core.sampling": ("Sampling", "make_sampling"),
     "core.sharding": ("Sharding", "ShardingRules"),
     "core.draft": ("Draft", "Text"),
+    "training.api": ("train_glide", "train_lm", "train_medusa"),
 }
 
 __all__ = [
@@ -127,7 +130,11 @@ __all__ = [
     "make_generate",
     "make_sampling",
     "memory_plan",
+    "plots",
     "save_pretrained",
+    "train_glide",
+    "train_lm",
+    "train_medusa",
 ]
 
 
@@ -139,6 +146,8 @@ def __getattr__(name: str) -> Any:
             value: Any = version("jax-specdec")
         except PackageNotFoundError:  # run from a source tree that is not installed
             value = "0+unknown"
+    elif name == "plots":
+        value = importlib.import_module(f"{__name__}.{name}")
     else:
         home = next((home for home, names in _HOMES.items() if name in names), None)
         if home is None:

@@ -2,16 +2,16 @@
 
 import argparse
 import dataclasses
-import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from jax_specdec.cli import common
 from jax_specdec.errors import UserError
+from jax_specdec.training.config import check_names, check_types
 
 if TYPE_CHECKING:
-    from jax_specdec.training.data import Documents
+    from jax_specdec.training.runs import Run
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -68,28 +68,12 @@ def read_config(path: str | None, kinds: dict[str, type]) -> dict[str, dict[str,
         raise UserError(f"{path} cannot be read as JSON ({error}).") from None
     if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
         raise UserError(f"{path} must hold a JSON object of {' and '.join(kinds)}, each an object.")
-    _known(path, found, list(kinds))
+    check_names(path, found, list(kinds))
     for name, section in found.items():
-        fields = {field.name: field.type for field in dataclasses.fields(kinds[name])}
-        _known(f"{path}, {name!r}", section, list(fields))
-        for key, value in section.items():
-            want: Any = fields[key]
-            fits = {
-                int: isinstance(value, int) and not isinstance(value, bool),
-                float: isinstance(value, (int, float)) and not isinstance(value, bool),
-                bool: isinstance(value, bool),
-                str: isinstance(value, str),
-            }.get(want, True)
-            if not fits:
-                raise UserError(f"{path}: {key!r} must be of type {want.__name__}, got {value!r}.")
+        fields = [field.name for field in dataclasses.fields(kinds[name])]
+        check_names(f"{path}, {name!r}", section, fields)
+        check_types(path, section, kinds[name])
     return {name: found.get(name, {}) for name in kinds}
-
-
-def _known(where: str, section: dict[str, Any], names: list[str]) -> None:
-    for key in section:
-        if key not in names:
-            close = difflib.get_close_matches(key, names, n=1) or names
-            raise UserError(f"{where}: unknown key {key!r}; did you mean {' or '.join(close)}?")
 
 
 def weighted(item: str) -> tuple[str, float | None]:
@@ -110,38 +94,18 @@ def weighted(item: str) -> tuple[str, float | None]:
     return path, value
 
 
-def load_documents(
-    args: argparse.Namespace, tokenizer: Any, length: int
-) -> tuple["Documents", list]:
-    """Token ids of the training documents and of the held-out ones.
+def training_run(args: argparse.Namespace) -> "Run":
+    """What `add_data` took, --out, --init, --resume and --save-dtype."""
+    from jax_specdec.training.corpus import Source
+    from jax_specdec.training.runs import Run
 
-    Where a file has a weight, one without has the weight 1; the held-out share is taken from each file.
-    """
-    from jax_specdec.training.data import Mixed, read_documents
-
-    if tokenizer.eos_token_id is None:
-        raise UserError("The tokenizer has no end-of-text token, which separates documents.")
-    files = [weighted(item) for item in args.data]
-    mixed = any(weight is not None for _, weight in files)
-    groups = [[path] for path, _ in files] if mixed else [[path for path, _ in files]]
-    sources = [read_documents(group, tokenizer) for group in groups]
-    if args.heldout is not None:
-        heldout = read_documents([args.heldout], tokenizer)
-    else:
-        if not 0 < args.heldout_share <= 0.5:
-            raise UserError(f"--heldout-share must be in (0, 0.5], got {args.heldout_share}.")
-        every = round(1 / args.heldout_share)
-        heldout = [ids for source in sources for ids in source[::every]]
-        sources = [[ids for i, ids in enumerate(source) if i % every] for source in sources]
-        if not all(sources):
-            raise UserError("One document cannot be both data and held out: give --heldout.")
-    tokens = sum(len(ids) for source in sources for ids in source)
-    common.say(f"{tokens:,} tokens of data")
-    weights = tuple(1.0 if weight is None else weight for _, weight in files)
-    documents = Mixed(tuple(sources), weights) if mixed else sources[0]
-    if sum(map(len, heldout)) <= length:
-        raise UserError(
-            f"The held-out documents have {sum(map(len, heldout))} tokens, fewer than one window of "
-            f"{length + 1}: give more, or lower --sequence-length."
-        )
-    return documents, heldout
+    return Run(
+        Path(args.out),
+        data=[Source(Path(path), weight) for path, weight in map(weighted, args.data)],
+        heldout=() if args.heldout is None else (Source(Path(args.heldout)),),
+        heldout_share=args.heldout_share,
+        init=args.init,
+        resume=args.resume,
+        save_dtype=args.save_dtype,
+        report=common.say,
+    )

@@ -104,12 +104,9 @@ def register_bigram(kinds: Any) -> None:
 
 
 def run_lm(args: argparse.Namespace) -> int:
-    from jax_specdec.checkpoints.generation_config import read_generation
-    from jax_specdec.checkpoints.targets import load_params, load_tokenizer, save_pretrained
-    from jax_specdec.core.sharding import Sharding, to_host
+    from jax_specdec.core.sharding import Sharding
     from jax_specdec.models.config import ModelConfig
-    from jax_specdec.models.decoder import Decoder
-    from jax_specdec.text.token_bytes import id_bound
+    from jax_specdec.training import runs
 
     sections = arguments.read_config(args.config, {"train": TrainConfig, "model": ModelConfig})
     wanted = {**sections["train"], **arguments.given(args, "train")}
@@ -119,101 +116,13 @@ def run_lm(args: argparse.Namespace) -> int:
     source = args.tokenizer or args.init
     if source is None:
         raise UserError("Name the tokenizer's folder with --tokenizer DIR.")
-    out = Path(args.out)
     devices = mesh.start(args)
     sharding = None if devices is None else Sharding(devices)
-    tokenizer = load_tokenizer(source)
     shape = {**sections["model"], **arguments.given(args, "model")}
-    initial = None
-    if args.init is not None:
-        model = _initial_config(args.init, shape, id_bound(tokenizer))
-    else:
-        model = make_model_config(shape, tokenizer)
-    if config.sequence_length > model.context:
-        raise UserError(
-            f"Windows of {config.sequence_length} tokens do not fit the model's context of "
-            f"{model.context}: lower --sequence-length or raise --context."
-        )
-    decoder = Decoder(model, "float32")
-    documents, heldout = arguments.load_documents(args, tokenizer, config.sequence_length)
-    if args.init is not None:
-        initial = load_params(args.init, model, "float32")
-
-    from jax_specdec.training.lm import train
-
-    common.say(
-        f"{model.parameter_count():,} parameters, "
-        f"{config.steps * config.batch_size * config.sequence_length:,} tokens of training"
-    )
-    options = {"sharding": sharding, "initial": initial, "resume": args.resume}
-    params = to_host(train(decoder, config, documents, heldout, out, **options))
-    if mesh.first():
-        save_pretrained(
-            out / "checkpoint",
-            model,
-            params,
-            dtype=args.save_dtype,
-            tokenizer=Path(source),
-            generation=None if args.init is None else read_generation(Path(args.init)),
-        )
-    common.say(f"Wrote {out / 'checkpoint'}.")
+    run = arguments.training_run(args)
+    runs.train_lm(run, config, shape, source, sharding)
+    common.say(f"Wrote {run.checkpoint}.")
     return 0
-
-
-def make_model_config(shape: dict[str, Any], tokenizer: Any) -> Any:
-    """A model's description from the fields that were given, the rest by proportion."""
-    from jax_specdec.models.config import ModelConfig, RopeConfig
-    from jax_specdec.text.token_bytes import id_bound
-
-    shape = dict(shape)
-    for key, value in shape.items():
-        if (
-            isinstance(value, int)
-            and not isinstance(value, bool)
-            and "_id" not in key
-            and value < 1
-        ):
-            raise UserError(f"{key} must be at least 1, got {value}.")
-    hidden = shape.setdefault("hidden_size", 256)
-    heads = shape.setdefault("num_heads", max(1, hidden // 64))
-    shape.setdefault("num_kv_heads", heads)
-    shape.setdefault("head_dim", hidden // heads)
-    shape.setdefault("mlp_size", max(64, round(hidden * 8 / 3 / 64) * 64))
-    shape.setdefault("num_layers", 4)
-    shape.setdefault("context", 1024)
-    bound = id_bound(tokenizer)
-    shape.setdefault("vocab_size", bound)
-    shape.setdefault("bos_id", tokenizer.bos_token_id)
-    shape.setdefault("eos_ids", () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
-    shape.setdefault("pad_id", tokenizer.pad_token_id)
-    if shape["vocab_size"] < bound:
-        raise UserError(
-            f"vocab_size {shape['vocab_size']} is below the {bound} that the tokenizer's ids need."
-        )
-    if shape["head_dim"] < 2 or shape["head_dim"] % 2:
-        raise UserError(f"head_dim must be even, for rotary embeddings, got {shape['head_dim']}.")
-    try:
-        for key in ("eos_ids", "windows"):
-            if key in shape:
-                shape[key] = tuple(shape[key])
-        if "rope" in shape:
-            shape["rope"] = RopeConfig(**shape["rope"])
-        return ModelConfig(**shape)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"The model's shape is wrong: {error}.") from None
-
-
-def _initial_config(folder: str, shape: dict[str, Any], vocabulary: int) -> Any:
-    from jax_specdec.checkpoints.targets import load_config
-
-    if shape:
-        raise UserError(f"{folder} fixes the model's shape: leave out {', '.join(sorted(shape))}.")
-    model = load_config(folder)
-    if model.vocab_size < vocabulary:
-        raise UserError(
-            f"The tokenizer's ids need {vocabulary} entries and {folder} a vocabulary of {model.vocab_size}."
-        )
-    return model
 
 
 def run_tokenizer(args: argparse.Namespace) -> int:

@@ -1,11 +1,9 @@
 """`train glide`."""
 
 import argparse
-import dataclasses
-from pathlib import Path
 from typing import Any
 
-from jax_specdec.cli import arguments, beside, common
+from jax_specdec.cli import arguments, beside, common, mesh
 from jax_specdec.errors import UserError
 from jax_specdec.training.config import GliDeRecipe, TrainConfig
 
@@ -84,93 +82,17 @@ def run(args: argparse.Namespace) -> int:
 
     kinds = {"train": TrainConfig, "recipe": GliDeRecipe, "model": GliDeConfig}
     sections = arguments.read_config(args.config, kinds)
-    wanted = {**sections["train"], **arguments.given(args, "train")}
-    if "steps" not in wanted:
+    given = {name: {**sections[name], **arguments.given(args, name)} for name in kinds}
+    if "steps" not in given["train"]:
         raise UserError("Say how long to train, with --steps N.")
-    if args.paper:
-        # Warm-up as in the authors' code; learning rate and weight decay are the paper's.
-        warmup = round(0.025 * wanted["steps"])
-        wanted = {"learning_rate": 5e-4, "weight_decay": 0.0, "warmup_steps": warmup, **wanted}
-    config = TrainConfig(**wanted)
-    recipe_fields = {**sections["recipe"], **arguments.given(args, "recipe")}
-    if args.paper:
-        recipe_fields = {"visibility": "block", "loss": "cross_entropy", **recipe_fields}
-    recipe = GliDeRecipe(**recipe_fields)
+    TrainConfig(**given["train"])  # before jax is imported
 
-    import jax
+    from jax_specdec.training import runs
 
-    from jax_specdec.checkpoints import glide as glide_checkpoint
-    from jax_specdec.checkpoints.targets import load_config, load_target
-    from jax_specdec.checkpoints.tensor_files import read_json
-    from jax_specdec.training import glide
-    from jax_specdec.training.losses import parse_mixture
-
-    parse_mixture(recipe.loss)
-    about = beside.open_target(args, config)
-    target = about.target
-    fields = {**sections["model"], **arguments.given(args, "model")}
-    initial = None
-    if args.init is None:
-        shape = choose_shape(args, fields, recipe, load_config(target.path))
-        model = glide_checkpoint.make_glide(shape, target.config, "float32", target.sharding)
-    elif (
-        read_json(Path(args.init) / "config.json").get("model_type")
-        == glide_checkpoint.KIND.model_type
-    ):
-        shape, trained_for = glide_checkpoint.read_glide_config(Path(args.init))
-        beside.check_init(args, fields or args.paper or args.vanilla, trained_for, about)
-        model = glide_checkpoint.make_glide(shape, target.config, "float32", target.sharding)
-        initial = glide_checkpoint.load_own_params(Path(args.init), model)
-    else:
-        if args.paper:
-            raise UserError(f"{args.init} fixes the drafter's shape: leave out --paper.")
-        small = load_target(args.init, dtype="float32")
-        fields |= {"cross_attention": False} if args.vanilla else {}
-        key = jax.random.key(config.seed)
-        model, initial = glide_checkpoint.from_decoder(small, target, key, **fields)
-    documents, heldout = beside.load_documents(args, about, config)
-    beside.announce(model, config)
-
-    def save(params: Any) -> None:
-        beside.save(
-            about,
-            lambda folder: glide_checkpoint.save_glide(
-                folder, model, params, about.fingerprint, dtype=args.save_dtype
-            ),
-        )
-
-    glide.train(
-        model,
-        target.decoder,
-        target.params,
-        recipe,
-        config,
-        documents,
-        heldout,
-        about.out,
-        fingerprint=about.fingerprint,
-        sharding=target.sharding,
-        initial=initial,
-        resume=args.resume,
-        on_save=save,
-    )
-    common.say(f"Wrote {about.out / 'checkpoint'}.")
+    config, recipe = runs.glide_settings(given["train"], given["recipe"], args.paper)
+    target = runs.open_target(args.target, config, mesh.start(args))
+    run = arguments.training_run(args)
+    form = {"paper": args.paper, "vanilla": args.vanilla}
+    runs.train_glide(run, target, config, recipe, given["model"], **form)
+    common.say(f"Wrote {run.checkpoint}.")
     return 0
-
-
-def choose_shape(
-    args: argparse.Namespace, fields: dict[str, Any], recipe: GliDeRecipe, target: Any
-) -> Any:
-    """The drafter's description: what was given, the rest from the paper or the target."""
-    from jax_specdec.checkpoints.glide import make_glide_config
-    from jax_specdec.models.glide_config import GliDeConfig
-
-    shape = GliDeConfig.paper() if args.paper else GliDeConfig.like(target)
-    base = dataclasses.asdict(shape)
-    if recipe.visibility == "none":
-        base["trained_delay"] = 1
-        if fields.get("trained_delay", 1) != 1:
-            raise UserError("With --visibility none the delay is 1: leave out --trained-delay.")
-    if args.vanilla:
-        base["cross_attention"] = False
-    return make_glide_config({**base, **fields}, "What was given")

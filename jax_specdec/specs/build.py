@@ -48,6 +48,7 @@ class LoadedDrafter:
       longest: the longest draft it can be loaded for.
       made_for: folder and configuration of the target it was loaded for; None where that is not known.
       reason: why it was chosen, where nobody named it.
+      folder: of its checkpoint, where it was trained in this process; None otherwise.
     """
 
     drafter: Drafter
@@ -56,6 +57,7 @@ class LoadedDrafter:
     longest: int = MAX_NODES - 1
     made_for: tuple[Path, ModelConfig] | None = None
     reason: str = ""
+    folder: Path | None = None
 
     def check_target(self, target: Target) -> None:
         """Raises a UserError for another target than the one that it was loaded for."""

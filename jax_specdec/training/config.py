@@ -1,10 +1,12 @@
 """What a training run needs to know; free of jax, so that the command line can offer it quickly."""
 
 import dataclasses
+import difflib
 import math
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
-from jax_specdec.errors import UserError
+from jax_specdec.errors import UserError, shown, shown_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,3 +112,47 @@ class MedusaRecipe:
 def _check_beta(beta: float) -> None:
     if not 0 < beta < 1:
         raise UserError(f"jensen_shannon_beta must be between 0 and 1, got {beta}.")
+
+
+def check_names(where: str, found: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raises `UserError` for a key that is not among the names; the nearest one is named."""
+    for key in found:
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, n=1) or names
+            raise UserError(
+                f"{where}: unknown key {shown(key)}; did you mean {' or '.join(close)}?"
+            )
+
+
+def check_types(where: str, section: Mapping[str, Any], kind: type) -> None:
+    """Raises `UserError` for values that are of another type than the dataclass says."""
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    for key, value in section.items():
+        want: Any = fields[key]
+        fits = {
+            int: isinstance(value, int) and not isinstance(value, bool),
+            float: isinstance(value, (int, float)) and not isinstance(value, bool),
+            bool: isinstance(value, bool),
+            str: isinstance(value, str),
+        }.get(want, True)
+        if not fits:
+            raise UserError(
+                f"{where}: {key!r} must be of type {want.__name__}, got {shown_value(value)}."
+            )
+
+
+def divide(where: str, settings: Mapping[str, Any], *kinds: type) -> list[dict[str, Any]]:
+    """Settings by the dataclass that has them, checked; no two dataclasses share a field.
+
+    >>> divide("here", {"steps": 3, "loss": "forward_kl"}, TrainConfig, GliDeRecipe)
+    [{'steps': 3}, {'loss': 'forward_kl'}]
+
+    Raises:
+      UserError: a setting that none of them has, or of another type.
+    """
+    names = [[field.name for field in dataclasses.fields(kind)] for kind in kinds]
+    check_names(where, settings, [name for some in names for name in some])
+    parts = [{k: v for k, v in settings.items() if k in some} for some in names]
+    for part, kind in zip(parts, kinds, strict=True):
+        check_types(where, part, kind)
+    return parts

@@ -61,6 +61,13 @@ def encode_documents(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
     return [np.asarray([*row, tokenizer.eos_token_id], np.int32) for row in ids]
 
 
+def encode_items(items: Sequence[str | np.ndarray], tokenizer) -> list[np.ndarray]:
+    """Documents as token ids, `int32[n]`: texts as `encode_documents` gives them, ids as they are."""
+    texts = [item for item in items if isinstance(item, str)]
+    encoded = iter(encode_documents(texts, tokenizer) if texts else ())
+    return [next(encoded) if isinstance(item, str) else item for item in items]
+
+
 def read_documents(paths: Sequence[str | Path], tokenizer) -> list[np.ndarray]:
     """Documents of JSONL files as token ids, `int32[n]`.
 
@@ -73,17 +80,13 @@ def read_documents(paths: Sequence[str | Path], tokenizer) -> list[np.ndarray]:
     documents: list[np.ndarray] = []
     bound = id_bound(tokenizer)
     for path in paths:
-        texts: list[str] = []
-        places: list[int] = []
-        before = len(documents)
+        items: list[str | np.ndarray] = []
         for number, record in read_jsonl(path):
             ids = record.get("token_ids")
             if ids is None:
                 if not isinstance(record.get("text"), str):
                     raise UserError(f'{path}, line {number}: expected a string in "text".')
-                places.append(len(documents))
-                texts.append(record["text"])
-                documents.append(np.zeros((0,), np.int32))
+                items.append(record["text"])
                 continue
             good = isinstance(ids, list) and all(type(i) is int for i in ids)
             if not good or not all(0 <= i < bound for i in ids):
@@ -91,12 +94,10 @@ def read_documents(paths: Sequence[str | Path], tokenizer) -> list[np.ndarray]:
                     f'{path}, line {number}: "token_ids" must be a list of ids in the vocabulary of '
                     f"{bound}."
                 )
-            documents.append(np.asarray(ids, np.int32))
-        if len(documents) == before:
+            items.append(np.asarray(ids, np.int32))
+        if not items:
             raise UserError(f"{path} holds no records.")
-        if texts:
-            for place, ids in zip(places, encode_documents(texts, tokenizer), strict=True):
-                documents[place] = ids
+        documents += encode_items(items, tokenizer)
     return documents
 
 

@@ -172,6 +172,7 @@ def train(
     resume: bool = False,
     stop_after: int | None = None,
     progress: bool = True,
+    callback: Callable[[int, dict[str, Any]], None] | None = None,
     on_save: Callable[[Params], None] | None = None,
 ) -> Params:
     """Trains and returns the float32 parameters.
@@ -184,6 +185,10 @@ def train(
       resume: go on from the newest state in `workdir` that can be read; a damaged newer one is deleted,
         with a warning. Without it a used workdir is refused.
       stop_after: return after this step, as a killed run would.
+      progress: a bar for people.
+      callback: called by the first process after each step with its number and its row of the metrics: `loss`,
+        `tokens`, `grad_norm`, `learning_rate`, `tokens_per_second`, and what was measured at that step. What it
+        raises ends the run, which can be resumed.
       on_save: called by every process, with the parameters as numpy, whenever the state is saved, and if a
         resumed run has no step left, since the run before it may have been killed between saving and the call.
 
@@ -210,6 +215,7 @@ def train(
             resume=resume,
             stop_after=stop_after,
             progress=progress,
+            callback=callback,
             on_save=on_save,
         )
 
@@ -226,6 +232,7 @@ def _train(
     resume: bool,
     stop_after: int | None,
     progress: bool,
+    callback: Callable[[int, dict[str, Any]], None] | None,
     on_save: Callable[[Params], None] | None,
 ) -> Params:
     first_process = jax.process_index() == 0
@@ -257,7 +264,7 @@ def _train(
         latest = manager.latest_step()
         if latest is not None and not resume:
             raise UserError(
-                f"{workdir} already holds a run at step {latest}: pass --resume to go on, or use a new folder."
+                f"{workdir} already holds a run at step {latest}: pass --resume (resume=True) to go on, or use a new folder."
             )
         if resume and latest is None and first_process:
             logger.warning("%s holds no run to go on with: this one begins anew.", workdir)
@@ -321,7 +328,7 @@ def _train(
         tokens_per_step = config.batch_size * config.sequence_length
         shown = progress and first_process
         bar = tqdm(total=config.steps, initial=first, disable=not shown, unit="step")
-        with metrics_path.open("a", encoding="utf-8") as log:
+        with bar, metrics_path.open("a", encoding="utf-8") as log:
             for index in range(first, last):
                 began = time.perf_counter()
                 batch = put(batches[index], by_row)
@@ -350,7 +357,8 @@ def _train(
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 if step % config.save_every == 0 or final:
                     save(step)
-        bar.close()
+                if callback is not None and first_process:
+                    callback(step, dict(row))
         manager.wait_until_finished()
         if first >= last:
             saved(params)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from jax_specdec import plots
 from jax_specdec.core.sharding import everywhere
 from jax_specdec.errors import RunError, UserError
 
@@ -117,38 +118,8 @@ def read_metrics(path: Path, up_to_step: int) -> list[dict]:
 
 
 def plot_metrics(rows: Sequence[dict], path: Path) -> None:
-    """A PNG of training and held-out loss over tokens and, where measured, acceptance by delay."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    measured = [row for row in rows if "acceptance" in row]
-    panels = 2 if measured else 1
-    figure, grid = plt.subplots(
-        1, panels, figsize=(7 * panels, 4), layout="constrained", squeeze=False
-    )
-    axes, *more = grid[0]
-    for key, label, style in (
-        ("loss", "training", {"alpha": 0.4, "linewidth": 1}),
-        ("heldout_loss", "held out", {"marker": ".", "linewidth": 2}),
-    ):
-        points = [(row["tokens"], row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
-    axes.set_xlabel("training tokens")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_ylim(bottom=0, top=min(6.0, max((r.get("loss", 0) for r in rows), default=6.0)))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    for axes in more:
-        last = measured[-1]
-        for key, label in (("acceptance", "acceptance"), ("greedy_match", "same best token")):
-            axes.plot(range(1, len(last[key]) + 1), last[key], marker=".", label=label)
-        axes.set_xlabel("delay (place in the draft)")
-        axes.set_ylabel(f"share of held-out tokens, step {last['step']}")
-        axes.set_ylim(0, 1)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    """A PNG of training and held-out loss over tokens and, where measured, agreement by place in the draft."""
+    try:
+        plots.training_figure(rows).savefig(path, dpi=120)
+    except UserError as error:  # a run needs no picture
+        logger.warning("%s was not drawn. %s", path.name, error)
