@@ -50,14 +50,14 @@ def acceptance(arms: Any, ax: "Axes | None" = None) -> "Axes":
     Args:
       arms: an answer, a list of them, or `{label: answers}`; or shares by place, `{label: [0.8, 0.6, ...]}`.
     """
-    from jax_specdec.tuning.measure import acceptance_by_position
-
     found = {}
     for label, arm in _arms(arms, _generation()).items():
         if all(isinstance(value, (int, float)) for value in arm):
             found[label] = list(arm)
         else:
-            found[label] = acceptance_by_position(_answers(arm)[""])
+            from jax_specdec.tuning.measure import acceptance_by_position
+
+            found[label] = acceptance_by_position(_answers({label: arm})[label])
     ax = axes_or_new(ax)
     markers = "osD^vP"
     for i, (label, shares) in enumerate(found.items()):

@@ -31,7 +31,7 @@ def tree(
         raise UserError(f"A tree has a parent, a label and a source for each node, got {count}.")
     if any(not 0 <= parent < max(1, node) for node, parent in enumerate(parents)):
         raise UserError("The parent of a node comes before it, and the root is node 0.")
-    depth, heights = _layout(parents)
+    depth, heights = layout(parents)
     ax = axes_or_new(ax, (1.1 + 1.25 * (1 + max(depth)), 0.8 + 0.42 * (1 + max(heights))))
     names = [name for name in dict.fromkeys(sources or ()) if name is not None]
     colours = dict(zip(names, (COLOURS[i % len(COLOURS)] for i in range(len(names))), strict=True))
@@ -78,7 +78,7 @@ def tree(
     return ax
 
 
-def _layout(parents: Sequence[int]) -> tuple[list[int], list[int]]:
+def layout(parents: Sequence[int]) -> tuple[list[int], list[int]]:
     """Depth and height of each node: the first child is level with its parent, the others below it."""
     children: list[list[int]] = [[] for _ in parents]
     for node in range(1, len(parents)):

@@ -16,6 +16,7 @@ from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.models.medusa import MedusaConfig
 from jax_specdec.specs.build import LoadedDrafter, load_drafter
 from jax_specdec.specs.language import Spec
+from jax_specdec.text.inputs import a_kind
 from jax_specdec.training import runs
 from jax_specdec.training.config import GliDeRecipe, MedusaRecipe, TrainConfig, divide
 from jax_specdec.training.corpus import as_sources
@@ -160,9 +161,7 @@ def _named(target: Any) -> Target | str | Path:
         return target
     if isinstance(target, os.PathLike):
         return Path(target)
-    raise UserError(
-        f"The target must be a loaded one, a folder or a hub id, not a value of type {type(target).__name__}."
-    )
+    raise UserError(f"The target must be a loaded one, a folder or a hub id, not {a_kind(target)}.")
 
 
 def _run(data, out, heldout, heldout_share, init, resume, save_dtype, callback, progress):
@@ -170,7 +169,7 @@ def _run(data, out, heldout, heldout_share, init, resume, save_dtype, callback, 
         raise UserError("Say where the run goes, with out: a folder.")
     share = heldout_share
     if not isinstance(share, (int, float)) or isinstance(share, bool):
-        raise UserError(f"heldout_share must be a number, not of type {type(share).__name__}.")
+        raise UserError(f"heldout_share must be a number, not {a_kind(share)}.")
     if save_dtype not in ("float32", "bfloat16", "float16"):
         raise UserError("save_dtype must be float32, bfloat16 or float16.")
     if callback is not None and not callable(callback):

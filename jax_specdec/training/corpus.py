@@ -8,6 +8,8 @@ import numpy as np
 
 from jax_specdec.errors import UserError, shown
 from jax_specdec.generation import Generation
+from jax_specdec.text.chat import chat_ids
+from jax_specdec.text.inputs import a_kind, is_chat
 from jax_specdec.text.token_bytes import id_bound
 from jax_specdec.training.data import Documents, Mixed, encode_items, read_documents
 
@@ -54,14 +56,10 @@ def as_sources(data: Any, what: str = "data") -> list[Source]:
     elif isinstance(data, Sequence) and not isinstance(data, bytes):
         sources = [Source(item) for item in data]
     else:
-        raise UserError(f"The {what} must be {kinds}, not {_a(data)}.")
+        raise UserError(f"The {what} must be {kinds}, not {a_kind(data)}.")
     if not sources:
         raise UserError(f"The {what} is empty: give {kinds}.")
     return sources
-
-
-def _a(value: Any) -> str:
-    return f"a value of type {type(value).__name__}"
 
 
 def _is_file(item: Any) -> bool:
@@ -92,6 +90,8 @@ def _ids(item: Any, place: int, tokenizer: Any, bound: int) -> np.ndarray:
         prompt = item.prompt
         if isinstance(prompt, str):
             prompt = tokenizer(prompt, verbose=False)["input_ids"]
+        elif is_chat(prompt):
+            prompt = chat_ids(tokenizer, prompt)
         item = [*prompt, *item.token_ids]
     try:
         ids = np.asarray(item)
@@ -99,7 +99,7 @@ def _ids(item: Any, place: int, tokenizer: Any, bound: int) -> np.ndarray:
         ids = np.asarray(None)
     if isinstance(item, bytes) or ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
         raise UserError(
-            f"Item {place} of the training data is {_a(item)}: texts, lists of token ids, answers and JSONL "
+            f"Item {place} of the training data is {a_kind(item)}: texts, lists of token ids, answers and JSONL "
             "files are read."
         )
     if ids.size and not (ids.min() >= 0 and ids.max() < bound):
