@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?= data
 RUNS ?= runs
+DIST ?= dist
 WORKERS ?= 2
 
-.PHONY: demo test test-all slow second aot smoke check identity bench notebooks clean
+.PHONY: demo test test-all slow second aot smoke check package stranger lowest identity bench notebooks clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +52,27 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# Both distributions as they would be published, the demo's from checkpoints/demo.
+package: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet 'build[uv]' twine
+	rm -rf $(DIST)
+	$(BIN)/python -m build --installer uv --outdir $(DIST) .
+	$(BIN)/python -m build --installer uv --outdir $(DIST) --wheel packages/demo
+	$(BIN)/python -m twine check --strict $(DIST)/*
+	$(BIN)/python tests/package/check.py $(DIST)
+
+# The first ten minutes of somebody who installs them.
+stranger: package
+	$(BIN)/python tests/package/stranger.py $(DIST)
+
+# Every dependency at the lowest version that pyproject.toml allows.
+lowest: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet uv
+	$(PYTHON) -m venv --clear $(VENV)-lowest
+	$(BIN)/python -m uv pip install --quiet --python $(VENV)-lowest/bin/python \
+	  --resolution lowest-direct -e '.[test]'
+	$(VENV)-lowest/bin/python -m pytest -n $(WORKERS) -m smoke
+
 $(RUNS)/data/train.jsonl: $(VENV)/.installed
 	$(BIN)/python checkpoints/demo/prepare.py $(DATA) $(RUNS)/data
 
@@ -65,4 +87,4 @@ bench: $(RUNS)/data/train.jsonl
 	$(BIN)/python benchmarks/decode.py --prompts $(RUNS)/data --out benchmarks/results/decode.json
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest $(DIST) .pytest_cache .ruff_cache build *.egg-info
