@@ -47,15 +47,19 @@ def blocks_of(page: Path) -> list[Block]:
 def commands_of(text: str) -> list[list[str]]:
     """The commands of a shell block as words, comments left out and variables filled in."""
     variables: dict[str, str] = {}
+
+    def filled(part: str) -> str:
+        for name, value in variables.items():
+            part = re.sub(rf"\${name}\b", value, part)
+        return part
+
     commands = []
     for line in text.replace("\\\n", " ").splitlines():
-        for name, value in variables.items():
-            line = re.sub(rf"\${name}\b", value, line)
-        parts = [part.strip() for part in line.split("; ")]
-        assigned = [ASSIGNED.match(part) for part in parts]
-        if all(assigned):
-            variables |= {found[1]: found[2] for found in assigned if found}
-            continue
-        if words := shlex.split(line, comments=True):
+        if ASSIGNED.match(line):
+            for part in line.split("; "):
+                found = ASSIGNED.match(filled(part))
+                assert found, line
+                variables[found[1]] = found[2]
+        elif words := shlex.split(filled(line), comments=True):
             commands.append(words)
     return commands
