@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import inspect
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -35,15 +37,31 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def add_dataclass(group: Any, kind: type, prefix: str) -> None:
     """A flag for each field; what is not given is None and leaves the field as it is."""
+    texts = documented(kind)
     for field in dataclasses.fields(kind):
         flag, dest = f"--{field.name.replace('_', '-')}", f"{prefix}.{field.name}"
-        default = "" if field.default is dataclasses.MISSING else f"default: {field.default}"
+        default = texts[field.name]
+        if field.default is not dataclasses.MISSING:
+            default += f" (default: {field.default})"
         if field.type is bool:
             group.add_argument(flag, dest=dest, action=argparse.BooleanOptionalAction, help=default)
         elif get_origin(field.type) is Literal:
             group.add_argument(flag, dest=dest, choices=get_args(field.type), help=default)
         else:
             group.add_argument(flag, dest=dest, type=field.type, metavar="N", help=default)
+
+
+def documented(kind: type) -> dict[str, str]:
+    """What the docstring of a dataclass says of each attribute.
+
+    >>> from jax_specdec.training.config import TrainConfig
+    >>> documented(TrainConfig)["sequence_length"]
+    'tokens of a window'
+    """
+    _, _, attributes = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
+    found = re.split(r"^  (\w+): ", attributes, flags=re.MULTILINE)
+    texts = (" ".join(text.split()).rstrip(".").replace("%", "%%") for text in found[2::2])
+    return dict(zip(found[1::2], texts, strict=True))
 
 
 def given(args: argparse.Namespace, prefix: str) -> dict[str, Any]:

@@ -13,13 +13,25 @@ from jax_specdec.errors import UserError, shown, shown_value
 class TrainConfig:
     """What a run needs beside its model and data.
 
+    The command line shows these lines as the help of its flags.
+
     Attributes:
+      steps: optimiser steps.
       batch_size: windows per optimiser step, over all devices and accumulation steps.
-      accumulate: micro-batches per step, whose gradients are averaged.
-      learning_rate: peak; linear warm-up, then a cosine to `final_fraction` of it.
+      sequence_length: tokens of a window.
+      learning_rate: peak; linear warm-up, then a cosine to the final fraction of it.
+      warmup_steps: of the warm-up.
+      final_fraction: of the peak learning rate, at the last step.
+      weight_decay: of matrices.
+      clip_norm: the largest norm of a gradient.
       optimizer: `adamw`, or `muon` for the matrices of the layers (Liu et al., arXiv 2502.16982;
         its update has AdamW's scale, so it takes the same learning rate) and AdamW for the rest.
+      dtype: of the computation; parameters are float32.
+      accumulate: micro-batches per step, whose gradients are averaged.
       remat: recompute each layer in the backward pass, for memory.
+      seed: of the initial parameters and of the order of the data.
+      eval_every: steps between measurements on the held-out text.
+      save_every: steps between saved states.
     """
 
     steps: int
@@ -76,7 +88,7 @@ class GliDeRecipe:
     Attributes:
       visibility: how keys of the target are hidden, see `jax_specdec.training.glide_mask`.
       loss: a name of `jax_specdec.training.losses.LOSSES`, or a mixture such as
-        `forward_kl=0.9,cross_entropy=0.1`.
+        forward_kl=0.9,cross_entropy=0.1.
       jensen_shannon_beta: weight of the target in the Jensen-Shannon divergence, in (0, 1).
     """
 
@@ -95,7 +107,8 @@ class MedusaRecipe:
     """What Medusa heads are trained on, beside `TrainConfig`.
 
     Attributes:
-      loss, jensen_shannon_beta: of each head, as in `GliDeRecipe`.
+      loss: of each head, as in `train glide`.
+      jensen_shannon_beta: weight of the target in the Jensen-Shannon divergence, in (0, 1).
       decay: the loss of head k counts decay^k, k from 1 (arXiv 2401.10774, section 2.2.1).
     """
 

@@ -17,7 +17,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 # What no step may show: warnings, logs of libraries, places in code, objects' addresses.
 NOT_FOR_PEOPLE = re.compile(
-    r"Traceback|Warning|WARNING|site-packages|^[IWEF]\d{4} |\babsl\b|\bXLA\b|0x[0-9a-f]{4}|object at", re.M
+    r"Traceback|Warning|WARNING|site-packages|^[IWEF]\d{4} |\babsl\b|\bXLA\b|0x[0-9a-f]{4}|object at",
+    re.M,
 )
 LONGEST_S = 600
 DROPPED = ("PYTHON", "JAX_", "XLA_", "HF_", "TF_", "XDG_", "VIRTUAL_ENV", "MPL", "NO_COLOR")
@@ -26,7 +27,9 @@ DROPPED = ("PYTHON", "JAX_", "XLA_", "HF_", "TF_", "XDG_", "VIRTUAL_ENV", "MPL",
 def screen_of(command: list[str], cwd: Path, env: dict[str, str]) -> tuple[int, str]:
     """Exit status of a command, and what it leaves on a terminal."""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(command, cwd=cwd, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
+    process = subprocess.Popen(
+        command, cwd=cwd, env=env, stdin=theirs, stdout=theirs, stderr=theirs
+    )
     os.close(theirs)
     output = b""
     while True:
@@ -52,15 +55,17 @@ def main(dist: str) -> None:
     folder = Path(tempfile.mkdtemp(prefix="stranger-"))
     env = {name: value for name, value in os.environ.items() if not name.startswith(DROPPED)}
     python = folder / "venv/bin/python"
-    packages = ["--find-links", str(Path(dist).resolve()), "jax-specdec[demo,plots]"]
+    (library,) = Path(dist).resolve().glob("jax_specdec-*.whl")
+    (demo,) = Path(dist).resolve().glob("jax_specdec_demo-*.whl")
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     began = time.perf_counter()
     for name, command in (
         ("an environment", [sys.executable, "-m", "venv", str(folder / "venv")]),
-        ("install", [*pip, *packages]),
+        ("install", [*pip, f"{library}[demo,plots]", str(demo)]),
     ):
         start = time.perf_counter()
-        subprocess.run(command, check=True, cwd=folder)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
         print(f"== {name}\n-- {time.perf_counter() - start:.1f} s", flush=True)
 
     env |= {"HOME": str(folder), "COLUMNS": "80", "LINES": "40", "TERM": "xterm-256color"}
