@@ -33,7 +33,7 @@ FOLDERS = {
 TRAINING = "--steps 2 --batch-size 2 --sequence-length 16 --heldout-share 0.5"
 SMALLER = {
     "demo": "--max-new-tokens 8",
-    "plan": "--arithmetic",
+    "plan": "--arithmetic --batch-size 2",
     "train lm": f"{TRAINING} --hidden-size 32 --layers 1 --context 64",
     "train glide": TRAINING,
     "train medusa": TRAINING,

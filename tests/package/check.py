@@ -32,7 +32,8 @@ def main(folder: str) -> None:
     assert len(strange) == 1 and strange[0].endswith(".dist-info"), strange
     assert any(name.endswith("licenses/LICENSE") for name in names), "no licence"
 
-    archived = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        archived = {name.partition("/")[2] for name in archive.getnames()}
     absent = sorted((wanted | {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff"}) - archived)
     assert not absent, f"{sdist.name} lacks {absent}"
 

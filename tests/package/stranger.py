@@ -57,11 +57,14 @@ def main(dist: str) -> None:
     python = folder / "venv/bin/python"
     (library,) = Path(dist).resolve().glob("jax_specdec-*.whl")
     (demo,) = Path(dist).resolve().glob("jax_specdec_demo-*.whl")
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    uv = [sys.executable, "-m", "uv"]  # as pip would, in a fifth of the time
     began = time.perf_counter()
     for name, command in (
-        ("an environment", [sys.executable, "-m", "venv", str(folder / "venv")]),
-        ("install", [*pip, f"{library}[demo,plots]", str(demo)]),
+        ("an environment", [*uv, "venv", str(folder / "venv")]),
+        (
+            "install",
+            [*uv, "pip", "install", "--python", str(python), f"{library}[demo,plots]", str(demo)],
+        ),
     ):
         start = time.perf_counter()
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
