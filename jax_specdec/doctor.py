@@ -274,8 +274,9 @@ def model(
         return
     about |= describe()
     gib = f"{about['total_bytes'] / 2**30:.1f} GiB"
+    name = "the demo's" if source is None else source
     text = (
-        f"{about['model']}: {about['num_parameters'] / 1e6:,.0f}M parameters, {gib} in {about['dtype']} for "
+        f"{name}: {about['num_parameters'] / 1e6:,.0f}M parameters, {gib} in {about['dtype']} for "
         f"{about['batch_size']} x {about['context_used']} tokens"
     )
     if about["fits"] is False:

@@ -42,8 +42,8 @@ with step("a second answer"):
 with step("a stream"):
     pieces = []
     for piece in decoder.stream(PROMPT, max_new_tokens=48):
-        print(piece, end="", flush=True)
-        pieces.append(piece)
+        print(piece.text, end="", flush=True)
+        pieces.append(piece.text)
     print()
     assert "".join(pieces) == answer.text and len(pieces) > 3
 
