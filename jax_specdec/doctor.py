@@ -294,6 +294,10 @@ def model(
     chosen = about["drafter"]
     text = f"auto takes {chosen['name']}:{chosen['length']} ({about['reason']})"
     yield Finding("drafters", "ok", text)
+    from jax_specdec.specs.defaults import lengths_file
+
+    file = lengths_file(Path(about["model"]).parent)
+    yield writable("tune", "its measurements are kept in", file.parent)
 
 
 def here(source: str) -> bool:

@@ -12,13 +12,18 @@ def add_arguments(parser: argparse.ArgumentParser, init: str) -> None:
     parser.add_argument(
         "--target", metavar="DIR", required=True, help="checkpoint folder or hub id"
     )
-    parser.add_argument("--out", metavar="DIR", required=True)
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder to write")
     parser.add_argument("--resume", action="store_true", help="go on from the newest state in OUT")
     parser.add_argument("--init", metavar="DIR", help=init)
     parser.add_argument(
         "--config", metavar="FILE", help='JSON {"train": {...}, "recipe": {...}, "model": {...}}'
     )
-    parser.add_argument("--save-dtype", choices=common.DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--save-dtype",
+        choices=common.DTYPES,
+        default="bfloat16",
+        help="of what is written (default: bfloat16)",
+    )
     mesh.add_mesh(parser, "rows over all devices")
 
 

@@ -51,12 +51,19 @@ def register_lm(kinds: Any) -> None:
         ),
     )
     arguments.add_data(parser)
-    parser.add_argument("--tokenizer", metavar="DIR", help="default: the one of --init")
-    parser.add_argument("--out", metavar="DIR", required=True)
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="folder of the tokenizer (default: that of --init)"
+    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder to write")
     parser.add_argument("--resume", action="store_true", help="go on from the newest state in OUT")
     parser.add_argument("--init", metavar="DIR", help="start from this checkpoint")
     parser.add_argument("--config", metavar="FILE", help='JSON {"train": {...}, "model": {...}}')
-    parser.add_argument("--save-dtype", choices=common.DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--save-dtype",
+        choices=common.DTYPES,
+        default="bfloat16",
+        help="of what is written (default: bfloat16)",
+    )
     shape = parser.add_argument_group("shape of a new model")
     for flag, field, text in SHAPE:
         shape.add_argument(f"--{flag}", dest=f"model.{field}", type=int, metavar="N", help=text)
@@ -78,10 +85,28 @@ def register_tokenizer(kinds: Any) -> None:
         description="Trains a byte-level BPE tokenizer on the texts of JSONL files.",
         examples=("--data FILE --vocab-size 4096 --out OUT",),
     )
-    parser.add_argument("--data", metavar="FILE", action="append", required=True)
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N")
-    parser.add_argument("--context", type=int, default=1024, metavar="N", help="default: 1024")
-    parser.add_argument("--out", metavar="DIR", required=True)
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        action="append",
+        required=True,
+        help='JSONL of {"text"}; may be given several times',
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        required=True,
+        metavar="N",
+        help="entries, special tokens included",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="the longest text, written for whoever reads the tokenizer (default: 1024)",
+    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder to write")
     parser.set_defaults(run=run_tokenizer)
 
 
@@ -92,14 +117,20 @@ def register_bigram(kinds: Any) -> None:
         description="Counts the most frequent successor of each token, for the drafter 'bigram'.",
         examples=("--data FILE --tokenizer DIR --out OUT",),
     )
-    parser.add_argument("--data", metavar="FILE", action="append", required=True)
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        action="append",
+        required=True,
+        help='JSONL of {"text"}; may be given several times',
+    )
     parser.add_argument(
         "--tokenizer",
         metavar="DIR",
         required=True,
         help="tokenizer or target folder; a config.json there says the vocabulary's size",
     )
-    parser.add_argument("--out", metavar="DIR", required=True)
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder to write")
     parser.set_defaults(run=run_bigram)
 
 

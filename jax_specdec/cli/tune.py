@@ -59,6 +59,7 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from jax_specdec.checkpoints.targets import load_target
+    from jax_specdec.doctor import writable
     from jax_specdec.specs.build import Drafters
     from jax_specdec.specs.defaults import add_record, lengths_file, read_records
     from jax_specdec.specs.language import split
@@ -78,6 +79,9 @@ def run(args: argparse.Namespace) -> int:
     drafters = Drafters(target, drafts=folders, batch_size=args.batch_size)
     out = Path(args.out) if args.out else lengths_file(target.path.parent)
     read_records(out)  # before an hour of measuring
+    place = writable("tune", "The measurements are kept in", out.parent)
+    if place.state == "fail":
+        raise UserError(f"{place.text}: name another file with --out.")
     found = tune(
         target,
         drafters,

@@ -6,6 +6,7 @@ import shutil
 import types
 
 import pytest
+from commands import fails, lines
 
 from jax_specdec import doctor
 from jax_specdec.checkpoints.embedded import demo_folder
@@ -42,6 +43,7 @@ def test_a_model(model, capsys, monkeypatch):
     assert any(
         "auto takes prompt-lookup" in line and "nothing was measured" in line for line in found
     )
+    assert lines_of("tune", found)[0].startswith("tune ok its measurements are kept in")
     assert "by xla: there is no other kernel for a cpu" in lines_of("kernels", found)[0]
     assert main(["doctor", "--model", model]) == 0
     screen = capsys.readouterr().out.splitlines()
@@ -114,10 +116,13 @@ def test_versions(monkeypatch):
     assert bad[0].remedy.startswith('pip install "jax') and "optax is not" in bad[1].text
 
 
-def test_folders(tmp_path, monkeypatch):
+def test_folders(model, tmp_path, capsys, monkeypatch):
     assert doctor.writable("hub", "kept in", tmp_path / "a/b").state == "ok"
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
+    args = ["--prompts", lines(tmp_path / "p.jsonl", {"id": 1, "prompt": "a"}), "--model", model]
+    message = fails(capsys, "tune", *args, "--out", tmp_path / "file/out.json")
+    assert "cannot be written" in message and "--out" in message
     found = doctor.writable("hub", "kept in", tmp_path / "file/a")
     assert found.state == "fail" and "cannot be written" in found.text
     for free, state in ((1 << 20, "fail"), (1 << 30, "warn")):

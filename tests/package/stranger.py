@@ -20,7 +20,6 @@ NOT_FOR_PEOPLE = re.compile(
     r"Traceback|Warning|WARNING|site-packages/\S*\.py|^[IWEF]\d{4} |\babsl\b|\bXLA\b|0x[0-9a-f]{4}|object at",
     re.M,
 )
-LONGEST_S = 600
 DROPPED = ("PYTHON", "JAX_", "XLA_", "HF_", "TF_", "XDG_", "VIRTUAL_ENV", "MPL", "NO_COLOR")
 
 
@@ -87,9 +86,7 @@ def main(dist: str) -> None:
         found = NOT_FOR_PEOPLE.search(screen)
         assert found is None, f"{name} shows {found and found[0]!r}"
     assert (folder / "acceptance.png").stat().st_size > 5000
-    seconds = time.perf_counter() - began
-    assert seconds < LONGEST_S, f"{seconds:.0f} s"
-    print(f"{seconds:.0f} s in all")
+    print(f"{time.perf_counter() - began:.0f} s in all")
     shutil.rmtree(folder)
 
 
