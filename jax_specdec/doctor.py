@@ -57,14 +57,16 @@ def examine(source: str | None, describe: Callable[[], dict[str, Any]]) -> Findi
         yield from guarded("device", lambda: device(*found))
     yield from guarded("programs", compile_cache)
     yield from guarded("hub", hub_cache)
-    yield from guarded("demo", demo)
+    shown = list(guarded("demo", demo))
+    yield from shown
     yield from guarded("drafters", kinds)
     if isinstance(found, Finding):
         return
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)  # the device's line says it
     yield from guarded("memory", memory)
     about: dict[str, Any] = {}
-    yield from guarded("model", lambda: model(source, describe, about))
+    if source is not None or shown[0].state == "ok":
+        yield from guarded("model", lambda: model(source, describe, about))
     yield from guarded("kernels", lambda: kernels(about))
 
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from jax_specdec import display
 from jax_specdec.cli import common
 from jax_specdec.errors import UserError
 
@@ -170,8 +171,8 @@ def _shape(found: dict[str, Any]) -> str:
 
 
 def _memory(plan: dict[str, int]) -> str:
-    parts = [f"{name} {common.gib(size)}" for name, size in plan.items() if name != "total"]
-    return f"{common.gib(plan['total'])} ({', '.join(parts)})"
+    parts = [f"{name} {display.size(size)}" for name, size in plan.items() if name != "total"]
+    return f"{display.size(plan['total'])} ({', '.join(parts)})"
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
@@ -195,7 +196,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     fits = (
         "unknown"
         if free is None
-        else f"{common.gib(free)}, {'fits' if found['fits'] else 'too little'}"
+        else f"{display.size(free)}, {'fits' if found['fits'] else 'too little'}"
     )
-    lines.append(f"         total   {common.gib(found['total_bytes'])} (free: {fits})")
+    lines.append(f"         total   {display.size(found['total_bytes'])} (free: {fits})")
     return lines

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jax_specdec import display
 from jax_specdec.cli import common
 from jax_specdec.cli import mesh as meshes
 from jax_specdec.errors import UserError
@@ -129,12 +130,12 @@ def answer(args: argparse.Namespace) -> dict[str, Any]:
             capacity = found["memory"]["capacity"]
             found |= {"by": "compiler", "program": program, "fits": total <= capacity}
             if total > capacity:
-                found["reason"] = f"{common.gib(total)} of {common.gib(capacity)}"
+                found["reason"] = f"{display.size(total)} of {display.size(capacity)}"
     if not found["fits"]:
         memory = found["memory"]
         found.setdefault(
             "reason",
-            f"{common.gib(memory['total'])} of {common.gib(memory['capacity'])} of a device",
+            f"{display.size(memory['total'])} of {display.size(memory['capacity'])} of a device",
         )
         found["alternatives"] = plan.alternatives(question, own, nodes)
     drafting = own / topology.hardware.bandwidth * builder.steps
@@ -275,7 +276,7 @@ class ShapedDrafter:
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
-    gib, memory = common.gib, found["memory"]
+    gib, memory = display.size, found["memory"]
     mesh = ",".join(f"{name}={size}" for name, size in found["mesh"].items())
     eight = f" ({' and '.join(found['int8'])} in int8)" if found["int8"] else ""
     lines = [

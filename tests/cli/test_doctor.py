@@ -64,6 +64,15 @@ def test_drafters_that_do_not_go_with_the_model(copy, capsys, monkeypatch):
     assert "is not here" in lines_of("model", diagnosis(capsys, "--model", "nobody/nothing"))[0]
 
 
+@pytest.mark.usefixtures("one_cpu")
+def test_without_the_demo(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("jax_specdec.checkpoints.embedded.CHECKOUT", tmp_path)
+    monkeypatch.setattr("jax_specdec.checkpoints.embedded.PACKAGE", "jax_specdec_of_nobody")
+    found = diagnosis(capsys)
+    assert 'pip install "jax-specdec[demo]"' in lines_of("demo", found)[0]
+    assert lines_of("kernels", found) and not lines_of("model", found)
+
+
 @pytest.mark.parametrize(
     ("variables", "text", "remedy"),
     [
@@ -132,10 +141,6 @@ def test_folders(model, tmp_path, capsys, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in list(doctor.hub_cache())[-1].text
-    monkeypatch.setattr("jax_specdec.checkpoints.embedded.CHECKOUT", tmp_path)
-    monkeypatch.setattr("jax_specdec.checkpoints.embedded.PACKAGE", "jax_specdec_of_nobody")
-    (absent,) = doctor.demo()
-    assert (absent.state, absent.remedy) == ("warn", 'pip install "jax-specdec[demo]"')
 
 
 def test_kernels(monkeypatch):

@@ -77,7 +77,7 @@ with step("a small model of one's own"):
     own = mine(PROMPT, max_new_tokens=24)
 
 with step("a drafter for it, 30 steps"):
-    options = {"sequence_length": 32, "batch_size": 8, "warmup_steps": 5}
+    options = {"sequence_length": 32, "batch_size": 8, "warmup_steps": 5, "heldout": TEXTS[:4]}
     drafter = sd.train_glide("mine", TEXTS, steps=30, out="glide-run", **options)
     print(drafter)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 # What no step may show: warnings, logs of libraries, places in code, objects' addresses.
 NOT_FOR_PEOPLE = re.compile(
-    r"Traceback|Warning|WARNING|site-packages/\S*\.py|^[IWEF]\d{4} |\babsl\b|\bXLA\b|0x[0-9a-f]{4}|object at",
+    r"Traceback|Warning|WARNING|PyTorch|site-packages/\S*\.py|^[IWEF]\d{4} |\babsl\b|\bXLA\b|0x[0-9a-f]{4}|object at",
     re.M,
 )
 DROPPED = ("PYTHON", "JAX_", "XLA_", "HF_", "TF_", "XDG_", "VIRTUAL_ENV", "MPL", "NO_COLOR")
