@@ -1,5 +1,6 @@
 """The code blocks of README and of every page run, against small models with random weights."""
 
+import io
 import shutil
 import warnings
 from pathlib import Path
@@ -32,6 +33,7 @@ FOLDERS = {
 # What is appended to commands, which then take seconds.
 TRAINING = "--steps 2 --batch-size 2 --sequence-length 16 --heldout-share 0.5"
 SMALLER = {
+    "chat": "--max-new-tokens 8",
     "demo": "--max-new-tokens 8",
     "plan": "--arithmetic --batch-size 2",
     "train lm": f"{TRAINING} --hidden-size 32 --layers 1 --context 64",
@@ -82,6 +84,7 @@ def place(models, tmp_path, monkeypatch):
         shutil.copytree(models / model, name)
     for name in ("train.jsonl", "written.jsonl", "prompts.jsonl"):
         Path(name).write_text("".join(TEXTS * 3), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nAnd then?\n"))
     monkeypatch.setattr("jax_specdec.checkpoints.embedded.CHECKOUT", tmp_path / "checkpoints/demo")
     return tmp_path
 
