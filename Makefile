@@ -70,7 +70,9 @@ lowest: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet uv
 	$(PYTHON) -m venv --clear $(VENV)-lowest
 	$(BIN)/python -m uv pip install --quiet --python $(VENV)-lowest/bin/python \
-	  --resolution lowest-direct -e '.[test]'
+	  --resolution lowest-direct -e '.[export,plots,sentencepiece]'
+	$(BIN)/python -m uv pip install --quiet --python $(VENV)-lowest/bin/python \
+	  beartype pytest pytest-xdist scipy
 	$(VENV)-lowest/bin/python -m pytest -n $(WORKERS) -m smoke
 
 $(RUNS)/data/train.jsonl: $(VENV)/.installed
