@@ -62,8 +62,11 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
+    from jax_specdec.core.sampling import make_sampling
+    from jax_specdec.generation import SAMPLED
     from jax_specdec.pipeline import SpeculativeDecoder
 
+    make_sampling(1, **{name: getattr(args, name) for name in SAMPLED})  # before a model is loaded
     target, drafter = common.load(args)
     sampling.heed(args, target)
     decoder = SpeculativeDecoder(target, drafter)
@@ -78,12 +81,15 @@ def run(args: argparse.Namespace) -> int:
             f"{name}, drafter {drafter.spec}"
         )
         return 0
-    for line in sys.stdin:
-        if line.strip():
-            for piece in (stream := chat.stream(line.strip())):
-                console.print(piece.text, end="", markup=False)
-            console.print()
-            common.say(_figures(stream.generation))
+    try:
+        for line in map(str.strip, sys.stdin):
+            if line:
+                for piece in (stream := chat.stream(line)):
+                    print(piece, end="", flush=True)
+                print(flush=True)
+                common.say(_figures(stream.generation))
+    except UnicodeDecodeError as error:
+        raise UserError(f"Standard input is not {sys.stdin.encoding} text ({error}).") from None
     return 0
 
 
