@@ -207,7 +207,7 @@ class Conversation:
             kept = put_rows(np.asarray([common], np.int32), decoder.target.sharding)
             shown = progress.watched() and jax.process_index() == 0
             resumed = (caches, kept)
-            resume, run = decoder.programs.get(*arrays, capacity, shown, resumed=resumed)
+            resume, run = decoder.programs.get(arrays, capacity, shown, resumed=resumed)
             compiling = decoder.compile_time_s - spent
             began, self._state = time.perf_counter(), None  # its caches are given away
             self._state = resume(decoder.params, *arrays, *resumed)

@@ -325,7 +325,7 @@ class SpeculativeDecoder:
                 with self.lock:
                     spent = self.compile_time_s
                     arrays, capacity = self.encoder.arrays(batch)
-                    start, run = self.programs.get(*arrays, capacity, shown)
+                    start, run = self.programs.get(arrays, capacity, shown)
                     compiling = self.compile_time_s - spent
                 if bar is None:  # its clock starts behind the first compilation
                     watching = shown and per_chunk is None

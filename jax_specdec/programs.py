@@ -13,7 +13,6 @@ from jax_specdec._types import Params
 from jax_specdec.checkpoints.memory import available_memory, check_fits, memory_plan
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.loop import DecodeLoop
-from jax_specdec.core.sampling import Sampling
 from jax_specdec.core.sharding import shapes_at
 from jax_specdec.progress import Compilation
 
@@ -40,10 +39,7 @@ class Programs:
 
     def get(
         self,
-        tokens: Any,
-        lengths: Any,
-        sampling: Sampling,
-        ids: Any,
+        arrays: Any,
         capacity: int,
         progress: bool | None = None,
         *,
@@ -52,11 +48,14 @@ class Programs:
         """The prefill and the rounds for arrays of these shapes.
 
         Args:
+          arrays: tokens, lengths, sampling and request ids, as `DecodeLoop.start` takes them.
+          capacity: see there. progress: whether to say what is compiled.
           resumed: `caches` and `kept`, where the prefill is to be `DecodeLoop.resume`.
 
         Raises:
           UserError: they do not fit the memory.
         """
+        tokens, _, sampling, _ = arrays
         shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), (tokens, sampling))
         rounds = (capacity, str(jax.tree.leaves(shapes)))
         # On one device rounds do not ask how they were begun.
@@ -66,7 +65,7 @@ class Programs:
             began = time.perf_counter()
             sizes = (tokens.shape[0], capacity, sampling.stop_table.shape[0])
             what = "next turns of a chat" if rounds in self._rounds else self._what(sizes)
-            args, known = (tokens, lengths, sampling, ids, *resumed), self._rounds.get(shared)
+            args, known = (*arrays, *resumed), self._rounds.get(shared)
             self._pairs[key] = self._compile(args, capacity, what, progress, known)
             self._rounds[shared] = self._pairs[key][1]
             for seen, size in zip(self._seen.values(), sizes, strict=True):

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 # Seconds before anything is said of what is running.
 PATIENCE = 1.0
-# A kept program is read from disk, which is quick, and yet not always as quick as that.
-KEPT_PATIENCE = 10.0
+# The same for a program that was kept: reading it is quick, but a busy machine is slow to do it.
+KEPT_PATIENCE = 60.0
 # Seconds of compilation per line of StableHLO, by platform, where nothing was measured yet.
-PER_LINE = {"cpu": 0.004}
+PER_LINE = {"cpu": 0.002}
 MOST_RECORDS = 64
 
 _said: set[str] = set()
@@ -133,9 +133,10 @@ class Compilation:
     def message(self) -> str:
         """What is being compiled, and how long that will take as far as it is known."""
         guesses = [self._estimate(lines) for lines, _ in self._waiting.values()]
-        if None in guesses or not guesses:
+        known = [seconds for seconds in guesses if seconds is not None]
+        if len(known) < len(guesses):
             return f"compiling ({self._what})"
-        return f"compiling ({self._what}), about {rounded(sum(guesses))}"
+        return f"compiling ({self._what}), about {rounded(sum(known))}"
 
     def _estimate(self, lines: int) -> float | None:
         return estimate(lines, self._records, self._platform)
