@@ -52,10 +52,10 @@ class Table(Sequence[Mapping[str, Any]]):
     """Rows of equal columns, a mapping each: printed as a table, taken by `pandas.DataFrame` as it is.
 
     >>> print(Table([{"position": 0, "text": " the"}, {"position": 1, "text": " end"}]))
-     position   text
-    ─────────────────
-     0          ' the'
-     1          ' end'
+      position   text
+     ───────────────────
+      0          ' the'
+      1          ' end'
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()):

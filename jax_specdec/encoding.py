@@ -139,7 +139,9 @@ class Encoder:
         spelled = self.target.tokenizer([word, f" {word}"], add_special_tokens=False)["input_ids"]
         return list(dict.fromkeys(map(tuple, spelled)))
 
-    def arrays(self, batch: Sequence[Encoded], least: int = 0) -> tuple[Any, int]:
+    def arrays(
+        self, batch: Sequence[Encoded], least: int = 0
+    ) -> tuple[tuple[Any, Any, Sampling, Any], int]:
         """What a batch's programs take, where it lies, and the text capacity, at least `least`."""
         longest = max(len(row.ids) for row in batch)
         capacity = self.capacity(longest, max(row.request.max_new_tokens for row in batch))
