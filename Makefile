@@ -88,5 +88,9 @@ bench: $(RUNS)/data/train.jsonl
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/python benchmarks/decode.py --prompts $(RUNS)/data --out benchmarks/results/decode.json
 
+# Executes the notebooks; what they show is committed with them (`tests/test_notebooks.py` checks its form).
+notebooks: $(VENV)/.installed
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=1800 -n $(WORKERS) notebooks
+
 clean:
 	rm -rf $(VENV) $(VENV)-lowest $(DIST) .pytest_cache .ruff_cache build *.egg-info

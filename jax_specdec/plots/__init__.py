@@ -10,10 +10,11 @@ when something is drawn.
 
 from jax_specdec.plots.answers import acceptance, tau, time
 from jax_specdec.plots.curves import Live, agreement, live, training, training_figure
-from jax_specdec.plots.look import style
+from jax_specdec.plots.look import COLOURS, style
 from jax_specdec.plots.trees import tree
 
 __all__ = [
+    "COLOURS",
     "Live",
     "acceptance",
     "agreement",
