@@ -4,10 +4,12 @@
 
 PROMPTS is a folder that `checkpoints/demo/prepare.py` wrote. Every arm is one target (float32, bfloat16, and each
 with int8 parts) with the same drafter, in the same parts or whole. Agreement is of plain greedy texts, with those of
-the target in float32: how many are equal, and how many tokens the rest have in common before they part.
+the target in float32: how many are equal, and how many tokens the rest have in common before they part. Arms that OUT
+holds, of the same prompts and drafter, are not run again.
 """
 
 import argparse
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -44,15 +46,28 @@ def main() -> None:
     args = parser.parse_args()
     sets = [name for name in SETS if (Path(args.prompts) / f"prompts/{name}.jsonl").is_file()]
     texts = [record["prompt"] for record in read_prompts(args.prompts, sets, args.per_set)]
-    rows, reference = [], None
-    for dtype, int8, draft_int8 in ARMS:
+    options = {"max_new_tokens": args.max_new_tokens, "batch_size": 6, "seed": 5}
+    record = {"machine": machine(), "drafter": args.drafter, "prompts": len(texts)}
+    record["max_new_tokens"] = args.max_new_tokens
+    out, rows, reference = Path(args.out), [], None
+    if out.is_file():
+        before = json.loads(out.read_text(encoding="utf-8"))
+        rows = before.pop("rows")
+        if before != record:
+            raise SystemExit(f"{out} has rows of other prompts, settings or machines.")
+    done = [(row["dtype"], tuple(row["int8"]), tuple(row["draft_int8"])) for row in rows]
+    for arm in ARMS:
+        if reference is not None and arm in done:
+            continue
+        dtype, int8, draft_int8 = arm
         target = sd.load_target(args.model, dtype=dtype, int8=int8)
         drafter = sd.load_drafter(args.drafter, target, int8=draft_int8)
         plain, fast = sd.SpeculativeDecoder(target), sd.SpeculativeDecoder(target, drafter)
         prompts = [plain.encode(text)[-args.keep_last :] for text in texts]
-        options = {"max_new_tokens": args.max_new_tokens, "batch_size": 6, "seed": 5}
         whole = list(plain.generate(prompts, temperature=0.0, **options))
         reference = whole if reference is None else reference
+        if arm in done:
+            continue
         row = {
             "dtype": dtype,
             "int8": list(int8),
@@ -75,8 +90,7 @@ def main() -> None:
             )
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
-        record = {"machine": machine(), "drafter": args.drafter, "prompts": len(texts)}
-        write_json(args.out, {**record, "rows": rows}, quiet=True)
+        write_json(out, {**record, "rows": rows}, quiet=True)
 
 
 if __name__ == "__main__":
