@@ -90,7 +90,8 @@ def load_pair(
     folder, reason = find_checkpoint(model), ""
     if drafter == AUTO:
         name = default_dtype(folder) if dtype is None else getattr(dtype, "__name__", str(dtype))
-        drafter, reason = choose_drafter(Setting(folder, name, batch_size), draft or {}, first)
+        setting = Setting(folder, name, batch_size, int8, draft_int8)
+        drafter, reason = choose_drafter(setting, draft or {}, first)
     target = load_target(folder, dtype=dtype, mesh=mesh, rules=rules, int8=int8)
     found = load_drafter(drafter, target, drafts=draft, batch_size=batch_size, int8=draft_int8)
     return target, dataclasses.replace(found, reason=reason)

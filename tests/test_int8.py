@@ -31,6 +31,7 @@ from jax_specdec.models import stack_layers
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.models.quantized import Quantized, quantize
+from jax_specdec.specs.defaults import Setting, add_record, measured, measured_on
 
 PROMPTS = h.prompts_of([5, 1, 9])
 TEMPERATURES = [0.0, 1.0, 0.7]
@@ -164,6 +165,29 @@ def test_on_a_mesh(tiny_checkpoints):
         )
         texts.append([answer.token_ids for answer in answers])
     assert texts[0] == texts[1]
+
+
+def test_only_whole_models_have_a_cache_in_int8(tiny_checkpoints):
+    target = load_target(tiny_checkpoints / "target", tokenizer=False)
+    with pytest.raises(
+        UserError, match="of the cache of lm, and max-gram has none that is its own"
+    ):
+        load_drafter("max-gram:4", target, int8=("cache",))
+
+
+def test_measurements_are_of_what_is_in_int8(tiny_checkpoints, tmp_path):
+    file, record = tmp_path / "draft_lengths.json", {"dtype": "float32", "batch_size": 1}
+    for default, int8 in (("lm:1", ()), ("lm:2", ("weights",)), ("lm:3", ("weights",))):
+        add_record(file, {**record, "default": default, **({"int8": int8} if int8 else {})})
+
+    def best(int8):
+        return measured(tmp_path, Setting(tmp_path / "target", "float32", 1, int8))
+
+    assert best(())["default"] == "lm:1" and best(("weights",))["default"] == "lm:3"
+    assert measured_on({**best(("weights",)), "device": "cpu"}).endswith("batch 1, weights in int8")
+    file.write_text('{"int8": ["wheights"]}')
+    with pytest.raises(UserError, match="is damaged"):
+        best(())
 
 
 def test_wrong_parts(tiny_checkpoints):

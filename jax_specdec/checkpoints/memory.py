@@ -2,16 +2,19 @@
 
 import dataclasses
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jax_specdec._types import Params
 from jax_specdec.core.sharding import held_per_device, shapes_at
 from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import Decoder
+from jax_specdec.models.quantized import quantize
 from pallas_kernels import tuning
 
 
@@ -29,19 +32,29 @@ class MemoryPlan:
 
 
 def memory_plan(
-    config: ModelConfig, dtype: Any, batch: int, slots: int, *, width: int = 1
+    config: ModelConfig,
+    dtype: Any,
+    batch: int,
+    slots: int,
+    *,
+    width: int = 1,
+    int8: Collection[str] = (),
 ) -> MemoryPlan:
     """What a model takes, before anything is allocated.
 
     Args:
       batch: rows. slots: cache slots of each row. width: new tokens or tree nodes of a row in one
         forward.
+      int8: of which parts, as in `load_target`.
     """
     size = jnp.dtype(dtype).itemsize
-    cache = 2 * config.num_layers * batch * config.num_kv_heads * slots * config.head_dim * size
+    values = 2 * config.num_layers * batch * config.num_kv_heads * slots * config.head_dim
+    parameters = config.parameter_count() * size
+    if "weights" in int8:
+        parameters = bytes_per_device(Decoder(config, dtype, quantized=True))
     return MemoryPlan(
-        parameters=config.parameter_count() * size,
-        cache=cache,
+        parameters=parameters,
+        cache=values * (1 if "cache" in int8 else size),
         logits=batch * width * config.vocab_size * 4,
     )
 
@@ -66,11 +79,18 @@ def sizes_of(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def parameter_bytes(shapes: Params, int8: Collection[str] = ()) -> int:
+    """Of a tree of shapes, with its matrices in int8 where these are wanted so."""
+    if "weights" in int8:
+        shapes = jax.eval_shape(quantize, shapes)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
 def bytes_per_device(decoder: Decoder) -> int:
     """Of the parameters of a decoder, on a mesh, or of int8, what one device holds."""
     shapes = jax.eval_shape(decoder.init, jax.random.key(0))
     if decoder.sharding is None:
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+        return parameter_bytes(shapes)
     return held_per_device(shapes_at(shapes, decoder.sharding.tree(decoder.axes()[0])))
 
 

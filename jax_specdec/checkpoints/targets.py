@@ -24,6 +24,7 @@ from jax_specdec.checkpoints.generation_config import (
     write_generation,
 )
 from jax_specdec.checkpoints.hub import find_checkpoint
+from jax_specdec.checkpoints.int8 import PARTS, check_parts
 from jax_specdec.checkpoints.memory import (
     available_memory,
     bytes_per_device,
@@ -59,7 +60,6 @@ from jax_specdec.models.quantized import quantize
 from jax_specdec.models.tensor_parallel import fused_order
 from pallas_kernels import tuning
 
-INT8_PARTS = ("weights", "cache")
 LayerLoop = Literal["unroll", "scan"]
 Place = Callable[[tuple[str | int, ...], np.ndarray], Array]
 
@@ -88,6 +88,12 @@ class Target:
     def sharding(self) -> Sharding | None:
         """Where it lies on a mesh, None on one device."""
         return self.decoder.sharding
+
+    @property
+    def int8(self) -> tuple[str, ...]:
+        """The parts that are in int8."""
+        there = (self.decoder.quantized, self.decoder.kv_scales is not None)
+        return tuple(part for part, rounded in zip(PARTS, there, strict=True) if rounded)
 
     @property
     def vocab_size(self) -> int:
@@ -131,7 +137,7 @@ def load_target(
       UserError: nothing there, or something that is not supported or does not fit together.
     """
     sharding = make_sharding(mesh, rules)
-    check_int8(int8)
+    check_parts(int8)
     folder = find_checkpoint(source)
     config, generation = load_config(folder), read_generation(folder)
     tensors = open_target(folder, config)
@@ -156,13 +162,6 @@ def load_target(
 
     scales = measure_scales(target)
     return dataclasses.replace(target, decoder=dataclasses.replace(decoder, kv_scales=scales))
-
-
-def check_int8(parts: Collection[str]) -> None:
-    """Raises a UserError for other parts than `weights` and `cache`."""
-    wrong = [parts] if isinstance(parts, str) else [x for x in parts if x not in INT8_PARTS]
-    if wrong:
-        raise UserError(f"int8 is of {' and '.join(INT8_PARTS)}, as a tuple, not of {wrong[0]!r}.")
 
 
 def make_sharding(mesh: Mesh | None, rules: ShardingRules | None) -> Sharding | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jax_specdec.checkpoints.int8 import PARTS
 from jax_specdec.errors import UserError, shown
 
 if TYPE_CHECKING:
@@ -56,9 +57,15 @@ def add_int8(parser: Any, draft: bool = True) -> None:
 
 def _parts(text: str) -> tuple[str, ...]:
     parts = tuple(part.strip() for part in text.split(","))
-    if not set(parts) <= {"weights", "cache"} or len(set(parts)) < len(parts):
-        raise argparse.ArgumentTypeError(f"weights, cache or weights,cache, not {shown(text)}")
+    if not set(parts) <= set(PARTS) or len(set(parts)) < len(parts):
+        either = ", ".join(PARTS)
+        raise argparse.ArgumentTypeError(f"{either} or {','.join(PARTS)}, not {shown(text)}")
     return parts
+
+
+def in_int8(parts: Sequence[str]) -> str:
+    """What to say of them behind a dtype."""
+    return f" ({' and '.join(parts)} in int8)" if parts else ""
 
 
 def add_drafter(parser: Any) -> None:

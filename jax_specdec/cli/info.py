@@ -24,6 +24,7 @@ def register(commands: Any) -> None:
     group = common.model_group(parser)
     common.add_model(group)
     common.add_drafter(group)
+    common.add_int8(group)
     parser.add_argument(
         "--batch-size", type=int, default=1, metavar="N", help="rows at a time (default: 1)"
     )
@@ -70,20 +71,22 @@ def open_headers(args: argparse.Namespace) -> "tuple[Target, str, Drafters]":
     from jax_specdec.checkpoints.tokenizer_files import has_tokenizer
     from jax_specdec.models.decoder import Decoder
     from jax_specdec.specs.build import Drafters
+    from jax_specdec.tuning.plan import in_int8
 
     folders = common.draft_folders(args.draft)
     folder = find_checkpoint(common.model_source(args))
     config, stored = inspect_checkpoint(folder)
     tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
-    decoder = Decoder(config, args.dtype or default_dtype(folder))
+    decoder = in_int8(Decoder(config, args.dtype or default_dtype(folder)), args.int8)
     target = Target(decoder, {}, tokenizer, folder)
-    return target, stored, Drafters(target, drafts=folders, batch_size=args.batch_size)
+    options = {"batch_size": args.batch_size, "int8": args.draft_int8}
+    return target, stored, Drafters(target, drafts=folders, **options)
 
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Everything `info` knows, as a JSON object."""
     from jax_specdec.checkpoints.memory import available_memory, memory_plan, sizes_of
-    from jax_specdec.specs.defaults import setting_of
+    from jax_specdec.specs.build import check_taken
 
     folders, given = common.draft_folders(args.draft), common.given_drafter(args)
     target, stored, drafters = open_headers(args)
@@ -96,13 +99,14 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.max_new_tokens} new tokens leave no room for a prompt in a context of {context}."
         )
     if given is None:
-        given, _ = common.choose_drafter(setting_of(target, args.batch_size), folders)
+        given, _ = common.choose_drafter(drafters.setting, folders)
     with common.warnings_said():
         spec, outline = drafters.outline(given)
+    check_taken(spec.names, args.draft_int8)
     name = str(spec._replace(rule=None, nodes=None)) if spec.inner else spec.name
     length, width = outline.info.depth, outline.info.nodes + 1
     slots = context + width
-    plan = memory_plan(config, dtype, args.batch_size, slots, width=width)
+    plan = memory_plan(config, dtype, args.batch_size, slots, width=width, int8=args.int8)
     total = plan.total
     drafter: dict[str, Any] = {"name": name, "length": length}
     if spec.rule is not None:
@@ -130,6 +134,8 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "stored_dtype": stored,
         "tokenizer": target.tokenizer is not None,
         "dtype": dtype,
+        "int8": list(args.int8),
+        "draft_int8": list(args.draft_int8),
         "batch_size": args.batch_size,
         "context_used": context,
         "longest_prompt": context - args.max_new_tokens,
@@ -184,8 +190,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines += [f"drafter  {drafter['path']}", f"         {_shape(drafter)}"]
     lines.append(
         f"decoding {found['batch_size']} rows of {found['context_used']} tokens (prompts of up to "
-        f"{found['longest_prompt']}) in {found['dtype']}, drafter {drafter['name']}, "
-        f"up to {drafter['length']} tokens a draft"
+        f"{found['longest_prompt']}) in {found['dtype']}{common.in_int8(found['int8'])}, drafter {drafter['name']}"
+        f"{common.in_int8(found['draft_int8'])}, up to {drafter['length']} tokens a draft"
     )
     lines.append(f"         model   {_memory(found['memory'])}")
     if "memory" in drafter:

@@ -278,10 +278,9 @@ class ShapedDrafter:
 def _lines(found: dict[str, Any]) -> list[str]:
     gib, memory = display.size, found["memory"]
     mesh = ",".join(f"{name}={size}" for name, size in found["mesh"].items())
-    eight = f" ({' and '.join(found['int8'])} in int8)" if found["int8"] else ""
     lines = [
         f"{found['topology']}: {found['devices']} devices ({found['hardware']}), mesh {mesh}, batch "
-        f"{found['batch_size']}, context {found['context']}, {found['dtype']}{eight}, drafter {found['drafter']}",
+        f"{found['batch_size']}, context {found['context']}, {found['dtype']}{common.in_int8(found['int8'])}, drafter {found['drafter']}",
     ]
     if "program" in found:
         for name in ("prefill", "round"):

@@ -48,10 +48,11 @@ def register(commands: Any) -> None:
     ):
         text = f"{text} (default: {default})"
         parser.add_argument(flag, type=int, default=default, metavar="N", help=text)
+    common.add_int8(parser)
     parser.add_argument(
         "--out",
         metavar="FILE",
-        help="what was measured for other models, devices, dtypes and batch sizes is kept there (default: "
+        help="what was measured for other models, devices, dtypes, batch sizes and parts in int8 is kept there (default: "
         "draft_lengths.json beside the model's folder; for a model of the hub, in the user's cache)",
     )
     parser.set_defaults(run=run)
@@ -60,7 +61,7 @@ def register(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from jax_specdec.checkpoints.targets import load_target
     from jax_specdec.doctor import writable
-    from jax_specdec.specs.build import Drafters
+    from jax_specdec.specs.build import Drafters, check_taken
     from jax_specdec.specs.defaults import add_record, lengths_file, read_records
     from jax_specdec.specs.language import split
     from jax_specdec.text.prompts import read_prompts
@@ -70,13 +71,16 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
     names = split(args.drafters) if args.drafters else []
-    check_names(names)
+    check_names(names)  # before anything is loaded
     folders = common.draft_folders(args.draft)
     prompts = [
         record.prompt for path in args.prompts for record in read_prompts(path)[: args.per_file]
     ]
-    target = load_target(common.model_source(args), dtype=args.dtype)
-    drafters = Drafters(target, drafts=folders, batch_size=args.batch_size)
+    target = load_target(common.model_source(args), dtype=args.dtype, int8=args.int8)
+    options = {"batch_size": args.batch_size, "int8": args.draft_int8}
+    drafters = Drafters(target, drafts=folders, **options)
+    names = names or drafters.available()
+    check_taken([spec.name for spec in check_names(names)[0]], args.draft_int8)
     out = Path(args.out) if args.out else lengths_file(target.path.parent)
     read_records(out)  # before an hour of measuring
     place = writable("tune", "The measurements are kept in", out.parent)
@@ -85,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     found = tune(
         target,
         drafters,
-        names or drafters.available(),
+        names,
         prompts,
         longest=args.longest,
         max_new_tokens=args.max_new_tokens,

@@ -23,7 +23,6 @@ from jax_specdec._types import Array, Bool, Float, Int
 from jax_specdec.core import prng
 from jax_specdec.core.context import Context
 from jax_specdec.core.draft import Draft, paths
-from jax_specdec.core.numerics import argmax
 from jax_specdec.core.sampling import distribution
 from jax_specdec.errors import UserError
 from pallas_kernels import masks
@@ -94,7 +93,7 @@ class Match:
     needs_q = False
 
     def __call__(self, ctx, draft, scores):
-        return match(draft, argmax(scores + node_noise(ctx, draft)))
+        return match(draft, ctx.argmax(scores + node_noise(ctx, draft)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +151,7 @@ class LossyTypical:
             raise UserError(f"The delta of lossy-typical must be above 0, got {self.delta}.")
 
     def __call__(self, ctx, draft, scores):
-        token = argmax(scores + node_noise(ctx, draft))
+        token = ctx.argmax(scores + node_noise(ctx, draft))
         return lossy_typical(draft, distribution(scores, ctx.law.sampling), token, self)
 
 

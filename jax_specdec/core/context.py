@@ -11,7 +11,9 @@ from jax_specdec._types import Array, Bool, Float, Int, Params, UInt
 from jax_specdec.core.draft import Text
 from jax_specdec.core.law import Law
 from jax_specdec.core.model import Model, Output, tap_shapes
+from jax_specdec.core.numerics import argmax
 from jax_specdec.core.sampling import Sampling
+from jax_specdec.core.sharding import Sharding
 from jax_specdec.errors import UserError
 from pallas_kernels import write_rows
 
@@ -125,6 +127,7 @@ class Context(flax.struct.PyTreeNode):
       return_q: static; the draft must hand over the distribution it was drawn from (rejection rule).
       return_top: static; a drafter with a distribution must report its probability of every node and the
         best children. They cost passes over the vocabulary, so only their readers ask for them.
+      sharding: static; the target's, whose scores lie over its vocabulary, None on one device.
     """
 
     text: Text
@@ -136,6 +139,7 @@ class Context(flax.struct.PyTreeNode):
     budget: Int[Array, " B"]
     return_q: bool = flax.struct.field(pytree_node=False, default=False)
     return_top: bool = flax.struct.field(pytree_node=False, default=False)
+    sharding: Sharding | None = flax.struct.field(pytree_node=False, default=None)
 
     def scores(
         self,
@@ -170,6 +174,10 @@ class Context(flax.struct.PyTreeNode):
             return scores
         assert self.noise is not None, "there is noise in every round"
         return scores + lax.dynamic_slice_in_dim(self.noise, depth, depths, axis=1)
+
+    def argmax(self, scores: Float[Array, "B T V"]) -> Int[Array, "B T"]:
+        """The best token at each of T nodes, with one reduction where scores lie over a mesh."""
+        return argmax(scores, self.sharding)
 
 
 def make_context(

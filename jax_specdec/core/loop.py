@@ -22,17 +22,17 @@ from jax_specdec.core.model import Model
 from jax_specdec.core.prefill import read_text
 from jax_specdec.core.processors import Processor
 from jax_specdec.core.sampling import STRING_COMPLETE, Sampling
-from jax_specdec.core.sharding import on_its_mesh, sharding_of
+from jax_specdec.core.sharding import Sharding, on_its_mesh, sharding_of
 from jax_specdec.core.state import LoopState
 from jax_specdec.core.stats import FAILED, LENGTH, RUNNING, STOP, Stats, write_window
 
 
-def _lead(scores: Float[Array, "B T V"]) -> Float[Array, "B T"]:
+def _lead(scores: Float[Array, "B T V"], sharding: Sharding | None) -> Float[Array, "B T"]:
     """How far the best score is ahead of the second best."""
-    token = numerics.argmax(scores)
+    value, token = numerics.best(scores, sharding)
     index = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, None]
     second = jnp.max(jnp.where(index == token[..., None], numerics.NEG_INF, scores), axis=-1)
-    return jnp.max(scores, axis=-1) - second
+    return value - second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +251,7 @@ class DecodeLoop:
             keys=state.keys,
             active=state.stats.finish == RUNNING,
             budget=state.limit - state.text.length,
+            sharding=sharding_of(self.target),
             **static,
         )
 
@@ -360,10 +361,10 @@ class DecodeLoop:
         """
         if self.rule.coupled:  # the rule took the maximum of this sum, too
             scores = scores + acceptance.node_noise(ctx, draft)
-        sound = jnp.isfinite(jnp.max(scores, axis=-1))
+        sound = jnp.isfinite(numerics.best(scores, ctx.sharding)[0])
         if not self.margins:
             return None, sound
-        margin = _lead(scores)
+        margin = _lead(scores, ctx.sharding)
         if not self.rule.coupled:  # a drawn token is no argmax
             greedy = ctx.law.sampling.temperature == 0
             margin = jnp.where(greedy[:, None], margin, jnp.inf)

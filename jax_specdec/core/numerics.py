@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jax_specdec._types import Array, Bool, Float, Int, UInt
+from jax_specdec.core.sharding import Sharding
 from pallas_kernels import tuning
 
 NEG_INF = float("-inf")
@@ -31,15 +33,57 @@ def largest_threshold(
     return lax.fori_loop(0, 32, step, jnp.zeros(shape, jnp.uint32))
 
 
-def argmax(scores: Float[Array, "*s V"]) -> Int[Array, "*s"]:
-    """The first index of the maximum of the last axis.
+def argmax(scores: Float[Array, "*s V"], sharding: Sharding | None = None) -> Int[Array, "*s"]:
+    """The first index of the maximum of the last axis, see `best`."""
+    return best(scores, sharding)[1]
+
+
+def best(
+    scores: Float[Array, "*s V"], sharding: Sharding | None = None
+) -> tuple[Float[Array, "*s"], Int[Array, "*s"]]:
+    """The maximum of the last axis, and its first index; the last index where one is NaN.
 
     Two plain reductions vectorise; XLA's reduction over (value, index) pairs does not.
+
+    Args:
+      sharding: where float32 scores of `[batch, ..., vocab]` lie. Each device then looks through its own part,
+        and one sum puts what all of them found side by side: two reductions over the mesh would be one for the
+        value and, after it, one for the place.
     """
-    best = jnp.max(scores, axis=-1, keepdims=True)
+    if sharding is not None and sharding.size("vocab") > 1:
+        return _best_of_parts(scores, sharding)
+    value = jnp.max(scores, axis=-1)
     index = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
-    found = jnp.min(jnp.where(scores == best, index, scores.shape[-1]), axis=-1)
-    return jnp.minimum(found, scores.shape[-1] - 1)  # scores that are NaN equal nothing
+    return value, _first(scores == value[..., None], index, scores.shape[-1])
+
+
+def _first(found: Bool[Array, "*s N"], index: Int[Array, "*s N"], size: int) -> Int[Array, "*s"]:
+    index = jnp.min(jnp.where(found, index, size), axis=-1)
+    return jnp.minimum(index, size - 1)  # scores that are NaN equal nothing
+
+
+def _best_of_parts(scores: Array, sharding: Sharding) -> tuple[Array, Array]:
+    axes, vocab = sharding.rules.vocab, scores.shape[-1]
+    assert axes is not None
+
+    def local(scores: Array) -> tuple[Array, Array]:
+        value, index = best(scores)
+        own = lax.axis_index(axes)
+        index = index + own * scores.shape[-1]
+        # Bits, since a sum of floats is not all of them: -0.0 would come out as 0.0.
+        pair = jnp.stack([lax.bitcast_convert_type(value, jnp.int32), index], axis=-1)
+        part = jnp.arange(sharding.size("vocab"), dtype=jnp.int32)
+        pairs = jnp.where((part == own)[:, None], pair[..., None, :], 0)
+        pairs = lax.psum(pairs, axes)
+        values = lax.bitcast_convert_type(pairs[..., 0], jnp.float32)
+        value = jnp.max(values, axis=-1)
+        return value, _first(values == value[..., None], pairs[..., 1], vocab)
+
+    names = ("batch", *[None] * (scores.ndim - 2), "vocab")
+    whole = sharding.spec_of(scores.shape, *names)
+    rest = sharding.spec_of(scores.shape[:-1], *names[:-1])
+    parts = jax.shard_map(local, mesh=sharding.mesh, in_specs=(whole,), out_specs=(rest, rest))
+    return parts(scores)
 
 
 def largest(

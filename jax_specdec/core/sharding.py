@@ -1,8 +1,9 @@
 """Where arrays lie on a mesh: logical axis names of the models, mapped to mesh axes by rules.
 
 A model says what an axis is (`Model.axes`), `ShardingRules` which mesh axis it is divided over, and
-`Sharding` joins them with a mesh. XLA partitions the program and puts in the collectives; only the
-kernels, which it cannot see into, are divided by hand (`pallas_kernels.Partition`).
+`Sharding` joins them with a mesh. XLA partitions the program and puts in the collectives; divided by hand are
+only the kernels, which it cannot see into (`pallas_kernels.Partition`), and the choice of a token, for which
+it takes two reductions (`core.numerics.best`).
 """
 
 import dataclasses
@@ -126,12 +127,15 @@ class Sharding:
         """Where an array of these logical axes lies."""
         return NamedSharding(self.mesh, self.rules.spec(names))
 
+    def spec_of(self, shape: Sequence[int], *names: str | None) -> PartitionSpec:
+        """`ShardingRules.spec` for a shape: rows that do not divide, as a single one, lie on every device."""
+        whole = "batch" in names and shape[names.index("batch")] % self.size("batch")
+        return self.rules.spec([None if whole and name == "batch" else name for name in names])
+
     def constrain(self, x: Array, *names: str | None) -> Array:
-        """`x`, and XLA knows where it lies. Rows that do not divide, as a single one, lie on every device."""
-        whole = "batch" in names and x.shape[names.index("batch")] % self.size("batch")
-        return lax.with_sharding_constraint(
-            x, self.of(*(None if whole and name == "batch" else name for name in names))
-        )
+        """`x`, and XLA knows where it lies, see `spec_of`."""
+        place = NamedSharding(self.mesh, self.spec_of(x.shape, *names))
+        return lax.with_sharding_constraint(x, place)
 
     def rows(self, tree: Any) -> Any:
         """`constrain` for a tree of arrays with one entry per row."""

@@ -33,7 +33,6 @@ from jax_specdec.core.drafter import (
     Verifier,
     accepted_prefix,
 )
-from jax_specdec.core.numerics import argmax
 from jax_specdec.drafters.cascade_sizes import (
     check_budget,
     check_depth,
@@ -285,7 +284,7 @@ class Cascade(Composed):
         raw = ctx.scores(logits, drafted, on_chain(depth))
         proposal = self.verifier.proposal
         scores = own_ctx.perturbed(raw, 0, proposal, depth)
-        own = argmax(scores)
+        own = ctx.argmax(scores)
         agree = drafted == own[:, :-1]
         if lenient:
             said = jnp.take_along_axis(scores[:, :-1], drafted[..., None], axis=-1)

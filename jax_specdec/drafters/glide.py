@@ -202,15 +202,15 @@ def _load(request: registry.Request) -> tuple[registry.Make, dict[str, Any]]:
 def _describe(request: registry.Request, batch: int, slots: int) -> dict[str, Any]:
     """It reads its target's cache, and shares maybe embedding and head."""
     from jax_specdec.checkpoints.glide import make_glide
-    from jax_specdec.checkpoints.memory import memory_plan
+    from jax_specdec.checkpoints.memory import memory_plan, parameter_bytes
 
     target, size = request.target.config, jnp.dtype(request.dtype).itemsize
     model = make_glide(request.config[0], target, request.dtype)
-    count = model.parameter_count()
+    count, own = model.parameter_count(), parameter_bytes(model.shapes(), request.int8)
     cache = memory_plan(model.decoder.config, request.dtype, batch, slots).cache
     if model.config.hidden_input:  # the target's hidden states are kept for it
         cache += batch * slots * target.hidden_size * size
-    memory = {"parameters": count * size, "cache": cache, "total": count * size + cache}
+    memory = {"parameters": own, "cache": cache, "total": own + cache}
     return {"path": str(request.folder), "own_parameters": count, "memory": memory}
 
 

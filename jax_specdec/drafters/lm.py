@@ -76,7 +76,7 @@ def _describe(request: registry.Request, batch: int, slots: int) -> dict[str, An
     from jax_specdec.checkpoints.memory import memory_plan, sizes_of
 
     config, stored = request.config
-    plan = memory_plan(config, request.dtype, batch, slots)
+    plan = memory_plan(config, request.dtype, batch, slots, int8=request.int8)
     memory = {**dataclasses.asdict(plan), "total": plan.total}
     return {
         "path": str(request.folder),
@@ -97,6 +97,7 @@ KIND = registry.register(
         distribution=True,
         grows=True,
         ends_early=True,
+        like_target=True,
         read=_read,
         describe=_describe,
     )

@@ -21,7 +21,6 @@ from jax_specdec.core.confidence import chain_fields
 from jax_specdec.core.context import Context, Proposal, TargetView
 from jax_specdec.core.draft import Text, chain
 from jax_specdec.core.drafter import ModelUse, StatelessDrafter, chain_info
-from jax_specdec.core.numerics import argmax
 from jax_specdec.drafters import registry
 from jax_specdec.errors import UserError
 from jax_specdec.models.medusa import Medusa
@@ -96,7 +95,7 @@ class MedusaDrafter(StatelessDrafter):
             scores, tokens = self._one_by_one(logits, ctx)
         else:
             scores = ctx.scores(logits)
-            tokens = argmax(ctx.perturbed(scores, 0, self.proposal, self.length))
+            tokens = ctx.argmax(ctx.perturbed(scores, 0, self.proposal, self.length))
         fields = chain_fields(scores, tokens, ctx, self.proposal)
         return chain(ctx.text, tokens, **fields), states
 
@@ -108,7 +107,7 @@ class MedusaDrafter(StatelessDrafter):
         line = jnp.arange(self.length, dtype=jnp.int32)[None, None]
         for depth in range(self.length):
             here = ctx.scores(logits[:, depth : depth + 1], tokens, line < depth)
-            token = argmax(ctx.perturbed(here, depth, self.proposal))
+            token = ctx.argmax(ctx.perturbed(here, depth, self.proposal))
             tokens = tokens.at[:, depth].set(token[:, 0])
             scores.append(here)
         return jnp.concatenate(scores, axis=1), tokens
@@ -140,16 +139,19 @@ def _load(request: registry.Request) -> tuple[registry.Make, dict[str, Any]]:
 
 def _describe(request: registry.Request, batch: int, slots: int) -> dict[str, Any]:
     """The target's hidden states are kept for them."""
+    from jax_specdec.checkpoints.memory import parameter_bytes
+
     (config, accuracies, _), target = request.config, request.target.config
     size = jnp.dtype(request.dtype).itemsize
-    count = Medusa(config, target, request.dtype).parameter_count()
+    model = Medusa(config, target, request.dtype)
+    count, own = model.parameter_count(), parameter_bytes(model.shapes(), request.int8)
     hidden = batch * slots * target.hidden_size * size
     return {
         "path": str(request.folder),
         "num_heads": config.num_heads,
         "own_parameters": count,
         "accuracies": accuracies,
-        "memory": {"parameters": count * size, "cache": hidden, "total": count * size + hidden},
+        "memory": {"parameters": own, "cache": hidden, "total": own + hidden},
     }
 
 

@@ -15,7 +15,6 @@ from jax_specdec.core.context import Context, Proposal, TargetView
 from jax_specdec.core.draft import Draft, chain
 from jax_specdec.core.drafter import Info, ModelUse, Outcome, States, chain_info, rollback
 from jax_specdec.core.model import Model, rewinds
-from jax_specdec.core.numerics import argmax
 from jax_specdec.core.prefill import read_ending, read_text
 from jax_specdec.drafters.cascade_sizes import ended_early
 from jax_specdec.drafters.early_exit import Stop
@@ -172,7 +171,7 @@ class NeuralDrafter:
             else:
                 scores = ctx.scores(logits)
             chosen = ctx.perturbed(scores, depth, self.proposal)
-            token = argmax(chosen)
+            token = ctx.argmax(chosen)
             item = {"token": token[:, 0], "valid": going}
             if described:
                 item["scores"] = scores[:, 0]

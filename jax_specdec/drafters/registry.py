@@ -40,6 +40,7 @@ class Request:
       source: a folder or hub id of its checkpoint, None where the kind needs none.
       target: without parameters where nothing is loaded; None where nothing but the checkpoint matters.
       dtype: of parameters and computation. int8: of which parts, as in `load_target`.
+      rules: what is divided over the target's mesh, None for nothing; only for kinds that are `like_target`.
     """
 
     kind: "Kind"
@@ -48,12 +49,15 @@ class Request:
     target: Any = None
     dtype: Any = None
     int8: Collection[str] = ()
+    rules: Any = None
 
     @property
     def sharding(self) -> Any:
-        """The drafter's `Sharding`, None on one device: rows as the target's, parameters on every device."""
+        """The drafter's `Sharding`, None on one device: without rules, rows as the target's, parameters everywhere."""
         target = None if self.target is None else self.target.sharding
-        return None if target is None else target.replicated
+        if target is None or self.rules is None:
+            return None if target is None else target.replicated
+        return dataclasses.replace(target, rules=self.rules)
 
     @functools.cached_property
     def folder(self) -> Path:
@@ -165,6 +169,7 @@ class Kind:
       grows: whether it can read branches, see `expansions.grown.Grower`.
       independent: whether its candidates do not depend on each other, see `expansions.static_tree`.
       ends_early: whether `make(length)` has a field `stop`, see `drafters.early_exit.Stop`.
+      like_target: whether it is a whole model, which takes sharding rules and an int8 cache as the target does.
       sizes: `Info.sizes` of a draft length.
       read: of a checkpoint, what `longest`, `make` and `describe` need, without the weights.
       longest: the longest draft that a checkpoint allows.
@@ -184,6 +189,7 @@ class Kind:
     grows: bool = False
     independent: bool = False
     ends_early: bool = False
+    like_target: bool = False
     sizes: Callable[[int], tuple[int, ...]] = _all
     read: Callable[[Path], Any] = _read_nothing
     longest: Callable[[Request], int] = _no_limit

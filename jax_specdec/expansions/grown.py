@@ -26,7 +26,6 @@ from jax_specdec.core.context import Context, Proposal, TargetView
 from jax_specdec.core.draft import Draft, Text, from_parents
 from jax_specdec.core.drafter import Drafter, States, rollback
 from jax_specdec.core.model import Model, Output
-from jax_specdec.core.numerics import argmax
 from jax_specdec.errors import UserError
 from jax_specdec.expansions.expand import Rule
 from jax_specdec.expansions.select import select
@@ -152,7 +151,7 @@ class GrownTree(Rule):
             scores = ctx.scores(logits, drafted, on_path)
             if not ctx.return_q:  # nothing need be drawn from a distribution that is handed over
                 scores = ctx.perturbed(scores, depth, drafter.proposal)
-            ids, probs = best_children(scores, argmax(scores), sampling, children)
+            ids, probs = best_children(scores, ctx.argmax(scores), sampling, children)
             value = value[..., None] + jnp.log(probs)
             return ids.reshape(batch, -1), value.reshape(batch, -1)
 

@@ -124,7 +124,10 @@ class CrossAttention(nn.Module):
         q = q.reshape(batch, length, t.num_heads, t.head_dim)
         if t.qk_norm:  # the target's keys were normed, and expect such queries
             q = rms_norm(q, param("q_norm", ones, t.head_dim), t.norm_eps)
-        y = attend(apply_rope(q, *angles)).reshape(batch, length, -1)
+        q = apply_rope(q, *angles)
+        # Heads as the kernel wants them: XLA may divide the rotation otherwise, and gather it again.
+        q = constrain(self.sharding, q, "batch", None, "heads", None)
+        y = attend(q).reshape(batch, length, -1)
         x = x + matmul(y, param("out", small, y.shape[-1], embed))
         return constrain(self.sharding, x, "batch", None, None)
 

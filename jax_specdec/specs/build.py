@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 
-from jax_specdec.checkpoints.targets import Target, check_int8
+from jax_specdec.checkpoints.int8 import check_parts
+from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.draft import MAX_NODES
 from jax_specdec.core.drafter import Drafter
+from jax_specdec.core.sharding import ShardingRules
 from jax_specdec.display import short
 from jax_specdec.drafters import registry
 from jax_specdec.drafters.cascade import Cascade, Horizontal
@@ -221,7 +223,10 @@ class Drafters:
     """The drafters beside one target, by specification; a name that comes again is loaded once.
 
     Args:
-      folder, drafts, dtype, int8: as in `load_drafter`. batch_size: which measured lengths count.
+      folder, drafts, dtype, int8, rules: as in `load_drafter`. batch_size: which measured lengths count.
+
+    Raises:
+      UserError: rules without a mesh, or that do not fit it.
     """
 
     def __init__(
@@ -233,14 +238,23 @@ class Drafters:
         dtype: Any = None,
         batch_size: int = 1,
         int8: Collection[str] = (),
+        rules: ShardingRules | None = None,
     ):
         self.target = target
         self.home = Path(folder) if folder is not None else target.path.parent
         self.drafts = dict(drafts or {})
         self.dtype = dtype or target.decoder.dtype
-        self.setting = setting_of(target, batch_size)
-        check_int8(int8)
-        self.int8 = int8
+        check_parts(int8)
+        self.setting = setting_of(target, batch_size, int8)
+        self.int8, self.rules = int8, rules
+        if rules is not None:
+            if target.sharding is None:
+                raise UserError("Sharding rules need a mesh, which the target has not.")
+            if rules.batch != target.sharding.rules.batch:
+                raise UserError(
+                    f"A drafter's rows lie where the target's do: batch must be "
+                    f"{target.sharding.rules.batch!r}, not {rules.batch!r}."
+                )
         self._requests: dict[str, Request] = {}
         self._loaded: dict[str, tuple[Make, dict[str, Any]]] = {}
 
@@ -249,7 +263,7 @@ class Drafters:
         if name not in self._requests:
             kind = registry.of(name)
             source = self.drafts.get(name, self.home / name) if kind.needs_checkpoint else None
-            given = (self.target, self.dtype, self.int8)
+            given = (self.target, self.dtype, self.int8, self.rules)
             self._requests[name] = Request(kind, name, source, *given)
         return self._requests[name]
 
@@ -318,6 +332,7 @@ def load_drafter(
     dtype: Any = None,
     batch_size: int = 1,
     int8: Collection[str] = (),
+    rules: ShardingRules | None = None,
 ) -> LoadedDrafter:
     """Builds the drafter of a specification for a target.
 
@@ -330,13 +345,31 @@ def load_drafter(
       dtype: of the drafter's parameters; default: the target's.
       batch_size: which measured lengths count where the specification has none.
       int8: `weights` of the drafter, `cache` of an `lm`, as in `load_target`.
+      rules: what of an `lm` is divided over the target's mesh, as in `load_target`; by default every device has
+        all of a drafter. Others lie as their reading of the target asks.
 
     Raises:
       UserError: an unknown drafter, a missing checkpoint, or another tokenizer; for a drafter that reads
         the target another one than it was trained for, or a longer draft.
     """
     options = {"drafts": drafts, "dtype": dtype, "batch_size": batch_size, "int8": int8}
-    return Drafters(target, folder, **options)(spec)
+    drafters = Drafters(target, folder, **options, rules=rules)
+    whole = drafters.complete(spec)
+    check_taken(whole.names, int8, rules)
+    return drafters(whole)
+
+
+def check_taken(
+    names: Collection[str], int8: Collection[str], rules: ShardingRules | None = None
+) -> None:
+    """Raises a UserError where none of these drafters has a cache for int8, or takes rules."""
+    if any(registry.of(name).like_target for name in names):
+        return
+    able, given = registry.listed(registry.names("like_target"), "or"), ", ".join(names)
+    if "cache" in int8:
+        raise UserError(f"int8 is of the cache of {able}, and {given} has none that is its own.")
+    if rules is not None:
+        raise UserError(f"Sharding rules are for {able}: {given} lies as its target asks.")
 
 
 def _assemble(whole: Spec, make: Callable[[str], Make]) -> Drafter:

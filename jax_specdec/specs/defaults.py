@@ -1,6 +1,6 @@
 """What was measured for a model by `jax-specdec tune`: where it is kept, and which of it counts.
 
-A record belongs to a model, a device, a dtype and a batch size. It lies beside the model's folder with
+A record belongs to a model, a device, a dtype, a batch size and what is in int8. It lies beside the model's folder with
 those of other models, or, where that is the hub's own cache, in the user's.
 """
 
@@ -9,19 +9,22 @@ import functools
 import json
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jax_specdec.checkpoints.int8 import PARTS
 from jax_specdec.checkpoints.target_bound import target_fingerprint
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.draft import MAX_NODES
 from jax_specdec.errors import UserError
 
 LENGTHS_FILE = "draft_lengths.json"
-# What one record is filed under.
+# What one record is filed under, and where it is absent nothing is in int8.
 KEY = ("model", "device", "dtype", "batch_size")
+INT8_KEY = ("int8", "draft_int8")
 # Where nothing was measured: it needs no checkpoint.
 USUAL = "prompt-lookup"
 
@@ -32,11 +35,14 @@ class Setting:
 
     Attributes:
       path: the target's folder. dtype: None where it is not settled yet.
+      int8, draft_int8: parts of the target, and of its drafter.
     """
 
     path: Path
     dtype: str | None = None
     batch_size: int = 1
+    int8: Collection[str] = ()
+    draft_int8: Collection[str] = ()
 
     @functools.cached_property
     def model(self) -> str:
@@ -53,8 +59,8 @@ class Setting:
         return self.path.parent
 
 
-def setting_of(target: Target, batch_size: int = 1) -> Setting:
-    return Setting(target.path, str(target.decoder.dtype), batch_size)
+def setting_of(target: Target, batch_size: int = 1, draft_int8: Collection[str] = ()) -> Setting:
+    return Setting(target.path, str(target.decoder.dtype), batch_size, target.int8, draft_int8)
 
 
 def default_spec(target: Target | str | Path) -> str:
@@ -78,8 +84,8 @@ def lengths_file(folder: Path) -> Path:
 def measured(folder: Path, setting: Setting | None = None) -> dict[str, Any]:
     """The record for the models in a folder that fits a setting best: `{}` where there is none.
 
-    It is of the same model, or names none. Of several, the device decides, then the dtype, then the
-    nearest batch size.
+    It is of the same model, or names none. Of several, the device decides, then the dtype, then
+    what is in int8, then the nearest batch size.
 
     Raises:
       UserError: the file is not what `tune` writes.
@@ -89,14 +95,15 @@ def measured(folder: Path, setting: Setting | None = None) -> dict[str, Any]:
     model = setting.model if setting is not None and named else None
     fitting = [record for record in records if record.get("model") in (None, model)]
 
-    def nearness(record: dict[str, Any]) -> tuple[bool, bool, bool, float]:
+    def nearness(record: dict[str, Any]) -> tuple[bool, bool, bool, bool, float]:
         if setting is None:
-            return (False, False, False, 0.0)
+            return (False, False, False, False, 0.0)
         ratio = record.get("batch_size", 1) / setting.batch_size
         return (
             "model" in record,
             record.get("device") == setting.device,
             record.get("dtype") == setting.dtype,
+            _int8(record) == [set(setting.int8), set(setting.draft_int8)],
             -abs(math.log(ratio)),
         )
 
@@ -107,7 +114,13 @@ def measured_on(record: dict[str, Any]) -> str:
     """Where a record is from, for people."""
     if "device" not in record:
         return "measured"
-    return f"measured on {record['device']} in {record.get('dtype')} at batch {record.get('batch_size')}"
+    rounded = [*record.get("int8", ()), *(f"drafter's {x}" for x in record.get("draft_int8", ()))]
+    eight = f", {' and '.join(rounded)} in int8" if rounded else ""
+    return f"measured on {record['device']} in {record.get('dtype')} at batch {record.get('batch_size')}{eight}"
+
+
+def _int8(record: dict[str, Any]) -> list[set[str]]:
+    return [set(record.get(name, ())) for name in INT8_KEY]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -136,6 +149,7 @@ def _good(record: dict[str, Any]) -> bool:
         all(n is None or 0 <= n <= MAX_NODES for n in counts)
         and all(isinstance(record.get(name, ""), str) for name in texts)
         and record.get("batch_size", 1) >= 1
+        and all(parts <= set(PARTS) for parts in _int8(record))
     )
 
 
@@ -145,8 +159,11 @@ def add_record(path: Path, record: dict[str, Any]) -> None:
     Raises:
       UserError: the file is there and damaged.
     """
-    key = [record.get(name) for name in KEY]
-    others = [old for old in read_records(path) if [old.get(name) for name in KEY] != key]
+
+    def key(one: dict[str, Any]) -> list[Any]:
+        return [*(one.get(name) for name in KEY), *_int8(one)]
+
+    others = [old for old in read_records(path) if key(old) != key(record)]
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.new")
     new.write_text(json.dumps({"records": [*others, record]}, indent=1) + "\n", encoding="utf-8")

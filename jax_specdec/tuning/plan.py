@@ -100,7 +100,7 @@ def parts_by_arithmetic(question: Question, drafter: int, nodes: int) -> dict[st
         "bytes": read,
         "flops": products + attention,
         "reduced": reduced,
-        "collectives": (2 * c.num_layers + 3) if tensor > 1 else 0,
+        "collectives": (2 * c.num_layers + 2) if tensor > 1 else 0,
     }
 
 

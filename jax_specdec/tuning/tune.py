@@ -14,6 +14,7 @@ from jax_specdec.expansions.siblings import LeafSiblings
 from jax_specdec.generation import Generation
 from jax_specdec.pipeline import SpeculativeDecoder
 from jax_specdec.specs.build import RULES, LoadedDrafter, parse_drafter
+from jax_specdec.specs.defaults import INT8_KEY
 from jax_specdec.specs.language import CASCADE, Spec
 from jax_specdec.specs.sizes import depth_of
 from jax_specdec.tuning.cascades import BEHIND, PROPOSED, STATISTICAL, Played, candidates, play
@@ -209,6 +210,7 @@ def tune(
         ranking[str(spec)] = speedup
         report(f"{spec}: predicted {speedup:.2f} times plain")
     best = max(ranking, key=lambda spec: ranking[spec])
+    rounded = dict(zip(INT8_KEY, (target.int8, drafters.int8), strict=True))
     return {
         **({CASCADE: cascade["spec"]} if cascade else {}),
         "lengths": {key: c.spec.length for key, c in chosen.items()},
@@ -219,6 +221,7 @@ def tune(
         "jax": jax.__version__,
         "dtype": str(target.decoder.dtype),
         "batch_size": rows,
+        **{name: list(parts) for name, parts in rounded.items() if parts},
         "prompts": len(prompts),
         "measured": {
             "verify_s": verify,

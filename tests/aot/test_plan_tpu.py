@@ -33,3 +33,27 @@ def test_full_depth(capsys, model, topology, batch, layers):
     gathered = kinds.get("all-gather", {"bytes": 0})["bytes"]
     assert gathered < program["parameters"] // 16  # no weights, no caches
     assert program["parameters"] == pytest.approx(found["memory"]["parameters"], rel=0.2)
+
+
+@pytest.fixture
+def shallow(tmp_path):
+    """Llama-3-8B with two layers: depth changes sizes, not the program."""
+    fields = json.loads((CONFIGS / "llama-3-8b.json").read_text())
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**fields, "num_hidden_layers": 2}))
+    return ["plan", "--json", "--model", str(file), "--topology", "v5e:2x4", "--batch-size", "8"]
+
+
+def test_the_collectives_of_the_textbook(capsys, shallow):
+    """Two for each layer, one for the embedding, one for the choice of the token."""
+    assert main([*shallow, "--drafter", "none", "--context", "1024"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    kinds = found["program"]["collectives"]
+    assert list(kinds) == ["all-reduce"] and kinds["all-reduce"]["count"] == 2 * 2 + 2
+
+
+def test_int8_with_a_drafter_that_gathers_nothing(capsys, shallow):
+    assert main([*shallow, "--int8", "weights,cache", "--context", "1024"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["by"] == "compiler" and found["fits"]
+    assert list(found["program"]["collectives"]) == ["all-reduce"]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from commands import fails, ok
+from jax.experimental import topologies
 
 CONFIGS = Path(__file__).parents[2] / "benchmarks/configs"
 LLAMA_8B, LLAMA_70B = (CONFIGS / f"llama-3-{size}.json" for size in ("8b", "70b"))
@@ -95,6 +96,22 @@ def test_compiled_for_this_machine(capsys, tiny_checkpoints):
 )
 def test_wrong_use(capsys, argv, sentence):
     assert sentence in fails(capsys, "plan", "--model", LLAMA_8B, *argv)
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "sentence"),
+    [
+        ("libtpu.so: cannot open", 1, "The TPU compiler is not installed: `pip install libtpu`"),
+        ("No such slice", 2, "The compiler does not know the topology v5e:2x4: No such slice."),
+    ],
+)
+def test_what_the_compiler_refuses(capsys, monkeypatch, reason, status, sentence):
+    def refuse(**_):
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    given = ("--model", LLAMA_8B, "--topology", "v5e:2x4", "--drafter", "none")
+    assert sentence in fails(capsys, "plan", *given, status=status)
 
 
 def test_no_model(capsys, tmp_path):

@@ -5,10 +5,11 @@ import shlex
 import subprocess
 import sys
 
-from commands import ok, records
+from commands import fails, ok, records
 
 from jax_specdec.checkpoints import targets as checkpoints
 from jax_specdec.checkpoints.embedded import demo_folder
+from jax_specdec.checkpoints.memory import bytes_per_device
 from jax_specdec.cli import make_parser
 
 
@@ -38,6 +39,24 @@ def test_info(model, capsys, monkeypatch):
     text = ok(capsys, *args)
     assert "3 layers of 64" in text and "drafter lm, up to 3 tokens" in text and "fits" in text
     assert ok(capsys, "info", "--model", model, "--drafter", "bigram")
+
+
+def test_info_in_int8(model, capsys):
+    given = ["info", "--model", model, "--drafter", "lm:3", "--dtype", "bfloat16"]
+    (whole,) = records(capsys, *given)
+    eight = [*given, "--int8", "weights,cache", "--draft-int8", "weights"]
+    (found,) = records(capsys, *eight)
+    assert (found["int8"], found["draft_int8"]) == (["weights", "cache"], ["weights"])
+    assert 2 * found["memory"]["cache"] == whole["memory"]["cache"]
+    decoder = checkpoints.Decoder(checkpoints.load_config(model), "bfloat16", quantized=True)
+    assert found["memory"]["parameters"] == bytes_per_device(decoder)
+    own, before = (about["drafter"]["memory"] for about in (found, whole))
+    assert own["parameters"] < before["parameters"] and own["cache"] == before["cache"]
+    assert "bfloat16 (weights and cache in int8), drafter lm (weights in int8)" in ok(
+        capsys, *eight
+    )
+    sentence = "int8 is of the cache of lm, and max-gram has none"
+    assert sentence in fails(capsys, *given[:4], "max-gram:3", "--draft-int8", "cache")
 
 
 def test_info_of_a_cascade(model, capsys):

@@ -11,6 +11,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from jax_specdec import DecodeLoop, Decoder, UserError
+from jax_specdec.core import numerics
+from jax_specdec.core.plain import NoDrafter
 from jax_specdec.core.sharding import Sharding, ShardingRules, shapes_at
 from jax_specdec.models.tensor_parallel import divided_config, fused_order
 from jax_specdec.tuning.collectives import collectives
@@ -34,7 +36,7 @@ def test_tokens_are_those_of_one_device(name, data, tensor):
 def round_text(name: str, sharding: Sharding, capacity: int = 64) -> tuple[str, DecodeLoop]:
     """The compiled rounds, which the prefill's collectives are not among."""
     target, drafter, params = m.case(name, sharding)
-    loop = DecodeLoop(target, drafter) if drafter is not None else h.plain_loop(target=target)
+    loop = DecodeLoop(target, NoDrafter() if drafter is None else drafter)
     rows = (*h.pad(m.PROMPTS), m.sampling(), jnp.arange(m.BATCH, dtype=jnp.int32))
     rows = m.put_rows(rows, sharding)
     start = jax.jit(loop.start, static_argnames="capacity")
@@ -54,15 +56,32 @@ def round_text(name: str, sharding: Sharding, capacity: int = 64) -> tuple[str, 
 
 
 def test_a_round_has_the_collectives_of_the_textbook():
-    """One for the embedding, two for each layer, two for the argmax: its value and its place."""
+    """One for the embedding, two for each layer, one for the choice of the token."""
     text, _ = round_text("none", Sharding(m.mesh_of(1, 4)))
     found = [c for c in collectives(text) if not c.optional]
     assert {c.kind for c in found} == {"all-reduce"}
     hidden = m.BATCH * h.CONFIG.hidden_size * 4
     assert sum(c.times for c in found if c.size == hidden) == 1 + 2 * h.CONFIG.num_layers
     rest = [c for c in found if c.size != hidden]
-    # Logits are never together: what else is reduced is a few numbers a row.
-    assert sum(c.times for c in rest) <= 3 and max(c.size for c in rest) <= 4 * m.BATCH * 4
+    # Logits are never together: of each row, what each of four devices found, its score and its place.
+    assert [(c.times, c.size) for c in rest] == [(1, m.BATCH * 4 * 2 * 4)]
+
+
+def test_the_best_over_devices_is_that_of_one():
+    """To the bit, and the first of equals: also where they lie on several devices, or nothing is finite."""
+    rng = np.random.default_rng(0)
+    scores = rng.integers(-3, 3, (4, 5, 32)).astype(np.float32)
+    scores[0, 0], scores[0, 1] = -np.inf, 0.0
+    scores[0, 1, 7:9] = -0.0
+    scores[1, 0, 20] = scores[2, 0, 31] = np.inf
+    scores[3, :, 17] = np.nan
+    want = jax.jit(numerics.best)(scores)
+    for sharding in (Sharding(m.mesh_of(2, 4)), Sharding(m.mesh_of(1, 8))):
+        for given in (scores, scores[:1], scores[:, 0]):
+            value, index = jax.jit(lambda x, s=sharding: numerics.best(x, s))(given)
+            cut = (slice(len(given)), 0) if given.ndim == 2 else slice(len(given))
+            np.testing.assert_array_equal(value, want[0][cut])
+            np.testing.assert_array_equal(index, want[1][cut])
 
 
 @pytest.mark.parametrize("name", ["lm", pytest.param("glide+cape", marks=pytest.mark.slow)])

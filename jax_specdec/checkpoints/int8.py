@@ -1,0 +1,14 @@
+"""Which parts of a model may be asked for in 8 bits; without jax, for flags."""
+
+from collections.abc import Collection
+
+from jax_specdec.errors import UserError
+
+PARTS = ("weights", "cache")
+
+
+def check_parts(parts: Collection[str]) -> None:
+    """Raises a UserError for other parts than these."""
+    wrong = [parts] if isinstance(parts, str) else [x for x in parts if x not in PARTS]
+    if wrong:
+        raise UserError(f"int8 is of {' and '.join(PARTS)}, as a tuple, not of {wrong[0]!r}.")
