@@ -18,6 +18,7 @@ from jax_specdec import (
     load_target,
 )
 from jax_specdec.checkpoints.memory import bytes_per_device
+from jax_specdec.cli import main
 from jax_specdec.core.cache import KVCache, KVScales
 from jax_specdec.core.plain import NoDrafter
 from jax_specdec.drafters.cascade import Cascade
@@ -31,7 +32,7 @@ from jax_specdec.models import stack_layers
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.models.quantized import Quantized, quantize
-from jax_specdec.specs.defaults import Setting, add_record, measured, measured_on
+from jax_specdec.specs.defaults import Setting, add_record, measured, measured_on, read_records
 
 PROMPTS = h.prompts_of([5, 1, 9])
 TEMPERATURES = [0.0, 1.0, 0.7]
@@ -188,6 +189,23 @@ def test_measurements_are_of_what_is_in_int8(tiny_checkpoints, tmp_path):
     file.write_text('{"int8": ["wheights"]}')
     with pytest.raises(UserError, match="is damaged"):
         best(())
+
+
+def test_tune_takes_int8(tiny_checkpoints, tmp_path, monkeypatch):
+    tuned, out = [], tmp_path / "lengths.json"
+
+    def fake(target, drafters, names, *_, **__):
+        tuned.append((target.int8, drafters.int8, names))
+        return {"default": "lm:2", "int8": list(target.int8)}
+
+    monkeypatch.setattr("jax_specdec.tuning.tune.tune", fake)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The cat"}\n')
+    given = ["tune", "--model", tiny_checkpoints / "target", "--drafters", "lm", "--out", out]
+    given += ["--prompts", tmp_path / "prompts.jsonl", "--int8", "weights"]
+    assert main([*map(str, given), "--draft-int8", "weights"]) == 0
+    assert tuned == [(("weights",), ("weights",), ["lm"])]
+    (record,) = read_records(out)
+    assert record["int8"] == record["draft_int8"] == ["weights"]
 
 
 def test_wrong_parts(tiny_checkpoints):

@@ -96,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         report=common.say,
     )
+    if args.draft_int8:
+        found["draft_int8"] = list(args.draft_int8)
     add_record(out, found)
     common.say(f"default {found['default']}; wrote {out}")
     return 0

@@ -14,7 +14,6 @@ from jax_specdec.expansions.siblings import LeafSiblings
 from jax_specdec.generation import Generation
 from jax_specdec.pipeline import SpeculativeDecoder
 from jax_specdec.specs.build import RULES, LoadedDrafter, parse_drafter
-from jax_specdec.specs.defaults import INT8_KEY
 from jax_specdec.specs.language import CASCADE, Spec
 from jax_specdec.specs.sizes import depth_of
 from jax_specdec.tuning.cascades import BEHIND, PROPOSED, STATISTICAL, Played, candidates, play
@@ -210,7 +209,6 @@ def tune(
         ranking[str(spec)] = speedup
         report(f"{spec}: predicted {speedup:.2f} times plain")
     best = max(ranking, key=lambda spec: ranking[spec])
-    rounded = dict(zip(INT8_KEY, (target.int8, drafters.int8), strict=True))
     return {
         **({CASCADE: cascade["spec"]} if cascade else {}),
         "lengths": {key: c.spec.length for key, c in chosen.items()},
@@ -221,7 +219,7 @@ def tune(
         "jax": jax.__version__,
         "dtype": str(target.decoder.dtype),
         "batch_size": rows,
-        **{name: list(parts) for name, parts in rounded.items() if parts},
+        **({"int8": list(target.int8)} if target.int8 else {}),
         "prompts": len(prompts),
         "measured": {
             "verify_s": verify,
