@@ -9,7 +9,7 @@ import pytest
 from commands import PROMPT, SHORT, fails, lines, ok
 from safetensors.numpy import load_file, save_file
 
-from jax_specdec import pipeline
+from jax_specdec import programs
 from jax_specdec.checkpoints import memory
 from jax_specdec.checkpoints import targets as checkpoints
 from jax_specdec.cli import main
@@ -151,7 +151,7 @@ def test_other_vocabulary(copy, data, capsys, tmp_path):
 
 def test_no_memory(model, capsys, monkeypatch):
     args = ["generate", "--model", model, "--drafter", "none", "--prompt", PROMPT, *SHORT]
-    monkeypatch.setattr(pipeline, "available_memory", lambda: 1000)
+    monkeypatch.setattr(programs, "available_memory", lambda: 1000)
     # A program that no other test compiles.
     message = fails(capsys, *args, *["--prompt", PROMPT] * 4, "--batch-size", 5)
     assert "cache" in message and "are free" in message
