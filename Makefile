@@ -25,7 +25,7 @@ $(VENV)/aot/.installed: $(VENV)/.installed
 	touch $@
 
 test: $(VENV)/.installed $(VENV)/aot/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20 -W error
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20
 
 # What `test` leaves out: cases like others but for their shapes, and minutes of compilation.
 slow: $(VENV)/.installed $(VENV)/aot/.installed
