@@ -5,6 +5,7 @@ the real function with the noise that only just selects it if the function's law
 a wrong threshold, a wrong residual or a wrong row of p selects something else, and the law moves.
 """
 
+import functools
 import itertools
 
 import helpers as h
@@ -182,18 +183,34 @@ def drive_reject(p, q, rows, vocab, depth, drafted):
         tokens=jnp.asarray(tokens),
         valid=jnp.asarray(valid),
         source=jnp.asarray(tokens),
-        probability=jnp.ones(tokens.shape, jnp.float32),
+        probability=jnp.asarray(np.ones(tokens.shape, np.float32)),
         depth_limit=depth,
     )
     if siblings:
         draft = draft.replace(
-            parent=jnp.asarray(parents),
-            depth=jnp.asarray(depths, jnp.int32),
-            ancestors=h.ancestor_bits(jnp.asarray(parents), depth),
+            parent=jnp.asarray(parents), depth=jnp.asarray(depths.astype(np.int32))
         )
     stack = [jnp.asarray(np.stack([r[i] for r in rows])) for i in (2, 3, 4)]
-    verdict = acceptance.reject(draft, jnp.asarray(p_rows), jnp.asarray(q_rows), *stack)
-    return jax.tree.map(lambda x: np.asarray(x)[:count], verdict)
+    rule = program("reject")
+    return jax.tree.map(lambda x: np.asarray(x)[:count], rule(draft, p_rows, q_rows, *stack))
+
+
+def program(rule):
+    """A rule as one program, the ancestors of a tree included: operations of their own would cost more to
+    compile than all the rest. What a test puts in place of a part of it gives another program.
+    """
+    parts = ("reject", "match", "residual", "accepts")
+    return _program(getattr(acceptance, rule), *(getattr(acceptance, part) for part in parts))
+
+
+@functools.cache
+def _program(rule, *_):
+    def judge(draft, *args):
+        if draft.parent is not None:
+            draft = draft.replace(ancestors=h.ancestor_bits(draft.parent, draft.depth_limit))
+        return rule(draft, *args)
+
+    return jax.jit(judge)
 
 
 KINDS = {

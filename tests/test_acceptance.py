@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from enumeration import KINDS, NUDGE, Joint, enumerate_reject, model, norm, pair, random_law
+from enumeration import (
+    KINDS,
+    NUDGE,
+    Joint,
+    enumerate_reject,
+    model,
+    norm,
+    pair,
+    program,
+    random_law,
+)
 
 from jax_specdec.core import acceptance, prng
 from jax_specdec.core.draft import Draft
@@ -204,11 +214,9 @@ def enumerate_match(p, tree, tokens, vocab, valid=None):
         probability=rows(1.0, jnp.float32),
         parent=None if is_chain else parent,
         depth=None if is_chain else rows(depth),
-        ancestors=None if is_chain else h.ancestor_bits(parent, max(depth)),
         depth_limit=max(depth),
     )
-    verdict = acceptance.match(draft, jnp.asarray(draws))
-    verdict = jax.tree.map(np.asarray, verdict)
+    verdict = jax.tree.map(np.asarray, program("match")(draft, draws))
     joint = Joint(p, vocab, max(depth) + 1)
     for i, w in enumerate(weight):
         accepted = int(verdict.accepted[i])
