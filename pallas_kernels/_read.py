@@ -47,7 +47,10 @@ def read_slots(
         keys, values = lax.slice(k_cache, static, end), lax.slice(v_cache, static, end)
     else:
         at = [jnp.asarray(i, jnp.int32) for i in at]
-        keys, values = (lax.dynamic_slice(x, at, shape) for x in (k_cache, v_cache))
+        keys, values = (
+            lax.dynamic_slice(x, at, shape, allow_negative_indices=False)
+            for x in (k_cache, v_cache)
+        )
     return keys.reshape(shape[-4:]), values.reshape(shape[-4:])
 
 

@@ -88,10 +88,10 @@ def each_row(of: Callable[..., Partial], q: jax.Array, *rest: jax.Array | None) 
 
     def body(row, part):
         def take(x):
-            return lax.dynamic_slice_in_dim(x, row, 1)
+            return lax.dynamic_slice_in_dim(x, row, 1, allow_negative_indices=False)
 
         def put(x, y):
-            return lax.dynamic_update_slice_in_dim(x, y, row, 0)
+            return lax.dynamic_update_slice_in_dim(x, y, row, 0, allow_negative_indices=False)
 
         return jax.tree.map(put, part, of(row, *jax.tree.map(take, (q, *rest))))
 

@@ -139,8 +139,11 @@ def _depth(ancestors: jax.Array | None, t: int) -> jax.Array:
 
 def _seen_new(spec: Spec, ancestors: jax.Array | None, t: int) -> jax.Array:
     """bool[B or 1, T, T]: which new tokens each new token sees."""
-    bits = masks.chain(t)[None] if ancestors is None else ancestors
-    seen = masks.unpack(bits, t)
+    if ancestors is None:
+        node, other = (lax.broadcasted_iota(jnp.int32, (1, t, t), axis) for axis in (1, 2))
+        seen = other <= node
+    else:
+        seen = masks.unpack(ancestors, t)
     if spec.window is not None:
         depth = _depth(ancestors, t)
         seen &= depth[:, None, :] > depth[:, :, None] - spec.window

@@ -31,10 +31,12 @@ def unpack(bits: jax.Array, size: int) -> jax.Array:
     """Unpacks int32[..., W] into bool[..., size], where size <= 32 * W."""
     if size > bits.shape[-1] * WORD:
         raise ValueError(f"{size} bits do not fit in bitmask of shape {bits.shape} (32 to a word)")
-    words = jnp.repeat(bits, WORD, axis=-1, total_repeat_length=bits.shape[-1] * WORD)[..., :size]
-    shifts = (jnp.arange(size, dtype=jnp.int32) % WORD).reshape((1,) * (bits.ndim - 1) + (size,))
+    shape = (*bits.shape, WORD)
+    words = lax.broadcast_in_dim(bits, shape, range(bits.ndim))
     # A logical shift: bit 31 is the sign of the word.
-    return (lax.shift_right_logical(words, jnp.broadcast_to(shifts, words.shape)) & 1) == 1
+    shifted = lax.shift_right_logical(words, lax.broadcasted_iota(jnp.int32, shape, bits.ndim))
+    flat = (shifted & 1).reshape(*bits.shape[:-1], bits.shape[-1] * WORD)
+    return flat[..., :size] == 1
 
 
 def popcount(bits: jax.Array) -> jax.Array:
