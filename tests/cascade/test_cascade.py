@@ -50,7 +50,16 @@ def rounds(loop, params, prompts, sampling, capacity=64):
         if not running.any():
             return
         yield state, running
-        state = h.run(loop, params, jax.tree.map(jnp.copy, state), 1)
+        state = h.run(loop, params, copied(state), 1)
+
+
+@jax.jit
+def copied(state):
+    """`h.run` takes its state for good."""
+    return jax.tree.map(jnp.copy, state)
+
+
+all_laws = jax.jit(jax.nn.softmax)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -121,6 +130,7 @@ def test_an_unsure_drafter_ends_its_draft(stop):
     ends = []
     for state, running in rounds(DecodeLoop(h.TARGET, wary), all_params, PROMPTS, sampling):
         got, want = jax.device_get(drafted(wary, alone, params(), state, jnp.asarray(running)))
+        texts, lengths = jax.device_get((state.text.tokens, state.text.length))
         for row in np.flatnonzero(running):
             count = got.valid[row, 1:].sum()
             assert got.valid[row, 1 : count + 1].all()
@@ -130,11 +140,11 @@ def test_an_unsure_drafter_ends_its_draft(stop):
             ends.append(count)
             if MIXED["temperature"][row]:
                 continue
-            text = np.asarray(state.text.tokens[row, : state.text.length[row]])
+            text = texts[row, : lengths[row]]
             place = [*text, *want.tokens[row, 1:]]
-            padded = jnp.asarray(np.pad(place, (0, 96 - len(place))))[None].astype(jnp.int32)
-            logits = all_logits(h.TARGET, params()["lm"], padded)[len(text) - 1 :][:5]
-            p = np.asarray(jax.nn.softmax(logits), np.float64)
+            padded = np.pad(place, (0, 96 - len(place)))[None].astype(np.int32)
+            logits = all_logits(h.TARGET, params()["lm"], jnp.asarray(padded))
+            p = np.asarray(all_laws(logits), np.float64)[len(text) - 1 :][:5]
             figure = p.max(-1)
             if stop.rule == "entropy":
                 figure = 1 - np.sqrt(-0.2 * (p * np.log(p)).sum(-1))
@@ -207,8 +217,10 @@ def test_origins():
         *("lm", "lm[lm2]", "lm[lm2[max-gram]]", "lm[max-gram]"),
         *("lm2", "lm2[max-gram]", "max-gram"),
     )
-    given = h.all_params(lm=params()["lm"], lm2=params()["lm2"])
-    got = h.decode(DecodeLoop(h.TARGET, drafter), given, PROMPTS, h.sampling_of(5, **MIXED))
+    given = {"target": h.target_params(), "drafters": params()}
+    loop, sampling = DecodeLoop(h.TARGET, drafter), h.sampling_of(5, **MIXED)
+    (*_, (last, _)) = rounds(loop, given, PROMPTS, sampling)  # the programs of the drafts above
+    got = h.result(h.run(loop, given, copied(last), 1))
     stats = got.stats
     emitted = sum(map(len, got.tokens))
     # Each round ends with a token of the target's, which the length limit may cut off.
