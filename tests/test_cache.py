@@ -171,6 +171,17 @@ def poison(cache):
     return cache.replace(k=tuple(map(kill, cache.k)), v=tuple(map(kill, cache.v)))
 
 
+@jax.jit
+def spoiled(state):
+    place = jnp.arange(state.text.tokens.shape[1], dtype=jnp.int32)[None]
+    junk = jnp.where(place < state.text.length[:, None], state.text.tokens, 17)
+    return state.replace(
+        view=state.view.replace(cache=poison(state.view.cache)),
+        drafts={"lm": poison(state.drafts["lm"])},
+        text=state.text.replace(tokens=junk),
+    )
+
+
 def test_garbage_behind_the_length_never_leaks(plain):
     """NaN behind every cache's length and other tokens behind the text, before each round."""
     loop = DecodeLoop(h.TARGET, LmDrafter(h.TARGET, 3), logprobs=True)
@@ -179,14 +190,7 @@ def test_garbage_behind_the_length_never_leaks(plain):
     sampling, ids = h.sampling_of(4, **MIXED), jnp.arange(4, dtype=jnp.int32)
     state = h.start(loop, params, tokens, lengths, sampling, ids, capacity=48)
     for _ in range(10):
-        place = jnp.arange(state.text.tokens.shape[1], dtype=jnp.int32)[None]
-        junk = jnp.where(place < state.text.length[:, None], state.text.tokens, 17)
-        state = state.replace(
-            view=state.view.replace(cache=poison(state.view.cache)),
-            drafts={"lm": poison(state.drafts["lm"])},
-            text=state.text.replace(tokens=junk),
-        )
-        state = h.run(loop, params, state, jnp.int32(1))
+        state = h.run(loop, params, spoiled(state), jnp.int32(1))
     state = h.run(loop, params, state, jnp.int32(99))
     got = h.result(state)
     h.assert_identical(got, plain)

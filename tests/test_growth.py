@@ -316,16 +316,15 @@ def test_levels_of_a_tree_are_one_forward_of_it(layer_loop):
     bits = h.ancestor_bits(jnp.broadcast_to(jnp.asarray(parent, jnp.int32), (batch, nodes)), 3)
     tokens = jnp.asarray(rng.integers(0, h.VOCAB, (batch, nodes)), jnp.int32)
     positions = cache.length[:, None] + jnp.asarray(level, jnp.int32)[None]
-    want = decoder.apply(params, tokens, positions, cache, bits)
+    apply = jax.jit(decoder.apply)
+    want = apply(params, tokens, positions, cache, bits)
     seen = masks.unpack(bits, nodes)
     done = None
     for width in (1, *widths):
         new = slice(first - 1, first - 1 + width)
         first += width
         ancestors = masks.pack(seen[:, new, : new.stop])
-        got = decoder.apply(
-            params, tokens[:, new], positions[:, new], cache, ancestors, drafted=done
-        )
+        got = apply(params, tokens[:, new], positions[:, new], cache, ancestors, drafted=done)
         np.testing.assert_allclose(got.logits, want.logits[:, new], atol=2e-4)
         axis = 2 if stacked else 1
         join = functools.partial(lambda axis, *x: jnp.concatenate(x, axis=axis), axis)

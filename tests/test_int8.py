@@ -110,8 +110,9 @@ def test_rounding_is_small():
     params = h.target_params()
     tokens = jnp.asarray(np.arange(24).reshape(2, 12) % h.CONFIG.vocab_size, jnp.int32)
     position = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32)[None], tokens.shape)
-    exact = Decoder(h.CONFIG).apply(params, tokens, position).logits
-    rounded = Decoder(h.CONFIG).apply(quantize(params), tokens, position).logits
+    apply = jax.jit(Decoder(h.CONFIG).apply)
+    exact = apply(params, tokens, position).logits
+    rounded = apply(quantize(params), tokens, position).logits
     error = jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)
     assert 0 < error < 0.03
 

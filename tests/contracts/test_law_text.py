@@ -134,7 +134,8 @@ def exact_law(case: int, *, penalties: bool = True) -> np.ndarray:
     after = np.tile(np.asarray([*PROMPT, 0], np.int32), (h.VOCAB, 1))
     after[:, -1] = np.arange(h.VOCAB)
     positions = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32)[None], (h.VOCAB, 6))
-    logits = np.asarray(h.TARGET.apply(h.target_params(), jnp.asarray(after), positions).logits)
+    apply = jax.jit(h.TARGET.apply)
+    logits = np.asarray(apply(h.target_params(), jnp.asarray(after), positions).logits)
 
     def law(x, text):
         if penalties:
