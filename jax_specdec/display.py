@@ -48,6 +48,18 @@ def short(count: int) -> str:
     return str(count)
 
 
+def model_line(decoder: Any, held: int) -> str:
+    """A model in a line.
+
+    Args:
+      held: bytes of its parameters.
+    """
+    config, dtype = decoder.config, "int8" if decoder.quantized else decoder.dtype
+    sizes = f"{short(config.parameter_count())} parameters in {dtype}, {size(held)}"
+    sizes += f", {config.num_layers} layers of {config.hidden_size}"
+    return f"{config.family}, {sizes}, vocabulary {config.vocab_size:,}, context {config.context:,}"
+
+
 class Table(Sequence[Mapping[str, Any]]):
     """Rows of equal columns, a mapping each: printed as a table, taken by `pandas.DataFrame` as it is.
 

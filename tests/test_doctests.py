@@ -6,6 +6,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 import jax_specdec
@@ -20,11 +21,13 @@ API = Path(__file__).parents[1] / "docs/api.md"
 
 
 @pytest.fixture
-def checkout(tiny_checkpoints, tmp_path, monkeypatch):
-    """A folder in which the demo's checkpoint is a tiny one."""
+def checkout(tiny_checkpoints, two_devices, tmp_path, monkeypatch):
+    """A folder in which the demo's checkpoint is a tiny one, and what people's programs have: JAX's usual promotion."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/demo").symlink_to(tiny_checkpoints, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def test_there_are_examples():

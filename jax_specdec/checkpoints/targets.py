@@ -51,7 +51,7 @@ from jax_specdec.checkpoints.tensor_files import (
 )
 from jax_specdec.checkpoints.tokenizer_files import TOKENIZER_FILES, load_tokenizer
 from jax_specdec.core.sharding import Sharding, ShardingRules
-from jax_specdec.display import short, size
+from jax_specdec.display import model_line
 from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import Decoder
@@ -70,8 +70,7 @@ class Target:
 
     Attributes:
       tokenizer: of transformers, None where none was asked for. path: the folder it was loaded from.
-      generation: what the checkpoint asks of decoding. Nothing here applies it but the end-of-text ids,
-        which are in `config`.
+      generation: what the checkpoint asks of decoding; only its end-of-text ids, in `config`, are applied.
     """
 
     decoder: Decoder
@@ -100,12 +99,8 @@ class Target:
         return self.config.vocab_size
 
     def __repr__(self) -> str:
-        config, held = self.config, sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
-        dtype = "int8" if self.decoder.quantized else self.decoder.dtype
-        sizes = f"{short(config.parameter_count())} parameters in {dtype}, {size(held)}"
-        sizes += f", {config.num_layers} layers of {config.hidden_size}"
-        reads = f"vocabulary {config.vocab_size:,}, context {config.context:,}"
-        return f"Target({self.path.name or '.'}: {config.family}, {sizes}, {reads})"
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        return f"Target({self.path.name or '.'}: {model_line(self.decoder, held)})"
 
 
 def load_target(
@@ -244,8 +239,7 @@ def load_params(
     Args:
       dtype: None is the checkpoint's.
       place: puts one array of the tree on its devices, given its path (`("layers", 3, "qkv")`, or
-        `("layers", "qkv")` where layers are scanned) and its value; default
-        `layouts.put`, on the default device.
+        `("layers", "qkv")` where layers are scanned) and its value; default `layouts.put`.
 
     Raises:
       UserError: keys or shapes differ from what `config` needs; all of them are listed.
