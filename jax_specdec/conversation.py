@@ -208,6 +208,8 @@ class Conversation:
             shown = progress.watched() and jax.process_index() == 0
             resumed = (caches, kept)
             resume, run = decoder.programs.get(arrays, capacity, shown, resumed=resumed)
+            if decoder.target.sharding is not None:  # rounds may have left them elsewhere
+                resumed = jax.device_put(resumed, resume.input_shardings[0][5:])
             compiling = decoder.compile_time_s - spent
             began, self._state = time.perf_counter(), None  # its caches are given away
             self._state = resume(decoder.params, *arrays, *resumed)
