@@ -89,8 +89,8 @@ class GenerationDefaults:
         >>> GenerationDefaults(do_sample=True, temperature=0.7, suppress_tokens=(5,)).options()
         {'temperature': 0.7, 'top_k': 50, 'bad_words': ((5,),)}
         """
-        named = {"max_new_tokens": self.max_new_tokens, "min_new_tokens": self.min_new_tokens}
-        named["repetition_penalty"] = self.repetition_penalty
+        same = ("max_new_tokens", "min_new_tokens", "repetition_penalty")
+        named: dict[str, Any] = {name: getattr(self, name) for name in same}
         if self.do_sample:
             named["temperature"] = 1.0 if self.temperature is None else self.temperature
             named["top_k"] = 50 if self.top_k is None else self.top_k

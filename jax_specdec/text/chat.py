@@ -121,10 +121,10 @@ def _check_args(tokenizer: Any, template: str | None, given: Mapping[str, Any]) 
         return
     import jinja2.meta
 
-    template = template or tokenizer.chat_template
+    source: Any = template or tokenizer.chat_template
     try:
         env = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
-        used = jinja2.meta.find_undeclared_variables(env.parse(template))
+        used = jinja2.meta.find_undeclared_variables(env.parse(source))
     except Exception:  # with blocks of its own, or several templates: what it uses is not known
         return
     own = {*env.globals, *tokenizer.special_tokens_map, *_BY_TRANSFORMERS}

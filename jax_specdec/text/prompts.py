@@ -108,9 +108,8 @@ def _record(where: str, number: int, record: dict[str, Any], chats: bool) -> Pro
         said = messages[-1]["content"]
         prompt = said if isinstance(said, str) else ""
     if not isinstance(prompt, str):
-        raise UserError(
-            f'{where}: expected a string in "prompt" (or a chat in "messages", or Spec-Bench\'s "turns").'
-        )
+        also = 'a chat in "messages", or ' if chats else ""
+        raise UserError(f'{where}: expected a string in "prompt" (or {also}Spec-Bench\'s "turns").')
     name = record.get("id", record.get("question_id"))
     return PromptRecord(
         id=number if name is None else name,
