@@ -116,6 +116,8 @@ class Conversation:
         """
         if not isinstance(message, str):
             raise UserError(f"A message is text, not {a_kind(message)}.")
+        if not message:
+            raise UserError("The message is empty.")
         said = {"role": "user", "content": message}
         script = self._script.encode(self._rendered([said]))
         context = self._decoder.target.config.context

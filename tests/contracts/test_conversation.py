@@ -199,6 +199,7 @@ def test_beyond_the_context(decoder):
 WRONG = {
     "message": (lambda c: c.chat()(["hi."]), "A message is text, not a list."),
     "nothing": (lambda c: c.chat()(None), "A message is text, not None."),
+    "empty": (lambda c: c.chat()(""), "The message is empty."),
     "system": (lambda c: c.chat(3), "A system message is text, not an int."),
     "option": (lambda c: c.chat(temprature=1), "There is no option 'temprature'"),
     "value": (lambda c: c.chat(temperature=-1), "temperature"),
