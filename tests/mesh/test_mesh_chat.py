@@ -5,6 +5,8 @@ import pytest
 
 from jax_specdec import SpeculativeDecoder, load_drafter, load_target
 
+pytestmark = pytest.mark.filterwarnings("ignore:Some donated buffers")
+
 
 @pytest.mark.slow
 def test_turns(tiny_checkpoints):
