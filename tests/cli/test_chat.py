@@ -184,8 +184,10 @@ def test_terminal(monkeypatch, tmp_path):
 
 def test_no_colours(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
-    text = screen(monkeypatch, Chat(ANSWER), "Hello", "/quit", EOFError(), no_color=None)[:2000]
+    text = screen(monkeypatch, Chat(ANSWER), "Hello", no_color=None)
     assert "\x1b[32m" not in text and "Paris is [b]it" in text
+    shown = Console(file=io.StringIO())
+    assert command._Terminal(Chat(), shown, ())._command("quit") is True
 
 
 def test_settings_of_the_checkpoint(capsys):
