@@ -1,17 +1,17 @@
 """A conversation with a target that is divided over devices."""
 
-import jax
+import meshes as m
 import pytest
 
-from jax_specdec import SpeculativeDecoder, load_drafter, load_target
+from jax_specdec import ShardingRules, SpeculativeDecoder, load_drafter, load_target
 
 pytestmark = pytest.mark.filterwarnings("ignore:Some donated buffers")
 
 
 @pytest.mark.slow
 def test_turns(tiny_checkpoints):
-    mesh = jax.make_mesh((1, 2), ("data", "tensor"))
-    target = load_target(tiny_checkpoints / "target", mesh=mesh)
+    rules = ShardingRules(vocab=None)
+    target = load_target(tiny_checkpoints / "target", mesh=m.mesh_of(1, 2), rules=rules)
     decoder = SpeculativeDecoder(target, load_drafter("lm:3", target))
     chat, held = decoder.chat(max_new_tokens=8), 1
     for message in ("The cat saw", "a big dog.", "And then?"):
