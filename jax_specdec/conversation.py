@@ -206,7 +206,7 @@ class Conversation:
             spent = decoder.compile_time_s
             caches, common, cached, least = self._caches(row)
             arrays, capacity = decoder.encoder.arrays([row], least)
-            kept = put_rows(np.asarray([common], np.int32), decoder.target.sharding)
+            (kept,) = put_rows((np.asarray([common], np.int32),), decoder.target.sharding)
             shown = progress.watched() and jax.process_index() == 0
             resumed = (caches, kept)
             resume, run = decoder.programs.get(arrays, capacity, shown, resumed=resumed)
