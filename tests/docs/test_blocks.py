@@ -35,7 +35,7 @@ TRAINING = "--steps 2 --batch-size 2 --sequence-length 16 --heldout-share 0.5"
 SMALLER = {
     "chat": "--max-new-tokens 8",
     "demo": "--max-new-tokens 8",
-    "plan": "--arithmetic --batch-size 2",
+    "plan": "--arithmetic --batch-size 2 --context 128",
     "train lm": f"{TRAINING} --hidden-size 32 --layers 1 --context 64",
     "train glide": TRAINING,
     "train medusa": TRAINING,
