@@ -31,7 +31,7 @@ FOLDERS = {
     "glide": "glide",  # beside DIR
 }
 # What is appended to commands, which then take seconds.
-TRAINING = "--steps 2 --batch-size 2 --sequence-length 16 --heldout-share 0.5"
+TRAINING = "--steps 2 --batch-size 8 --sequence-length 16 --heldout-share 0.5"
 SMALLER = {
     "chat": "--max-new-tokens 8",
     "demo": "--max-new-tokens 8",
@@ -82,7 +82,7 @@ def place(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, model in FOLDERS.items():
         shutil.copytree(models / model, name)
-    for name in ("train.jsonl", "written.jsonl", "prompts.jsonl"):
+    for name in ("train.jsonl", "prompts.jsonl"):
         Path(name).write_text("".join(TEXTS * 3), encoding="utf-8")
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nAnd then?\n"))
     monkeypatch.setattr("jax_specdec.checkpoints.embedded.CHECKOUT", tmp_path / "checkpoints/demo")
