@@ -22,6 +22,7 @@ def register(commands: Any) -> None:
         examples=("", "--model DIR --batch-size 8", "--json"),
     )
     common.add_model(parser)
+    common.add_int8(parser)
     parser.add_argument(
         "--draft",
         action="append",
