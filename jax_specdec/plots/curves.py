@@ -77,7 +77,9 @@ def agreement(run: Any, ax: "Axes | None" = None) -> "Axes":
     names = (("acceptance", "acceptance", "o"), ("greedy_match", "same best token", "s"))
     for (key, label, marker), colour in zip(names, COLOURS, strict=False):
         for age, row in enumerate(reversed(measured[-4:])):
-            look = {"alpha": 0.25, "linewidth": 1} if age else {"label": label, "marker": marker}
+            look: dict[str, Any] = {"label": label, "marker": marker}
+            if age:
+                look = {"alpha": 0.25, "linewidth": 1}
             line = row[key]
             ax.plot(range(1, len(line) + 1), line, color=colour, markersize=4, **look)
     step = measured[-1]["step"]
@@ -125,7 +127,7 @@ class Live:
             self._draw()
 
     def _draw(self) -> None:
-        from IPython.display import Image, display
+        from IPython.display import Image, display  # type: ignore[import-not-found]
 
         file = io.BytesIO()
         training_figure(self.rows).savefig(file, format="png", dpi=90)
