@@ -164,9 +164,7 @@ def _named(target: Any) -> Target | str | Path:
     raise UserError(f"The target must be a loaded one, a folder or a hub id, not {a_kind(target)}.")
 
 
-def _run(
-    data, out, heldout, heldout_share, init, resume, save_dtype, callback: Any, progress
-):
+def _run(data, out, heldout, heldout_share, init, resume, save_dtype, callback, progress):
     if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
         raise UserError("Say where the run goes, with out: a folder.")
     share = heldout_share
@@ -184,7 +182,7 @@ def _run(
         init=None if init is None else os.fspath(init),
         resume=resume,
         save_dtype=save_dtype,
-        callback=callback,
+        callback=callback,  # pyright: ignore[reportArgumentType]
         progress=progress,
     )
 
