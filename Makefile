@@ -7,7 +7,7 @@ RUNS ?= runs
 DIST ?= dist
 WORKERS ?= 2
 
-.PHONY: demo test test-all slow second aot smoke check package stranger lowest identity bench notebooks clean
+.PHONY: demo test test-all slow second aot more smoke check package stranger lowest identity bench notebooks clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,23 +29,27 @@ test: $(VENV)/.installed $(VENV)/aot/.installed
 
 # What `test` leaves out: cases like others but for their shapes, and minutes of compilation.
 slow: $(VENV)/.installed $(VENV)/aot/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20 -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20 -W default -m "slow and not more"
 
 test-all: $(VENV)/.installed $(VENV)/aot/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20 -m "not more"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20 -W default -m "not more"
 
 # What differs between interpreters and versions of JAX: the loop, trees, a cascade, GliDe, the kernels.
 SECOND := tests/loop tests/test_tree.py tests/test_growth.py tests/test_glide.py \
   tests/pallas_kernels tests/cascade/test_transcription.py
 second: smoke
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(SECOND)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -W default $(SECOND)
 
-# Every generation, batch and context; `test` has a part of them.
+# Kernels and whole rounds for every TPU generation, batch and context; `test` and `slow` have a part of them.
 aot: $(VENV)/aot/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) tests/aot -m "more or not more"
+	$(BIN)/python -m pytest -n $(WORKERS) tests/aot -W default -o addopts=-q
+
+# Further shapes, lengths, meshes and generations of what the others run: before a release.
+more: $(VENV)/aot/.installed
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20 -W default -m more
 
 smoke: $(VENV)/.installed
-	$(BIN)/python -m pytest -m smoke
+	$(BIN)/python -m pytest -W default -m smoke
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -73,7 +77,7 @@ lowest: $(VENV)/.installed
 	  --resolution lowest-direct -e '.[export,plots,sentencepiece]'
 	$(BIN)/python -m uv pip install --quiet --python $(VENV)-lowest/bin/python \
 	  beartype pytest pytest-xdist scipy
-	$(VENV)-lowest/bin/python -m pytest -n $(WORKERS) -m smoke
+	$(VENV)-lowest/bin/python -m pytest -n $(WORKERS) -W default -m smoke
 
 $(RUNS)/data/train.jsonl: $(VENV)/.installed
 	$(BIN)/python checkpoints/demo/prepare.py $(DATA) $(RUNS)/data

@@ -59,18 +59,19 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before cases are chosen by their marks
 def pytest_collection_modifyitems(config, items):
-    """Marks what `slow_cases.txt` lists."""
-    listed = (Path(__file__).parent / "slow_cases.txt").read_text(encoding="utf-8").splitlines()
-    slow = {line for line in listed if line and not line.startswith("#")}
-    root = Path(__file__).parents[1]
-    for item in items:
-        name = f"{item.path.relative_to(root)}::{item.nodeid.partition('::')[2]}"
-        if name in slow:
-            item.add_marker(pytest.mark.slow)
-            slow.remove(name)
-    # Of a part of the suite, many of them are not there.
-    if slow and config.args == config.getini("testpaths"):
-        raise pytest.UsageError(f"slow_cases.txt lists what does not exist: {sorted(slow)[0]}")
+    """Marks what `slow_cases.txt` and `more_cases.txt` list."""
+    root, whole = Path(__file__).parents[1], config.args == config.getini("testpaths")
+    for mark in ("slow", "more"):
+        file = Path(__file__).parent / f"{mark}_cases.txt"
+        lines = file.read_text(encoding="utf-8").splitlines()
+        listed = {line for line in lines if line and not line.startswith("#")}
+        for item in items:
+            name = f"{item.path.relative_to(root)}::{item.nodeid.partition('::')[2]}"
+            if name in listed:
+                item.add_marker(mark)
+                listed.remove(name)
+        if listed and whole:  # of a part of the suite, many of them are not there
+            raise pytest.UsageError(f"{file.name} lists what does not exist: {sorted(listed)[0]}")
 
 
 @pytest.fixture(scope="module", autouse=True)
