@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -55,13 +56,23 @@ def say_once(message: str) -> None:
 
 
 def bar(total: int, progress: bool | None = None, **options: Any) -> Any:
-    """A bar of `tqdm.auto` that appears after `PATIENCE` seconds, where somebody looks."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a notebook without ipywidgets has a plain bar
-        from tqdm.auto import tqdm
+    """A bar of `tqdm.auto` that appears after `PATIENCE` seconds, where somebody looks.
 
-        shown = {"delay": PATIENCE, "leave": False, "disable": not watched(progress), **options}
-        return tqdm(total=total, **shown)
+    A notebook without ipywidgets has none: it would keep a line of every state of the bar.
+    """
+    import_tqdm()
+    from tqdm.auto import tqdm
+
+    drawn = watched(progress) and (importlib.util.find_spec("ipywidgets") or not in_notebook())
+    shown = {"delay": PATIENCE, "leave": False, "disable": not drawn, **options}
+    return tqdm(total=total, **shown)
+
+
+def import_tqdm() -> None:
+    """Imports `tqdm.auto`, whose first import in a notebook without ipywidgets warns that there are none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import tqdm.auto  # noqa: F401
 
 
 class Compiled(NamedTuple):

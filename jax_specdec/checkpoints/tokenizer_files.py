@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jax_specdec import progress
 from jax_specdec.errors import UserError
 
 TOKENIZER_FILES = (
@@ -41,6 +42,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     _check_sentencepiece(folder)
     # Only tokenizers are used of transformers, which otherwise tells each user that torch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    progress.import_tqdm()  # which transformers would
     from transformers import AutoTokenizer
 
     try:

@@ -47,7 +47,7 @@ def train_glide(
     vanilla: bool = False,
     resume: bool = False,
     save_dtype: str = "bfloat16",
-    progress: bool = True,
+    progress: bool | None = None,
     **settings: Any,
 ) -> LoadedDrafter:
     """Trains a GliDe drafter beside its frozen target, and returns it ready for use.
@@ -68,7 +68,7 @@ def train_glide(
       init: a GliDe checkpoint, or a decoder with the target's vocabulary, to start from.
       paper, vanilla: the published form; without cross-attention, the control.
       resume: go on from the newest state in `out`.
-      progress: a bar for people.
+      progress: whether to show a bar; default: on a terminal and in a notebook.
       settings: fields of `TrainConfig` (`batch_size`, `sequence_length`, `learning_rate`, ...), `GliDeRecipe`
         (`loss`, `visibility`, ...) and `GliDeConfig` (`num_layers`, `target_layers`, ...).
 
@@ -100,7 +100,7 @@ def train_medusa(
     init: Folder | None = None,
     resume: bool = False,
     save_dtype: str = "bfloat16",
-    progress: bool = True,
+    progress: bool | None = None,
     **settings: Any,
 ) -> LoadedDrafter:
     """Trains Medusa heads on their frozen target (Cai et al., arXiv 2401.10774), and returns them ready for use.
@@ -132,7 +132,7 @@ def train_lm(
     init: Folder | None = None,
     resume: bool = False,
     save_dtype: str = "bfloat16",
-    progress: bool = True,
+    progress: bool | None = None,
     **settings: Any,
 ) -> LoadedDrafter:
     """Trains a small language model with the target's tokenizer, and returns it as a drafter ready for use.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jax_specdec.checkpoints import glide as glide_checkpoint
 from jax_specdec.checkpoints import medusa as medusa_checkpoint
@@ -35,6 +36,7 @@ from jax_specdec.text.token_bytes import id_bound
 from jax_specdec.training import glide, lm, medusa
 from jax_specdec.training.config import GliDeRecipe, MedusaRecipe, TrainConfig
 from jax_specdec.training.corpus import Source, load_documents
+from jax_specdec.training.data import Documents
 from jax_specdec.training.losses import parse_mixture
 
 
@@ -60,13 +62,13 @@ class Run:
     save_dtype: str = "bfloat16"
     report: Callable[[str], None] = lambda line: None
     callback: Callable[[int, dict[str, Any]], None] | None = None
-    progress: bool = True
+    progress: bool | None = True
 
     @property
     def checkpoint(self) -> Path:
         return self.out / "checkpoint"
 
-    def documents(self, tokenizer: Any, config: TrainConfig) -> Any:
+    def documents(self, tokenizer: Any, config: TrainConfig) -> tuple[Documents, list[np.ndarray]]:
         return load_documents(
             self.data,
             tokenizer,

@@ -27,12 +27,12 @@ import optax
 import orbax.checkpoint as ocp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
-from tqdm.auto import tqdm
 
 from jax_specdec._types import Params
 from jax_specdec.checkpoints.layouts import keys
 from jax_specdec.core.sharding import Sharding, check_agreement, put, to_host
 from jax_specdec.errors import RunError, UserError
+from jax_specdec.progress import bar as progress_bar
 from jax_specdec.training.config import TrainConfig
 from jax_specdec.training.data import (
     Documents,
@@ -171,7 +171,7 @@ def train(
     initial: Params | None = None,
     resume: bool = False,
     stop_after: int | None = None,
-    progress: bool = True,
+    progress: bool | None = True,
     callback: Callable[[int, dict[str, Any]], None] | None = None,
     on_save: Callable[[Params], None] | None = None,
 ) -> Params:
@@ -185,7 +185,7 @@ def train(
       resume: go on from the newest state in `workdir` that can be read; a damaged newer one is deleted,
         with a warning. Without it a used workdir is refused.
       stop_after: return after this step, as a killed run would.
-      progress: a bar for people.
+      progress: whether to show a bar; None on a terminal and in a notebook.
       callback: called by the first process after each step with its number and its row of the metrics: `loss`,
         `tokens`, `grad_norm`, `learning_rate`, `tokens_per_second`, and what was measured at that step. What it
         raises ends the run, which can be resumed.
@@ -231,7 +231,7 @@ def _train(
     initial: Params | None,
     resume: bool,
     stop_after: int | None,
-    progress: bool,
+    progress: bool | None,
     callback: Callable[[int, dict[str, Any]], None] | None,
     on_save: Callable[[Params], None] | None,
 ) -> Params:
@@ -326,8 +326,8 @@ def _train(
         schedule = learning_rate_schedule(config)
         last = min(config.steps, stop_after or config.steps)
         tokens_per_step = config.batch_size * config.sequence_length
-        shown = progress and first_process
-        bar = tqdm(total=config.steps, initial=first, disable=not shown, unit="step")
+        shown = progress if first_process else False
+        bar = progress_bar(config.steps, shown, initial=first, unit="step", delay=0, leave=True)
         with bar, metrics_path.open("a", encoding="utf-8") as log:
             for index in range(first, last):
                 began = time.perf_counter()
