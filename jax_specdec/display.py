@@ -103,7 +103,7 @@ class Table(Sequence[Mapping[str, Any]]):
         from rich.console import Console
 
         file = io.StringIO()
-        Console(file=file, width=100, color_system=None).print(self)
+        Console(file=file, width=100, color_system=None, force_jupyter=False).print(self)
         return "\n".join(line.rstrip() for line in file.getvalue().splitlines() if line.strip())
 
     def _repr_html_(self) -> str:
