@@ -3,6 +3,7 @@
 import json
 import sys
 
+import matplotlib
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -125,6 +126,17 @@ def test_a_tree(ax):
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["lm", "sibling"]
     widths = [line.get_linewidth() for line in ax.get_lines() if len(line.get_xdata()) == 2]
     assert widths == [2.5, 2.5, 0.8, 0.8, 0.8]
+
+
+def test_a_style_leaves_other_settings_alone():
+    """A notebook turns itself interactive with its first figure, and shows no later one otherwise."""
+    before = dict(matplotlib.rcParams)
+    with sd.plots.style():
+        assert matplotlib.rcParams["axes.spines.top"] is False
+        matplotlib.rcParams["interactive"] = not before["interactive"]
+    after = dict(matplotlib.rcParams)
+    assert {name for name in before if after[name] != before[name]} == {"interactive"}
+    matplotlib.rcParams["interactive"] = before["interactive"]
 
 
 def test_what_cannot_be_drawn(tmp_path, monkeypatch, caplog):

@@ -44,9 +44,15 @@ def matplotlib_or_say() -> Any:
 def style() -> Iterator[None]:
     """The look of these figures, for figures of your own: `with sd.plots.style(): ...`."""
     matplotlib = matplotlib_or_say()
+    settings = matplotlib.rcParams
     look = {**STYLE, "axes.prop_cycle": matplotlib.cycler(color=COLOURS)}
-    with matplotlib.rc_context(look):
+    before = {name: settings[name] for name in look}
+    settings.update(look)
+    try:
         yield
+    finally:
+        # No `rc_context`: a notebook turns itself interactive with its first figure, and must stay so.
+        settings.update(before)
 
 
 def axes_or_new(ax: "Axes | None", size: tuple[float, float] = (6.0, 3.4)) -> "Axes":

@@ -164,7 +164,17 @@ def _named(target: Any) -> Target | str | Path:
     raise UserError(f"The target must be a loaded one, a folder or a hub id, not {a_kind(target)}.")
 
 
-def _run(data, out, heldout, heldout_share, init, resume, save_dtype, callback, progress):
+def _run(
+    data: Data,
+    out: Folder,
+    heldout: Data | None,
+    heldout_share: float,
+    init: Folder | None,
+    resume: bool,
+    save_dtype: str,
+    callback: Callback | None,
+    progress: bool | None,
+) -> runs.Run:
     if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
         raise UserError("Say where the run goes, with out: a folder.")
     share = heldout_share
