@@ -124,7 +124,7 @@ def tau(record: Any, ax: "Axes | None" = None, *, speed: bool = False) -> "Axes"
     if speed:
         ax.axhline(1, color=INK, linewidth=0.8, linestyle="--")
     whole_numbers(ax)
-    legend(ax)
+    legend(ax, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 

@@ -74,7 +74,7 @@ def tree(
     ax.set_ylim(-max(heights) - 0.6, 0.6)
     ax.set_axis_off()
     if colours:
-        legend(ax, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(colours))
+        legend(ax, loc="upper left", bbox_to_anchor=(0, 0), ncols=len(colours))
     return ax
 
 
