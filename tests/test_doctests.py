@@ -40,12 +40,9 @@ def test_examples(name):
     assert result.attempted > 0 and result.failed == 0
 
 
-@pytest.mark.usefixtures("two_devices")
 def test_examples_of_public_names(checkout):
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    # Optax schedules do not pass under strict promotion.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        result = doctest.testfile(str(API), module_relative=False, optionflags=flags)
+    result = doctest.testfile(str(API), module_relative=False, optionflags=flags)
     assert result.attempted > 50 and result.failed == 0
 
 
