@@ -13,6 +13,7 @@ from jax_specdec.cli import main
 STATS = {
     "num_tokens",
     "num_spec_steps",
+    "num_cached_tokens",
     "num_draft_tokens",
     "num_accepted_tokens",
     "draft_acceptance_rate",

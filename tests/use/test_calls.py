@@ -168,8 +168,11 @@ def test_a_callback_that_fails_leaves_a_decoder_that_goes_on(decoder, answer):
     threading.current_thread() is not threading.main_thread(),
     reason="signals reach the main thread",
 )
-def test_ctrl_c_leaves_a_decoder_that_goes_on(decoder, answer):
+def test_ctrl_c_leaves_a_decoder_that_goes_on(decoder, answer, request):
     """A real signal, whenever it comes: while tokens are read, computed or spelled."""
+    # A shell starts what it puts into the background with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     for delay in (0.02, 0.09, 0.2):
         timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
