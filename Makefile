@@ -35,7 +35,7 @@ test-all: $(VENV)/.installed $(VENV)/aot/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20 -W default -m "not more"
 
 # What differs between interpreters and versions of JAX: the loop, trees, a cascade, GliDe, the kernels.
-SECOND := tests/loop tests/test_tree.py tests/test_growth.py tests/test_glide.py \
+SECOND := tests/loop tests/test_tree.py tests/test_glide.py \
   tests/pallas_kernels tests/cascade/test_transcription.py
 second: smoke
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -W default $(SECOND)
