@@ -94,7 +94,7 @@ bench: $(RUNS)/data/train.jsonl
 
 # Executes the notebooks; what they show is committed with them (`tests/test_notebooks.py` checks its form).
 notebooks: $(VENV)/.installed
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=1800 -n $(WORKERS) notebooks
+	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.pytest_cache/notebooks $(BIN)/python -m pytest --nbmake --nbmake-timeout=1800 -n $(WORKERS) notebooks
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest $(DIST) .pytest_cache .ruff_cache build *.egg-info
