@@ -52,8 +52,11 @@ def test_the_collectives_of_the_textbook(capsys, shallow):
     assert list(kinds) == ["all-reduce"] and kinds["all-reduce"]["count"] == 2 * 2 + 2
 
 
-def test_int8_with_a_drafter_that_gathers_nothing(capsys, shallow):
+def test_int8_with_a_drafter(capsys, shallow):
     assert main([*shallow, "--int8", "weights,cache", "--context", "1024"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["by"] == "compiler" and found["fits"]
-    assert list(found["program"]["collectives"]) == ["all-reduce"]
+    kinds = dict(found["program"]["collectives"])
+    # GliDe's queries are gathered, some KB a step; no weights, no caches.
+    assert kinds.pop("all-gather", {"bytes": 0})["bytes"] < 2**20
+    assert list(kinds) == ["all-reduce"]
