@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,11 @@ class Encoded:
     ids: list[int]
     stop_ids: tuple[int, ...]
     bad_words: tuple[tuple[int, ...], ...]
+
+
+def is_id(token: Any) -> bool:
+    """Whether this is a whole number."""
+    return isinstance(token, (int, np.integer)) and not isinstance(token, bool)
 
 
 class Encoder:
@@ -108,7 +113,8 @@ class Encoder:
         request = dataclasses.replace(request, prompt=as_prompt(request.prompt))
         ids, own = self.encode(request.prompt), self.token_bytes
         stop = request.stop
-        if isinstance(stop, str) or not all(isinstance(item, str) for item in stop):
+        listed = isinstance(stop, (tuple, list))
+        if not listed or not all(isinstance(item, str) for item in stop):
             raise UserError("Give stop strings as a tuple, or as a list with one tuple per prompt.")
         if "" in stop:
             raise UserError("A stop string must not be empty.")
@@ -119,6 +125,8 @@ class Encoder:
         vocab = self.target.vocab_size
         given = {"stop token": request.stop_token_ids, "logit bias": request.logit_bias}
         for what, tokens in given.items():
+            if not isinstance(tokens, Collection) or not all(map(is_id, tokens)):
+                raise UserError(f"A {what} is given by its token id, a whole number.")
             if any(not 0 <= token < vocab for token in tokens):
                 raise UserError(f"A {what} has an id outside the vocabulary of {vocab}.")
         eos = () if request.ignore_eos else self.target.config.eos_ids

@@ -19,7 +19,7 @@ from jax_specdec.core.plain import NoDrafter
 from jax_specdec.core.processors import Processor
 from jax_specdec.core.sharding import check_agreement, to_host
 from jax_specdec.core.stats import RUNNING
-from jax_specdec.encoding import Encoded, Encoder
+from jax_specdec.encoding import Encoded, Encoder, is_id
 from jax_specdec.errors import UserError
 from jax_specdec.generation import (
     Chunk,
@@ -290,8 +290,10 @@ class SpeculativeDecoder:
         self, requests: Sequence[Request], batch_size: int, per_chunk: int
     ) -> list[Encoded]:
         """The requests on token ids, all that they ask for checked."""
-        if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}.")
+        if not is_id(batch_size) or batch_size < 1:
+            raise UserError(
+                f"batch_size must be at least 1, a whole number, got {batch_size!r:.80}."
+            )
         if per_chunk < 1:
             raise UserError(f"rounds_per_chunk must be at least 1, got {per_chunk}.")
         encoded = self.encoder.requests(requests)

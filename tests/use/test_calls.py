@@ -244,3 +244,20 @@ def test_pieces_are_the_text_however_it_is_cut(seed):
     assert [i for piece in shown for i in piece.token_ids] == ids
     assert [s for piece in shown for s in piece.sources] == sources
     assert all(piece.text for piece in shown[:-1])
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"stop": 5}, "Give stop strings as a tuple"),
+        ({"stop": None}, "Give stop strings as a tuple"),
+        ({"logit_bias": 5}, "A logit bias is given by its token id"),
+        ({"logit_bias": {"the": 1.0}}, "A logit bias is given by its token id"),
+        ({"stop_token_ids": 5}, "A stop token is given by its token id"),
+        ({"batch_size": "a"}, "batch_size must be at least 1, a whole number"),
+        ({"batch_size": 1.0}, "batch_size must be at least 1, a whole number"),
+    ],
+)
+def test_options_of_another_type(decoder, option, says):
+    with pytest.raises(sd.UserError, match=says):
+        decoder("A text", **option)
