@@ -13,7 +13,7 @@ from jax_specdec.core.sharding import put_rows
 from jax_specdec.errors import UserError
 from jax_specdec.generation import SAMPLED, Request, each
 from jax_specdec.text.chat import chat_ids
-from jax_specdec.text.inputs import as_prompt, is_chat
+from jax_specdec.text.inputs import as_prompt, is_chat, is_whole
 from jax_specdec.text.stop_strings import special_stops, stop_rows
 from jax_specdec.text.token_bytes import TokenBytes
 
@@ -33,11 +33,6 @@ class Encoded:
     ids: list[int]
     stop_ids: tuple[int, ...]
     bad_words: tuple[tuple[int, ...], ...]
-
-
-def is_id(token: Any) -> bool:
-    """Whether this is a whole number."""
-    return isinstance(token, (int, np.integer)) and not isinstance(token, bool)
 
 
 class Encoder:
@@ -125,7 +120,7 @@ class Encoder:
         vocab = self.target.vocab_size
         given = {"stop token": request.stop_token_ids, "logit bias": request.logit_bias}
         for what, tokens in given.items():
-            if not isinstance(tokens, Collection) or not all(map(is_id, tokens)):
+            if not isinstance(tokens, Collection) or not all(map(is_whole, tokens)):
                 raise UserError(f"A {what} is given by its token id, a whole number.")
             if any(not 0 <= token < vocab for token in tokens):
                 raise UserError(f"A {what} has an id outside the vocabulary of {vocab}.")

@@ -19,7 +19,7 @@ from jax_specdec.core.plain import NoDrafter
 from jax_specdec.core.processors import Processor
 from jax_specdec.core.sharding import check_agreement, to_host
 from jax_specdec.core.stats import RUNNING
-from jax_specdec.encoding import Encoded, Encoder, is_id
+from jax_specdec.encoding import Encoded, Encoder
 from jax_specdec.errors import UserError
 from jax_specdec.generation import (
     Chunk,
@@ -34,7 +34,7 @@ from jax_specdec.specs.build import LoadedDrafter
 from jax_specdec.streaming import Pieces, Stream
 from jax_specdec.text.chat import Message
 from jax_specdec.text.detokenize import TextStream
-from jax_specdec.text.inputs import a_kind, split
+from jax_specdec.text.inputs import a_kind, is_whole, split
 from jax_specdec.text.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ class SpeculativeDecoder:
         self, requests: Sequence[Request], batch_size: int, per_chunk: int
     ) -> list[Encoded]:
         """The requests on token ids, all that they ask for checked."""
-        if not is_id(batch_size) or batch_size < 1:
+        if not is_whole(batch_size) or batch_size < 1:
             raise UserError(
                 f"batch_size must be at least 1, a whole number, got {batch_size!r:.80}."
             )

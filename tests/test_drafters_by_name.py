@@ -18,6 +18,7 @@ from jax_specdec.cli import common, main
 from jax_specdec.drafters import registry
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.errors import UserError
+from jax_specdec.loading import choose_drafter
 from jax_specdec.models.fitted import Fitted, fit_vocabulary
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
@@ -304,11 +305,11 @@ def test_damaged_measurements(tmp_path, text):
 def test_auto_says_what_it_took(home, record):
     folders = {"lm": str(home / "lm")}
     setting = Setting(home / "target", "float32")
-    assert common.choose_drafter(setting, folders)[1] == "the first --draft"
-    spec, why = common.choose_drafter(setting, {})
+    assert choose_drafter(setting, folders)[1] == "the first --draft"
+    spec, why = choose_drafter(setting, {})
     assert str(spec) == "prompt-lookup" and "nothing was measured" in why
     add_record(home / "draft_lengths.json", record)
-    spec, why = common.choose_drafter(setting, {})
+    spec, why = choose_drafter(setting, {})
     assert str(spec) == "lm:7"
     assert why == f"measured on {record['device']} in float32 at batch 1 to be the fastest"
 

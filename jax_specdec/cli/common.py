@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from jax_specdec.checkpoints.targets import Target
     from jax_specdec.specs.build import LoadedDrafter
-    from jax_specdec.specs.defaults import Setting
     from jax_specdec.specs.language import Spec
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -63,7 +62,7 @@ def _parts(text: str) -> tuple[str, ...]:
     return parts
 
 
-def in_int8(parts: Sequence[str]) -> str:
+def int8_note(parts: Sequence[str]) -> str:
     """What to say of them behind a dtype."""
     return f" ({' and '.join(parts)} in int8)" if parts else ""
 
@@ -127,13 +126,6 @@ def given_drafter(args: argparse.Namespace) -> "Spec | None":
     from jax_specdec.specs.build import parse_drafter
 
     return None if args.drafter == "auto" else parse_drafter(args.drafter)
-
-
-def choose_drafter(setting: "Setting", folders: dict[str, str]) -> "tuple[Spec, str]":
-    """See `loading.choose_drafter`."""
-    from jax_specdec import loading
-
-    return loading.choose_drafter(setting, folders)
 
 
 def load(args: argparse.Namespace, mesh: "Mesh | None" = None) -> "tuple[Target, LoadedDrafter]":

@@ -54,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _describe(args: argparse.Namespace) -> dict[str, Any]:
     """`info.describe` with every drafter that the model has, what is wrong with it, and why `auto` takes its own."""
-    from jax_specdec.specs.defaults import setting_of
+    from jax_specdec.loading import choose_drafter
 
-    found, (target, _, drafters) = info.describe(args), info.open_headers(args)
+    target, stored, drafters = info.open_headers(args)
+    found = info.describe(args, target, stored, drafters)
     found["drafters"] = {}
     for name in drafters.available():
         request = drafters.request(name)
@@ -66,8 +67,7 @@ def _describe(args: argparse.Namespace) -> dict[str, Any]:
         except UserError as error:
             wrong = str(error)
         found["drafters"][name] = wrong
-    setting = setting_of(target, args.batch_size)
-    found["reason"] = common.choose_drafter(setting, common.draft_folders(args.draft))[1]
+    found["reason"] = choose_drafter(drafters.setting, common.draft_folders(args.draft))[1]
     return found
 
 

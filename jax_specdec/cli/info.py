@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.drafters:
         print("\n".join(_kinds()))
         return 0
-    found = describe(args)
+    found = describe(args, *open_headers(args))
     if args.json:
         common.print_json(found)
     else:
@@ -83,13 +83,19 @@ def open_headers(args: argparse.Namespace) -> "tuple[Target, str, Drafters]":
     return target, stored, Drafters(target, drafts=folders, **options)
 
 
-def describe(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything `info` knows, as a JSON object."""
+def describe(
+    args: argparse.Namespace, target: "Target", stored: str, drafters: "Drafters"
+) -> dict[str, Any]:
+    """Everything `info` knows, as a JSON object.
+
+    Args:
+      target, stored, drafters: what `open_headers` gives.
+    """
     from jax_specdec.checkpoints.memory import available_memory, memory_plan, sizes_of
+    from jax_specdec.loading import choose_drafter
     from jax_specdec.specs.build import check_taken
 
     folders, given = common.draft_folders(args.draft), common.given_drafter(args)
-    target, stored, drafters = open_headers(args)
     config, dtype = target.config, str(target.decoder.dtype)
     context = args.context or config.context
     if context > config.context:
@@ -99,7 +105,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
             f"{args.max_new_tokens} new tokens leave no room for a prompt in a context of {context}."
         )
     if given is None:
-        given, _ = common.choose_drafter(drafters.setting, folders)
+        given, _ = choose_drafter(drafters.setting, folders)
     with common.warnings_said():
         spec, outline = drafters.outline(given)
     check_taken(spec.names, args.draft_int8)
@@ -190,8 +196,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines += [f"drafter  {drafter['path']}", f"         {_shape(drafter)}"]
     lines.append(
         f"decoding {found['batch_size']} rows of {found['context_used']} tokens (prompts of up to "
-        f"{found['longest_prompt']}) in {found['dtype']}{common.in_int8(found['int8'])}, drafter {drafter['name']}"
-        f"{common.in_int8(found['draft_int8'])}, up to {drafter['length']} tokens a draft"
+        f"{found['longest_prompt']}) in {found['dtype']}{common.int8_note(found['int8'])}, drafter {drafter['name']}"
+        f"{common.int8_note(found['draft_int8'])}, up to {drafter['length']} tokens a draft"
     )
     lines.append(f"         model   {_memory(found['memory'])}")
     if "memory" in drafter:

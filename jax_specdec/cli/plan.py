@@ -280,7 +280,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     mesh = ",".join(f"{name}={size}" for name, size in found["mesh"].items())
     lines = [
         f"{found['topology']}: {found['devices']} devices ({found['hardware']}), mesh {mesh}, batch "
-        f"{found['batch_size']}, context {found['context']}, {found['dtype']}{common.in_int8(found['int8'])}, drafter {found['drafter']}",
+        f"{found['batch_size']}, context {found['context']}, {found['dtype']}{common.int8_note(found['int8'])}, drafter {found['drafter']}",
     ]
     if "program" in found:
         for name in ("prefill", "round"):

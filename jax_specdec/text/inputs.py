@@ -118,7 +118,7 @@ def _ids(given: Any) -> list[int]:
             raise UserError("Token ids are whole numbers, and a bool is among them.")
         return array.tolist()
     if array.ndim == 1 and not hasattr(given, "__array__"):
-        wrong = next(x for x in given if not _is_id(x))
+        wrong = next(x for x in given if not is_whole(x))
         if not _is_number(wrong):
             raise UserError(
                 f"A prompt is text, a chat or token ids, and not a {type(given).__name__} with "
@@ -132,7 +132,8 @@ def _ids(given: Any) -> list[int]:
     raise UserError("Token ids are nested too deeply: a prompt is one list of them.")
 
 
-def _is_id(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Whether this is a whole number that fits 64 bits, of Python or an array's, and no bool."""
     whole = isinstance(value, numbers.Integral) or getattr(value, "dtype", None) in _WHOLE
     return whole and not isinstance(value, bool) and abs(int(value)) < 2**63
 
