@@ -6,14 +6,16 @@ request where an old one has finished.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_specdec._types import Array, Bool, Float, Int, Params
-from jax_specdec.core import acceptance, numerics, prng
+from jax_specdec._types import Array, Float, Int, Params
+from jax_specdec.core import acceptance, prng
+from jax_specdec.core.budget import Budget, RoundCosts, check_widths, select, select_in_place
 from jax_specdec.core.context import Context, Tapped, TargetView
 from jax_specdec.core.draft import Draft, Text
 from jax_specdec.core.drafter import Drafter, Outcome, States, accepted_prefix
@@ -21,18 +23,12 @@ from jax_specdec.core.law import Law
 from jax_specdec.core.model import Model
 from jax_specdec.core.prefill import read_text
 from jax_specdec.core.processors import Processor
-from jax_specdec.core.sampling import STRING_COMPLETE, Sampling
-from jax_specdec.core.sharding import Sharding, on_its_mesh, sharding_of
+from jax_specdec.core.round import Emitted, nothing, verify
+from jax_specdec.core.sampling import Sampling
+from jax_specdec.core.sharding import on_its_mesh, sharding_of
 from jax_specdec.core.state import LoopState
-from jax_specdec.core.stats import FAILED, LENGTH, RUNNING, STOP, Stats, write_window
-
-
-def _lead(scores: Float[Array, "B T V"], sharding: Sharding | None) -> Float[Array, "B T"]:
-    """How far the best score is ahead of the second best."""
-    value, token = numerics.best(scores, sharding)
-    index = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, None]
-    second = jnp.max(jnp.where(index == token[..., None], numerics.NEG_INF, scores), axis=-1)
-    return value - second
+from jax_specdec.core.stats import LENGTH, RUNNING, Stats, write_window
+from jax_specdec.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +39,11 @@ class DecodeLoop:
       rule: which drafted path becomes text.
       processors: a user's own logits processors, applied at every node of the tree.
       logprobs, margins: whether `Stats` records them. Each costs a pass over the logits of every round.
+      widths: nodes of a verification, root included, rising from 1 to the whole draft's: each round takes one
+        of them, see `budget`. Empty: every round drafts and verifies all that the drafter can.
+
+    Raises:
+      UserError: widths that do not rise from 1 to the draft's.
     """
 
     target: Model
@@ -51,6 +52,16 @@ class DecodeLoop:
     processors: tuple[Processor, ...] = ()
     logprobs: bool = False
     margins: bool = False
+    widths: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.widths:
+            check_widths(self.widths, self.nodes)
+            if self.rule.needs_q and not self.drafter.info.is_chain and len(self.widths) > 2:
+                raise UserError(
+                    "The rejection rule verifies a tree whole or not at all: its widths are 1 and "
+                    f"{self.nodes}."
+                )
 
     @property
     def nodes(self) -> int:
@@ -77,6 +88,7 @@ class DecodeLoop:
         *,
         capacity: int,
         chunk: int | None = None,
+        costs: RoundCosts | None = None,
     ) -> LoopState:
         """Reads the prompts into all caches.
 
@@ -84,9 +96,11 @@ class DecodeLoop:
           params: `{"target": ..., "drafters": {name: ...}}`.
           tokens: prompts, left-aligned; what lies behind `lengths[b] >= 1` is ignored.
           capacity: static, the most tokens of a row, prompt included.
+          costs: of a round, for a loop with widths.
         """
         caches = self.empty(params, tokens.shape[0], capacity)
-        return self._start(params, tokens, lengths, sampling, request_ids, capacity, chunk, *caches)
+        args = (tokens, lengths, sampling, request_ids, capacity, chunk)
+        return self._start(params, *args, *caches, costs)
 
     @on_its_mesh
     def empty(self, params: Params, batch: int, capacity: int) -> tuple[TargetView, States]:
@@ -107,6 +121,7 @@ class DecodeLoop:
         *,
         capacity: int,
         chunk: int | None = None,
+        costs: RoundCosts | None = None,
     ) -> LoopState:
         """`start` beside caches that have read a part of the texts: the rest alone is read. Donate `caches`.
 
@@ -124,15 +139,16 @@ class DecodeLoop:
             drafts = self.drafter.commit(drafts, accepted_prefix(kept, none, info.depth))
         else:
             drafts = self.drafter.reset(drafts, behind)
-        return self._start(
-            params, tokens, lengths, sampling, request_ids, capacity, chunk, view, drafts
-        )
+        args = (tokens, lengths, sampling, request_ids, capacity, chunk)
+        return self._start(params, *args, view, drafts, costs)
 
     def _start(
-        self, params, tokens, lengths, sampling, request_ids, capacity, chunk, view, drafts
+        self, params, tokens, lengths, sampling, request_ids, capacity, chunk, view, drafts, costs
     ) -> LoopState:
         """`start` with caches that may have read something."""
         batch, width = tokens.shape
+        if (costs is None) is bool(self.widths):
+            raise ValueError("a loop with widths takes the costs of a round, another one does not")
         if width > capacity:
             raise ValueError(f"prompts of width {width} do not fit a capacity of {capacity}")
         columns = capacity + self.window
@@ -158,6 +174,7 @@ class DecodeLoop:
                 logprobs=self.logprobs,
                 margins=self.margins,
             ),
+            budget=None if costs is None else Budget.empty(costs, batch),
         )
         sharding = sharding_of(self.target)
         if sharding is not None:  # what begins as zeros would lie on every device
@@ -203,8 +220,9 @@ class DecodeLoop:
         drafts = jax.tree.map(take, state.drafts, axes.drafts)
         drafts = self.drafter.reset(drafts, jnp.ones((1,), bool))
         view, _ = self.empty(params, 1, capacity)
+        costs = None if state.budget is None else state.budget.costs
         args = (tokens, length, sampling, request_id, capacity, chunk)
-        fresh = self._start(params, *args, view, drafts)
+        fresh = self._start(params, *args, view, drafts, costs)
         return jax.tree.map(put, state, fresh, axes)
 
     def _row_axes(self, params: Params, state: LoopState, capacity: int) -> Any:
@@ -220,8 +238,9 @@ class DecodeLoop:
             )
             rows = of_rows(state.prompt_length)
             tokens = jax.ShapeDtypeStruct((batch, 1), "int32")
+            costs = None if state.budget is None else state.budget.costs
             return jax.eval_shape(
-                lambda p, *args: self.start(p, *args, capacity=capacity),
+                lambda p, *args: self.start(p, *args, capacity=capacity, costs=costs),
                 params,
                 tokens,
                 rows,
@@ -255,120 +274,132 @@ class DecodeLoop:
             **static,
         )
 
-    def noise(self, state: LoopState) -> Float[Array, "B Q V"]:
-        """The noise that drafting and verification share in one round."""
-        role = prng.ROLE_DRAFT if self.rule.needs_q else prng.ROLE_MATCH
-        return prng.shared_noise(
-            state.keys,
-            state.sampling,
-            state.text.length,
-            self.window,
-            self.target.vocab_size,
-            role,
-        )
+    def noise(self, state: LoopState, rows: int | None = None) -> Float[Array, "B Q V"]:
+        """The noise that drafting and verification share in one round.
 
-    def _cut(
-        self,
-        state: LoopState,
-        emitted: Int[Array, "B Q"],
-        count: Int[Array, " B"],
-        active: Bool[Array, " B"],
-    ) -> tuple[Int[Array, " B"], Int[Array, " B"], Int[Array, " B"]]:
-        """Ends rows at the first stop token, stop string or length limit inside the block.
-
-        Returns `(count, finish, stop_state)`, the tokens that become text (the one that ends a row
-        included).
+        Args:
+          rows: how many positions have it, 0 for the others; default: all.
         """
-        sampling, finish = state.sampling, state.stats.finish
-        place = jnp.arange(self.window, dtype=jnp.int32)[None]
-        stops = jnp.any(emitted[..., None] == sampling.stop_ids[:, None], axis=-1)
-        automaton, trail = state.stop_state, emitted
-        if sampling.stop_table.shape[0]:
-            table = sampling.stop_table
+        rows = self.window if rows is None else min(rows, self.window)
+        if rows == 0:
+            shape = (state.keys.shape[0], self.window, self.target.vocab_size)
+            return jnp.zeros(shape, jnp.float32)
+        role = prng.ROLE_DRAFT if self.rule.needs_q else prng.ROLE_MATCH
+        noise = prng.shared_noise(
+            state.keys, state.sampling, state.text.length, rows, self.target.vocab_size, role
+        )
+        return jnp.pad(noise, ((0, 0), (0, self.window - rows), (0, 0)))
 
-            def advance(current, token):
-                following = table[jnp.maximum(current, 0), token]
-                following = jnp.where(current >= 0, following, current)
-                # -1: the row has no stop strings; -2: one is complete
-                return following, following
+    def _propose(
+        self, params: Params, state: LoopState, depth: Int[Array, ""]
+    ) -> tuple[Context, Draft, States]:
+        """What is drafted, at most `depth` tokens deep, and the context that it was drafted in."""
+        weights, info = params["drafters"], self.drafter.info
+        if state.budget is None or not info.depth:
+            ctx = self.context(state, self.noise(state), return_q=self.rule.needs_q)
+            return ctx, *self.drafter.draft(weights, state.drafts, ctx)
+        # As many rows of noise as the round can need; a drafter that reads none leaves them to `_verify`.
+        sizes = [0] if not info.noise else sorted({min(size, self.window) for size in self.widths})
+        index = jnp.sum(jnp.asarray(sizes, jnp.int32) <= depth, dtype=jnp.int32)
+        arms = [functools.partial(self.noise, rows=rows) for rows in sizes]
+        noise = select(jnp.minimum(index, len(sizes) - 1), arms, state)
+        ctx = self.context(state, noise, return_q=self.rule.needs_q)
+        ctx = ctx.replace(budget=jnp.minimum(ctx.budget, depth))
 
-            _, trail = lax.scan(advance, automaton, jnp.swapaxes(emitted, 0, 1))
-            trail = jnp.swapaxes(trail, 0, 1)  # [B, P+1], state after each token
-            stops = stops | (trail == STRING_COMPLETE)
-        stops = stops & (place < count[:, None])
-        stopped = jnp.any(stops, axis=1)
-        count = jnp.where(stopped, jnp.argmax(stops, axis=1).astype(jnp.int32) + 1, count)
-        budget = state.limit - state.text.length
-        stopped = stopped & (count <= budget)
-        count = jnp.where(active, jnp.minimum(count, budget), 0)
-        if sampling.stop_table.shape[0]:
-            last = jnp.maximum(count - 1, 0)[:, None]
-            reached = jnp.take_along_axis(trail, last, axis=1)[:, 0]
-            automaton = jnp.where(active & (count > 0), reached, automaton)
-        ended = jnp.where(stopped, STOP, jnp.where(count >= budget, LENGTH, RUNNING))
-        return count, jnp.where(active, ended, finish).astype(jnp.int32), automaton
+        def draft() -> tuple[Draft, States]:
+            return self.drafter.draft(weights, state.drafts, ctx)
+
+        def skip() -> tuple[Draft, States]:
+            return nothing(self.drafter, weights, state.drafts, ctx), state.drafts
+
+        return ctx, *lax.cond(depth > 0, draft, skip)
+
+    def _verify(
+        self,
+        view: TargetView,
+        *,
+        params: Params,
+        state: LoopState,
+        ctx: Context,
+        draft: Draft,
+        width: int,
+    ) -> tuple[TargetView, Emitted]:
+        if self.widths and not self.drafter.info.noise:
+            ctx = ctx.replace(noise=self.noise(state, width))
+        return verify(
+            self._tapped,
+            self.rule,
+            params["target"],
+            view,
+            state,
+            ctx,
+            draft,
+            width=width,
+            window=self.window,
+            logprobs=self.logprobs,
+            margins=self.margins,
+        )
 
     def round(self, params: Params, state: LoopState) -> LoopState:
         """Draft, verify, commit: every running row emits at least one token."""
-        text = state.text
-        ctx = self.context(state, self.noise(state), return_q=self.rule.needs_q)
-        active = ctx.active
+        text, budget, info = state.text, state.budget, self.drafter.info
+        active = state.stats.finish == RUNNING
+        depth, index = jnp.int32(info.depth), jnp.int32(0)
+        if budget is not None:
+            depth = budget.depth(active, self.widths, info.is_chain)
         with jax.named_scope("draft"):
-            draft, drafts = self.drafter.draft(params["drafters"], state.drafts, ctx)
-        depths = draft.depths()
-        draft = draft.replace(valid=draft.valid & (depths <= ctx.budget[:, None]))
-        with jax.named_scope("verify"):
-            positions = jnp.broadcast_to(text.length[:, None] - 1 + depths, draft.tokens.shape)
-            out = self._tapped.apply(
-                params["target"], draft.tokens, positions, state.view, draft.ancestors
-            )
-            assert out.logits is not None
-            scores = ctx.scores(out.logits, draft.tokens[:, 1:], draft.on_path())
-            verified = self.rule(ctx, draft, scores)
-        margin, sound = self._examine(ctx, draft, scores)
-
+            ctx, draft, drafts = self._propose(params, state, depth)
+        proposed = draft.valid & (draft.depths() <= ctx.budget[:, None])
+        if budget is not None:
+            nodes = jnp.sum(proposed[:, 1:], axis=1, dtype=jnp.int32)
+            reached = jnp.max(jnp.where(proposed, draft.depths(), 0), axis=1)
+            index = budget.width(active, nodes, reached, self.widths, info.is_chain)
+            # What `narrow` leaves of it.
+            kept = jnp.cumsum(proposed, axis=1, dtype=jnp.int32) <= jnp.asarray(self.widths)[index]
+            draft = draft.replace(valid=proposed & kept)
+        else:
+            draft = draft.replace(valid=proposed)
+        widths = self.widths or (self.nodes,)
+        arm = functools.partial(self._verify, params=params, state=state, ctx=ctx, draft=draft)
+        arms = [functools.partial(arm, width=width) for width in widths]
+        view, found = select_in_place(index, arms, state.view)
         place = jnp.arange(self.window, dtype=jnp.int32)[None]
-        # Tokens before the first node without a law are right; unless they end the row, it fails behind them.
-        sound = jnp.take_along_axis(sound, verified.path, axis=1)
-        sound = jnp.sum(jnp.cumprod(sound.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
-        whole = jnp.minimum(verified.accepted + 1, sound)
-        count, finish, stop_state = self._cut(state, verified.tokens, whole, active)
-        failed = (sound <= verified.accepted) & (finish == RUNNING)
-        finish = jnp.where(failed, FAILED, finish)
-        accepted = jnp.minimum(verified.accepted, count)  # counted up to where the text was cut
-        on_chain = (verified.path == place) & (place >= 1) & (place <= accepted[:, None])
+        on_chain = (found.path == place) & (place >= 1) & (place <= found.accepted[:, None])
         matched = text.length + jnp.sum(on_chain, axis=1, dtype=jnp.int32)
         with jax.named_scope("commit"):
-            path = None if draft.is_chain else verified.path
-            view = self._tapped.commit(state.view, out, count, path)
-            drafts = self.drafter.commit(drafts, Outcome(matched, verified.path, accepted))
+            drafts = self.drafter.commit(drafts, Outcome(matched, found.path, found.accepted))
+        if budget is not None:
+            chain = slice(1, self.window)
+            budget = budget.observe(
+                active,
+                proposed[:, chain],
+                draft.tokens[:, chain],
+                found.tokens,
+                found.count,
+                found.accepted,
+                depth,
+                index,
+            )
         return state.replace(
-            text=Text(write_window(text.tokens, verified.tokens, text.length), text.length + count),
+            text=Text(
+                write_window(text.tokens, found.tokens, text.length), text.length + found.count
+            ),
             view=view,
             drafts=drafts,
-            stop_state=stop_state,
+            stop_state=found.stop_state,
             stats=state.stats.record(
-                draft, verified, accepted, finish, text.length, active, out.logits, margin
+                draft,
+                found.path,
+                found.verified,
+                found.accepted,
+                found.finish,
+                text.length,
+                active,
+                found.logprobs,
+                found.margins,
             ),
+            budget=budget,
         )
-
-    def _examine(
-        self, ctx: Context, draft: Draft, scores: Float[Array, "B T V"]
-    ) -> tuple[Float[Array, "B T"] | None, Bool[Array, "B T"]]:
-        """The margin of each node's own token where it is recorded, and which nodes have one.
-
-        A node has no token of its own where a score is NaN or infinite, or all tokens are forbidden.
-        """
-        if self.rule.coupled:  # the rule took the maximum of this sum, too
-            scores = scores + acceptance.node_noise(ctx, draft)
-        sound = jnp.isfinite(numerics.best(scores, ctx.sharding)[0])
-        if not self.margins:
-            return None, sound
-        margin = _lead(scores, ctx.sharding)
-        if not self.rule.coupled:  # a drawn token is no argmax
-            greedy = ctx.law.sampling.temperature == 0
-            margin = jnp.where(greedy[:, None], margin, jnp.inf)
-        return margin, sound
 
     @on_its_mesh
     def run(

@@ -1,11 +1,9 @@
 """What a run counts."""
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 
 from jax_specdec._types import Array, Bool, Float, Int
-from jax_specdec.core.acceptance import Verification
 from jax_specdec.core.draft import Draft
 from pallas_kernels import write_rows
 
@@ -69,38 +67,34 @@ class Stats(flax.struct.PyTreeNode):
     def record(
         self,
         draft: Draft,
-        verified: Verification,
+        path: Int[Array, "B Q"],
+        verified: Int[Array, " B"],
         accepted: Int[Array, " B"],
         finish: Int[Array, " B"],
         start: Int[Array, " B"],
         active: Bool[Array, " B"],
-        logits: Float[Array, "B T V"],
-        margin: Float[Array, "B T"] | None,
+        logprobs: Float[Array, "B Q"] | None,
+        margins: Float[Array, "B Q"] | None,
     ) -> "Stats":
         """The counts with one more round in them.
 
         Args:
-          accepted: drafted tokens that became text. start: length of the text before the round.
-          logits: the target's, unprocessed. margin: of each node's own token, None unless recorded.
+          draft: what was verified. path, verified: as in `Verification`. accepted: drafted tokens that became
+            text. start: length of the text before the round. logprobs, margins: of each emitted token.
         """
-        path, window = verified.path, verified.path.shape[1]
+        window = path.shape[1]
         place = jnp.arange(window, dtype=jnp.int32)[None]
         # The token emitted at place d is node path[d + 1], or the target's own behind the accepted ones.
         following = jnp.broadcast_to(jnp.minimum(place + 1, window - 1), path.shape)
         node = jnp.take_along_axis(path, following, axis=1)
         source = jnp.take_along_axis(draft.source, node, axis=1)
-        source = jnp.where(place == verified.accepted[:, None], 0, source)
+        source = jnp.where(place == verified[:, None], 0, source)
         landed = (place < accepted[:, None]) & active[:, None]
         drafted = self._by_source(draft.source, draft.valid & active[:, None] & (draft.source > 0))
-        logprobs, margins = self.logprobs, self.margins
-        if logprobs is not None:
-            said = logits.reshape(logits.shape[0], -1)
-            said = jnp.take_along_axis(said, path * logits.shape[-1] + verified.tokens, axis=1)
-            total = jax.nn.logsumexp(logits, axis=-1)
-            said = said - jnp.take_along_axis(total, path, axis=1)
-            logprobs = write_window(logprobs, said, start)
-        if margins is not None and margin is not None:
-            margins = write_window(margins, jnp.take_along_axis(margin, path, axis=1), start)
+
+        def written(record: Array | None, values: Array | None) -> Array | None:
+            return record if record is None else write_window(record, values, start)
+
         return self.replace(
             rounds=self.rounds + active.astype(jnp.int32),
             drafted=self.drafted + drafted,
@@ -109,8 +103,8 @@ class Stats(flax.struct.PyTreeNode):
             accepted_per_pos=self.accepted_per_pos + landed[:, :-1].astype(jnp.int32),
             finish=finish,
             source=write_window(self.source, source, start),
-            logprobs=logprobs,
-            margins=margins,
+            logprobs=written(self.logprobs, logprobs),
+            margins=written(self.margins, margins),
         )
 
     def _by_source(self, source: Array, mask: Array) -> Int[Array, "B O"]:

@@ -114,6 +114,7 @@ class Horizontal(Composed):
             ranked=all(info.ranked for info in infos),
             rewinds=all(info.rewinds for info in infos),
             models=tuple(models),
+            noise=any(info.noise for info in infos),
         )
 
     def draft(self, params, states, ctx):
