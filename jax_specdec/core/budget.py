@@ -10,6 +10,8 @@ depth and width; their acceptance is estimated row by row.
 Nothing here changes a text: it decides what is drafted and verified, never what is accepted.
 """
 
+import itertools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -53,7 +55,7 @@ def usual_widths(nodes: int) -> tuple[int, ...]:
 
 def check_widths(widths: tuple[int, ...], nodes: int) -> None:
     """Raises `UserError` unless widths rise from 1 to `nodes`."""
-    rising = all(a < b for a, b in zip(widths, widths[1:], strict=False))
+    rising = all(a < b for a, b in itertools.pairwise(widths))
     if not widths or not rising or widths[0] != 1 or widths[-1] != nodes:
         raise UserError(
             f"The widths of a round must rise from 1 to the draft's {nodes} nodes (root included), got "

@@ -129,53 +129,47 @@ def test_useless_drafters_cost_little_and_others_are_found_again():
             assert spent / new < 0.95
 
 
+def search(v, c, widths, hits, tries, active, nodes):
+    """The best depth and width by trying all of them, row by row, and how fast any of them is."""
+    weight, prior = policy._PRIOR_WEIGHT, policy._PRIOR
+    rows, depth = hits.shape
+    first = (hits[:, 0] + weight * prior) / (tries[:, 0] + weight)
+    expected = np.ones((rows, depth + 1))
+    for row in range(rows):
+        reach = 1.0
+        for d in range(depth):
+            own = (hits[row, d] + weight * first[row]) / (tries[row, d] + weight)
+            reach *= first[row] if d == 0 else own
+            expected[row, d + 1] = expected[row, d] + reach
+
+    depths = []
+    for d in range(depth + 1):
+        width = next(i for i, w in enumerate(widths) if w >= d + 1)
+        depths.append(expected[active, d].sum() / (v[width] + c[d]))
+    speeds = []
+    for i, width in enumerate(widths):
+        within = np.minimum(nodes, width - 1)
+        speeds.append(expected[np.arange(rows), within][active].sum() / v[i])
+    return depths, speeds
+
+
 def test_arithmetic_against_a_search():
-    """Depth and width by trying all of them, row by row."""
     rng = np.random.default_rng(0)
     widths, depth, rows = (1, 4, 8), 7, 3
-    for _ in range(200):
+    for _ in range(60):
         v = np.sort(rng.uniform(1, 3, len(widths))).astype(np.float32)
         c = np.concatenate([[0], np.cumsum(rng.uniform(0.05, 0.2, depth))]).astype(np.float32)
         state = Budget.empty(RoundCosts(jnp.asarray(v), jnp.asarray(c)), rows)
         tries = rng.integers(0, 9, (rows, depth)).astype(np.float32)
         hits = np.floor(tries * rng.uniform(size=tries.shape)).astype(np.float32)
         state = state.replace(hits=jnp.asarray(hits), tries=jnp.asarray(tries))
-        active = rng.uniform(size=rows) < 0.7
-        if not active.any():
-            continue
-        weight, prior = policy._PRIOR_WEIGHT, policy._PRIOR
-        first = (hits[:, 0] + weight * prior) / (tries[:, 0] + weight)
-        expected = np.ones((rows, depth + 1))
-        for row in range(rows):
-            reach = 1.0
-            for d in range(depth):
-                own = (hits[row, d] + weight * first[row]) / (tries[row, d] + weight)
-                reach *= first[row] if d == 0 else own
-                expected[row, d + 1] = expected[row, d] + reach
-
-        def rate(d):
-            width = next(i for i, w in enumerate(widths) if w >= d + 1)
-            return expected[active, d].sum() / (v[width] + c[d])
-
+        active = np.asarray([True, *(rng.uniform(size=rows - 1) < 0.7)])
+        nodes = rng.integers(0, depth + 1, rows).astype(np.int32)
+        depths, speeds = search(v, c, widths, hits, tries, active, nodes)
         got = int(state.depth(jnp.asarray(active), widths, True))
-        assert rate(got) >= max(rate(d) for d in range(depth + 1)) * (1 - 1e-5) or got == 1
-
-        nodes = rng.integers(0, depth + 1, rows)
-        index = int(
-            state.width(
-                jnp.asarray(active),
-                jnp.asarray(nodes, jnp.int32),
-                jnp.asarray(nodes, jnp.int32),
-                widths,
-                True,
-            )
-        )
-
-        def speed(i):
-            within = np.minimum(nodes, widths[i] - 1)
-            return expected[np.arange(rows), within][active].sum() / v[i]
-
-        assert speed(index) >= max(map(speed, range(len(widths)))) * (1 - 1e-5)
+        assert depths[got] >= max(depths) * (1 - 1e-5)
+        index = int(state.width(jnp.asarray(active), *[jnp.asarray(nodes)] * 2, widths, True))
+        assert speeds[index] >= max(speeds) * (1 - 1e-5)
 
 
 def test_forced_rounds_are_for_measuring():
