@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jax_specdec.core.draft import Draft, Text
     from jax_specdec.core.drafter import Drafter, Info, ModelUse, Outcome, Verifier
     from jax_specdec.core.generate import make_generate
+    from jax_specdec.core.budget import RoundCosts
     from jax_specdec.core.loop import DecodeLoop
     from jax_specdec.core.model import Model, Output
     from jax_specdec.core.sampling import Sampling, make_sampling
@@ -60,6 +61,7 @@ _HOMES = {
     "specs.build": ("LoadedDrafter", "load_drafter"),
     "specs.defaults": ("default_spec",),
     "expansions.static_tree": ("StaticTree",),
+    "core.budget": ("RoundCosts",),
     "core.generate": ("make_generate",),
     "core.loop": ("DecodeLoop",),
     "models.config": ("ModelConfig", "RopeConfig"),
@@ -110,6 +112,7 @@ __all__ = [
     "Reject",
     "Request",
     "RopeConfig",
+    "RoundCosts",
     "RunError",
     "Sampling",
     "Sharding",

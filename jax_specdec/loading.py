@@ -19,6 +19,7 @@ from jax_specdec.pipeline import SpeculativeDecoder
 from jax_specdec.specs.build import LoadedDrafter, load_drafter, parse_drafter
 from jax_specdec.specs.defaults import USUAL, Setting, measured, measured_on
 from jax_specdec.specs.language import Spec
+from jax_specdec.tuning.round_costs import Given
 
 AUTO = "auto"
 
@@ -38,6 +39,8 @@ def load(
     processors: Sequence[Processor] = (),
     logprobs: bool = False,
     margins: bool = False,
+    budget: bool = True,
+    costs: Given = None,
 ) -> SpeculativeDecoder:
     """A decoder for a model.
 
@@ -50,7 +53,7 @@ def load(
         model's.
       dtype, mesh, rules, int8: as in `load_target`. draft_int8: `int8` of the drafter.
       batch_size: that of the measurements which count.
-      rule, processors, logprobs, margins: as in `SpeculativeDecoder`.
+      rule, processors, logprobs, margins, budget, costs: as in `SpeculativeDecoder`.
 
     Raises:
       UserError: no such model or drafter, or they do not fit together.
@@ -69,7 +72,14 @@ def load(
     if found.reason:
         progress.say_once(chosen(found))
     return SpeculativeDecoder(
-        target, found, rule=rule, processors=processors, logprobs=logprobs, margins=margins
+        target,
+        found,
+        rule=rule,
+        processors=processors,
+        logprobs=logprobs,
+        margins=margins,
+        budget=budget,
+        costs=costs,
     )
 
 

@@ -36,6 +36,7 @@ from jax_specdec.text.chat import Message
 from jax_specdec.text.detokenize import TextStream
 from jax_specdec.text.inputs import a_kind, is_whole, split
 from jax_specdec.text.token_bytes import TokenBytes
+from jax_specdec.tuning.round_costs import Given
 
 if TYPE_CHECKING:
     from jax_specdec.conversation import Conversation
@@ -68,9 +69,12 @@ class SpeculativeDecoder:
     Args:
       drafter: as loaded for this target; default: plain decoding.
       rule, processors, logprobs, margins: see `DecodeLoop`.
+      budget: whether each round drafts as deep and verifies as wide as pays (`core.budget`), by what rounds cost
+        and what was accepted; otherwise each drafts and verifies all that the drafter can. Texts are the same.
+      costs: of rounds, see `tuning.round_costs`.
 
     Raises:
-      UserError: a drafter that was loaded for another target.
+      UserError: a drafter that was loaded for another target, or costs that are not of these rounds.
     """
 
     def __init__(
@@ -82,11 +86,13 @@ class SpeculativeDecoder:
         processors: Sequence[Processor] = (),
         logprobs: bool = False,
         margins: bool = False,
+        budget: bool = True,
+        costs: Given = None,
     ):
         self.target = target
         self._loaded = drafter or LoadedDrafter(NoDrafter(), {}, "none")
         self._loaded.check_target(target)
-        self.loop = DecodeLoop(
+        loop = DecodeLoop(
             target.decoder,
             self._loaded.drafter,
             rule,
@@ -94,10 +100,10 @@ class SpeculativeDecoder:
             logprobs=logprobs,
             margins=margins,
         )
+        self.loop = loop.budgeted() if budget else loop
         self.params = {"target": target.params, "drafters": self._loaded.params}
-        self.programs = Programs(target, self.loop, self.params)
+        self.programs = Programs(target, self.loop, self._loaded, self.params, costs)
         self.encoder = Encoder(target)
-        self._sources = self._loaded.drafter.info.sources
         # Held while the device works, never while a caller's code runs.
         self.lock = threading.Lock()
 
@@ -138,6 +144,7 @@ class SpeculativeDecoder:
             "target": repr(self.target),
             "drafter": found.spec + (f", {found.reason}" if found.reason else ""),
             "acceptance": self.loop.rule.name + ("" if self.loop.rule.exact else " (NOT exact)"),
+            "widths of rounds": ", ".join(map(str, self.loop.widths or (self.loop.nodes,))),
             "programs": f"{self.compilations}, compiled in {self.compile_time_s:.1f} s",
         }
         return display.facts_html("SpeculativeDecoder", facts)
@@ -317,7 +324,7 @@ class SpeculativeDecoder:
         shown = progress.watched(shown) and jax.process_index() == 0
         context, bar = self.target.config.context, None
         room = [min(row.request.max_new_tokens, context - len(row.ids)) for row in encoded]
-        about = (self._sources, self.token_bytes, self.target.decoder.dtype)
+        about = (self.loop, self.token_bytes, self.target.decoder.dtype)
         with contextlib.ExitStack() as stack:
             for first in range(0, len(encoded), batch_size):
                 batch = encoded[first : first + batch_size]
@@ -327,7 +334,8 @@ class SpeculativeDecoder:
                 with self.lock:
                     spent = self.compile_time_s
                     arrays, capacity = self.encoder.arrays(batch)
-                    start, run = self.programs.get(arrays, capacity, shown)
+                    start, run = programs = self.programs.get(arrays, capacity, shown)
+                    costs = self.programs.costs(arrays, programs, shown)
                     compiling = self.compile_time_s - spent
                 if bar is None:  # its clock starts behind the first compilation
                     watching = shown and per_chunk is None
@@ -335,7 +343,7 @@ class SpeculativeDecoder:
 
                 began = time.perf_counter()
                 with self.lock:
-                    state = jax.block_until_ready(start(self.params, *arrays))
+                    state = jax.block_until_ready(start(self.params, *arrays, costs=costs))
                 prefill = time.perf_counter() - began
                 state = yield from self._rounds(run, state, first, count, per_chunk, prefill, bar)
                 wall = time.perf_counter() - began
@@ -374,7 +382,7 @@ class SpeculativeDecoder:
                 for row in range(rows):
                     if length[row] > seen[row]:
                         new = slice(int(seen[row]), int(length[row]))
-                        names = names_of(source[row, new], self._sources)
+                        names = names_of(source[row, new], self.loop.sources)
                         yield Chunk(first + row, tokens[row, new].tolist(), names)
             elif rounds < _ROUNDS_FOREVER:
                 rounds = max(1, int(rounds * _SLICE / max(time.perf_counter() - began, 1e-3)))

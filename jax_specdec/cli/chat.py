@@ -43,6 +43,7 @@ def register(commands: Any) -> None:
     group = common.model_group(parser)
     common.add_model(group)
     common.add_drafter(group)
+    common.add_budget(group)
     common.add_int8(group)
     group = parser.add_argument_group("the conversation")
     templates.add_template(group)
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     make_sampling(1, **{name: getattr(args, name) for name in SAMPLED})  # before a model is loaded
     target, drafter = common.load(args)
     sampling.heed(args, target)
-    decoder = SpeculativeDecoder(target, drafter)
+    decoder = SpeculativeDecoder(target, drafter, budget=args.budget == "on")
     names = (*args.usual, "stop", "stop_token_ids", "bad_words", "logit_bias", "ignore_eos")
     options = {name: getattr(args, name) for name in names}
     options |= {name: tuple(options[name]) for name in ("stop", "stop_token_ids", "bad_words")}
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     if sys.stdin.isatty() and console.is_terminal:
         name = "the demo's model" if args.model is None else args.model
-        _Terminal(chat, console, decoder.loaded.drafter.info.sources).run(
+        _Terminal(chat, console, decoder.loop.sources).run(
             f"{name}, drafter {drafter.spec}"
         )
         return 0

@@ -88,6 +88,17 @@ def add_drafter(parser: Any) -> None:
     )
 
 
+def add_budget(parser: Any) -> None:
+    """`--budget`."""
+    parser.add_argument(
+        "--budget",
+        choices=("on", "off"),
+        default="on",
+        help="on: each round drafts as deep and verifies as wide as pays, not at all where nothing does; off: "
+        "all that the drafter can. The text is the same (default: on)",
+    )
+
+
 def model_source(args: argparse.Namespace) -> str | Path:
     """What `--model` names, or the embedded checkpoint.
 

@@ -6,7 +6,6 @@ request where an old one has finished.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -15,19 +14,19 @@ from jax import lax
 
 from jax_specdec._types import Array, Float, Int, Params
 from jax_specdec.core import acceptance, prng
-from jax_specdec.core.budget import Budget, RoundCosts, check_widths, select, select_in_place
+from jax_specdec.core.budget import Budget, RoundCosts, check_widths, usual_widths
 from jax_specdec.core.context import Context, Tapped, TargetView
-from jax_specdec.core.draft import Draft, Text
-from jax_specdec.core.drafter import Drafter, Outcome, States, accepted_prefix
+from jax_specdec.core.draft import Text
+from jax_specdec.core.drafter import Drafter, States, accepted_prefix, ways_of
 from jax_specdec.core.law import Law
 from jax_specdec.core.model import Model
 from jax_specdec.core.prefill import read_text
 from jax_specdec.core.processors import Processor
-from jax_specdec.core.round import Emitted, nothing, verify
+from jax_specdec.core.round import decode_round
 from jax_specdec.core.sampling import Sampling
 from jax_specdec.core.sharding import on_its_mesh, sharding_of
 from jax_specdec.core.state import LoopState
-from jax_specdec.core.stats import LENGTH, RUNNING, Stats, write_window
+from jax_specdec.core.stats import LENGTH, RUNNING, Stats
 from jax_specdec.errors import UserError
 
 
@@ -73,8 +72,37 @@ class DecodeLoop:
         """The most tokens a round can emit: P + 1."""
         return self.drafter.info.depth + 1
 
+    def budgeted(self) -> "DecodeLoop":
+        """The same with the usual widths; as it is where nothing is drafted."""
+        info = self.drafter.info
+        if not info.depth:
+            return self
+        whole = self.rule.needs_q and not info.is_chain
+        widths = (1, self.nodes) if whole else usual_widths(self.nodes)
+        return dataclasses.replace(self, widths=widths)
+
+    def unknown_costs(self) -> RoundCosts | None:
+        """`RoundCosts.unknown` of this loop; None where all rounds are alike."""
+        return RoundCosts.unknown(*self._costs) if len(self.widths) > 1 else None
+
+    def check_costs(self, costs: RoundCosts) -> None:
+        """Raises `UserError` for costs that are not this loop's."""
+        if len(self.widths) < 2:
+            raise UserError("All rounds of this decoder are alike, and there is nothing to choose by costs.")
+        costs.check(*self._costs)
+
     @property
-    def _tapped(self) -> Tapped:
+    def _costs(self) -> tuple[int, int, int]:
+        return len(self.widths), len(ways_of(self.drafter)), self.drafter.info.depth
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names for `Stats.source`, which counts from 1: the drafter's, and those of its other ways."""
+        ways = ways_of(self.drafter) if self.widths else (self.drafter,)
+        return tuple(dict.fromkeys(name for way in ways for name in way.info.sources))
+
+    @property
+    def tapped(self) -> Tapped:
         return Tapped(self.target, self.drafter.info.taps)
 
     @on_its_mesh
@@ -96,7 +124,10 @@ class DecodeLoop:
           params: `{"target": ..., "drafters": {name: ...}}`.
           tokens: prompts, left-aligned; what lies behind `lengths[b] >= 1` is ignored.
           capacity: static, the most tokens of a row, prompt included.
-          costs: of a round, for a loop with widths.
+          costs: of a round, for a loop with widths; default: `RoundCosts.unknown`.
+
+        Raises:
+          UserError: the costs of another loop.
         """
         caches = self.empty(params, tokens.shape[0], capacity)
         args = (tokens, lengths, sampling, request_ids, capacity, chunk)
@@ -105,7 +136,7 @@ class DecodeLoop:
     @on_its_mesh
     def empty(self, params: Params, batch: int, capacity: int) -> tuple[TargetView, States]:
         """The target's cache and the drafter's states that have read nothing."""
-        view = self._tapped.init_view(params["target"], batch, capacity + self.nodes)
+        view = self.tapped.init_view(params["target"], batch, capacity + self.nodes)
         return view, self.drafter.init(batch, capacity + self.window)
 
     @on_its_mesh
@@ -133,7 +164,7 @@ class DecodeLoop:
         view, drafts = caches
         behind = kept <= view.length  # not all of the old text is in the new one
         cut = jnp.minimum(view.length, jnp.minimum(kept, lengths - 1))
-        view, info = self._tapped.rollback(view, cut), self.drafter.info
+        view, info = self.tapped.rollback(view, cut), self.drafter.info
         if info.rewinds:
             none = jnp.zeros_like(kept)
             drafts = self.drafter.commit(drafts, accepted_prefix(kept, none, info.depth))
@@ -147,16 +178,18 @@ class DecodeLoop:
     ) -> LoopState:
         """`start` with caches that may have read something."""
         batch, width = tokens.shape
-        if (costs is None) is bool(self.widths):
-            raise ValueError("a loop with widths takes the costs of a round, another one does not")
         if width > capacity:
             raise ValueError(f"prompts of width {width} do not fit a capacity of {capacity}")
         columns = capacity + self.window
         buffer = jnp.zeros((batch, columns), jnp.int32)
         text = Text(lax.dynamic_update_slice(buffer, tokens, (0, 0)), lengths)
-        view = read_text(self._tapped, params["target"], view, text.tokens, lengths - 1, chunk)
+        view = read_text(self.tapped, params["target"], view, text.tokens, lengths - 1, chunk)
         limit = jnp.minimum(lengths + sampling.max_new_tokens, capacity)
-        info = self.drafter.info
+        info, budget = self.drafter.info, None
+        costs = self.unknown_costs() if costs is None else costs
+        if costs is not None:
+            self.check_costs(costs)
+            budget = Budget.empty(costs, batch)
         state = LoopState(
             text=text,
             prompt_length=lengths,
@@ -169,17 +202,20 @@ class DecodeLoop:
             stats=Stats.empty(
                 jnp.where(limit > lengths, RUNNING, LENGTH).astype(jnp.int32),
                 columns,
-                len(info.sources),
+                len(self.sources),
                 info.depth,
+                max(1, len(self.widths)),
                 logprobs=self.logprobs,
                 margins=self.margins,
             ),
-            budget=None if costs is None else Budget.empty(costs, batch),
+            budget=budget,
         )
         sharding = sharding_of(self.target)
         if sharding is not None:  # what begins as zeros would lie on every device
             names = ("text", "prompt_length", "limit", "keys", "stop_state", "stats")
             state = state.replace(**{name: sharding.rows(getattr(state, name)) for name in names})
+            if budget is not None:
+                state = state.replace(budget=budget.placed(sharding))
         ctx = self.context(state, None)
         return state.replace(drafts=self.drafter.extend(params["drafters"], drafts, ctx))
 
@@ -290,116 +326,9 @@ class DecodeLoop:
         )
         return jnp.pad(noise, ((0, 0), (0, self.window - rows), (0, 0)))
 
-    def _propose(
-        self, params: Params, state: LoopState, depth: Int[Array, ""]
-    ) -> tuple[Context, Draft, States]:
-        """What is drafted, at most `depth` tokens deep, and the context that it was drafted in."""
-        weights, info = params["drafters"], self.drafter.info
-        if state.budget is None or not info.depth:
-            ctx = self.context(state, self.noise(state), return_q=self.rule.needs_q)
-            return ctx, *self.drafter.draft(weights, state.drafts, ctx)
-        # As many rows of noise as the round can need; a drafter that reads none leaves them to `_verify`.
-        sizes = [0] if not info.noise else sorted({min(size, self.window) for size in self.widths})
-        index = jnp.sum(jnp.asarray(sizes, jnp.int32) <= depth, dtype=jnp.int32)
-        arms = [functools.partial(self.noise, rows=rows) for rows in sizes]
-        noise = select(jnp.minimum(index, len(sizes) - 1), arms, state)
-        ctx = self.context(state, noise, return_q=self.rule.needs_q)
-        ctx = ctx.replace(budget=jnp.minimum(ctx.budget, depth))
-
-        def draft() -> tuple[Draft, States]:
-            return self.drafter.draft(weights, state.drafts, ctx)
-
-        def skip() -> tuple[Draft, States]:
-            return nothing(self.drafter, weights, state.drafts, ctx), state.drafts
-
-        return ctx, *lax.cond(depth > 0, draft, skip)
-
-    def _verify(
-        self,
-        view: TargetView,
-        *,
-        params: Params,
-        state: LoopState,
-        ctx: Context,
-        draft: Draft,
-        width: int,
-    ) -> tuple[TargetView, Emitted]:
-        if self.widths and not self.drafter.info.noise:
-            ctx = ctx.replace(noise=self.noise(state, width))
-        return verify(
-            self._tapped,
-            self.rule,
-            params["target"],
-            view,
-            state,
-            ctx,
-            draft,
-            width=width,
-            window=self.window,
-            logprobs=self.logprobs,
-            margins=self.margins,
-        )
-
     def round(self, params: Params, state: LoopState) -> LoopState:
         """Draft, verify, commit: every running row emits at least one token."""
-        text, budget, info = state.text, state.budget, self.drafter.info
-        active = state.stats.finish == RUNNING
-        depth, index = jnp.int32(info.depth), jnp.int32(0)
-        if budget is not None:
-            depth = budget.depth(active, self.widths, info.is_chain)
-        with jax.named_scope("draft"):
-            ctx, draft, drafts = self._propose(params, state, depth)
-        proposed = draft.valid & (draft.depths() <= ctx.budget[:, None])
-        if budget is not None:
-            nodes = jnp.sum(proposed[:, 1:], axis=1, dtype=jnp.int32)
-            reached = jnp.max(jnp.where(proposed, draft.depths(), 0), axis=1)
-            index = budget.width(active, nodes, reached, self.widths, info.is_chain)
-            # What `narrow` leaves of it.
-            kept = jnp.cumsum(proposed, axis=1, dtype=jnp.int32) <= jnp.asarray(self.widths)[index]
-            draft = draft.replace(valid=proposed & kept)
-        else:
-            draft = draft.replace(valid=proposed)
-        widths = self.widths or (self.nodes,)
-        arm = functools.partial(self._verify, params=params, state=state, ctx=ctx, draft=draft)
-        arms = [functools.partial(arm, width=width) for width in widths]
-        view, found = select_in_place(index, arms, state.view)
-        place = jnp.arange(self.window, dtype=jnp.int32)[None]
-        on_chain = (found.path == place) & (place >= 1) & (place <= found.accepted[:, None])
-        matched = text.length + jnp.sum(on_chain, axis=1, dtype=jnp.int32)
-        with jax.named_scope("commit"):
-            drafts = self.drafter.commit(drafts, Outcome(matched, found.path, found.accepted))
-        if budget is not None:
-            chain = slice(1, self.window)
-            budget = budget.observe(
-                active,
-                proposed[:, chain],
-                draft.tokens[:, chain],
-                found.tokens,
-                found.count,
-                found.accepted,
-                depth,
-                index,
-            )
-        return state.replace(
-            text=Text(
-                write_window(text.tokens, found.tokens, text.length), text.length + found.count
-            ),
-            view=view,
-            drafts=drafts,
-            stop_state=found.stop_state,
-            stats=state.stats.record(
-                draft,
-                found.path,
-                found.verified,
-                found.accepted,
-                found.finish,
-                text.length,
-                active,
-                found.logprobs,
-                found.margins,
-            ),
-            budget=budget,
-        )
+        return decode_round(self, params, state)
 
     @on_its_mesh
     def run(

@@ -1,20 +1,24 @@
 """One round: what is drafted, at which width it is verified, what becomes text, and where rows end."""
 
-from typing import Any, NamedTuple
+import functools
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jax_specdec._types import Array, Bool, Float, Int, Params
 from jax_specdec.core import acceptance, numerics
-from jax_specdec.core.context import Context, Tapped, TargetView
-from jax_specdec.core.draft import Draft, root_only
-from jax_specdec.core.drafter import Drafter, States
+from jax_specdec.core.budget import Plan, select, select_in_place
+from jax_specdec.core.context import Context, TargetView
+from jax_specdec.core.draft import Draft, Text, narrow, root_only, widened
+from jax_specdec.core.drafter import Drafter, Outcome, States, ways_of
 from jax_specdec.core.sampling import STRING_COMPLETE
 from jax_specdec.core.sharding import Sharding
 from jax_specdec.core.state import LoopState
-from jax_specdec.core.stats import FAILED, LENGTH, RUNNING, STOP
-from pallas_kernels import masks
+from jax_specdec.core.stats import FAILED, LENGTH, RUNNING, STOP, write_window
+
+if TYPE_CHECKING:
+    from jax_specdec.core.loop import DecodeLoop
 
 
 class Emitted(NamedTuple):
@@ -38,6 +42,86 @@ class Emitted(NamedTuple):
     margins: Float[Array, "B Q"] | None
 
 
+def decode_round(loop: "DecodeLoop", params: Params, state: LoopState) -> LoopState:
+    """`DecodeLoop.round`."""
+    text, budget, info = state.text, state.budget, loop.drafter.info
+    active = state.stats.finish == RUNNING
+    plan, index = Plan(jnp.int32(0), jnp.int32(info.depth)), jnp.int32(0)
+    if budget is not None:
+        plan = budget.plan(active, loop.widths, info.is_chain)
+    with jax.named_scope("draft"):
+        ctx, draft, drafts = _propose(loop, params["drafters"], state, plan)
+    proposed = draft.valid & (draft.depths() <= ctx.budget[:, None])
+    kept = proposed
+    if budget is not None:
+        index = budget.width(active, *_size(draft, proposed, plan), plan.way, loop.widths, info.is_chain)
+        # What `narrow` leaves of it.
+        kept = jnp.cumsum(proposed, axis=1, dtype=jnp.int32) <= jnp.asarray(loop.widths)[index]
+        kept = proposed & kept
+    draft = draft.replace(valid=kept)
+    arm = functools.partial(_verify, loop, params["target"], state, ctx, draft)
+    arms = [functools.partial(arm, width) for width in loop.widths or (loop.nodes,)]
+    view, found = select_in_place(index, arms, state.view)
+    place = jnp.arange(loop.window, dtype=jnp.int32)[None]
+    on_chain = (found.path == place) & (place >= 1) & (place <= found.accepted[:, None])
+    matched = text.length + jnp.sum(on_chain, axis=1, dtype=jnp.int32)
+    with jax.named_scope("commit"):
+        drafts = loop.drafter.commit(drafts, Outcome(matched, found.path, found.accepted))
+    if budget is not None:
+        chain = (proposed[:, 1 : loop.window], draft.tokens[:, 1 : loop.window])
+        seen = (found.tokens, found.count, found.accepted)
+        budget = budget.observe(active, *chain, *seen, plan)
+    return state.replace(
+        text=Text(write_window(text.tokens, found.tokens, text.length), text.length + found.count),
+        view=view,
+        drafts=drafts,
+        stop_state=found.stop_state,
+        stats=state.stats.record(
+            draft,
+            found.path,
+            found.verified,
+            found.accepted,
+            found.finish,
+            text.length,
+            active,
+            found.logprobs,
+            found.margins,
+            depth=plan.depth,
+            width=index,
+        ),
+        budget=budget,
+    )
+
+
+def _propose(
+    loop: "DecodeLoop", weights: Params, state: LoopState, plan: Plan
+) -> tuple[Context, Draft, States]:
+    """What is drafted, at most `plan.depth` tokens deep, and the context that it was drafted in."""
+    info, needs_q = loop.drafter.info, loop.rule.needs_q
+    if state.budget is None or not info.depth:
+        ctx = loop.context(state, loop.noise(state), return_q=needs_q)
+        return ctx, *loop.drafter.draft(weights, state.drafts, ctx)
+    # As many rows of noise as the round can need; a drafter that reads none leaves them to `_verify`.
+    sizes = [0] if not info.noise else sorted({min(size, loop.window) for size in loop.widths})
+    index = jnp.sum(jnp.asarray(sizes, jnp.int32) <= plan.depth, dtype=jnp.int32)
+    arms = [functools.partial(loop.noise, rows=rows) for rows in sizes]
+    noise = select(jnp.minimum(index, len(sizes) - 1), arms, state)
+    ctx = loop.context(state, noise, return_q=needs_q)
+    ctx = ctx.replace(budget=jnp.minimum(ctx.budget, plan.depth))
+
+    def by(way: Drafter, states: States) -> tuple[States, Draft]:
+        draft, states = way.draft(weights, states, ctx)
+        if way is not loop.drafter:
+            draft = widened(draft, info.nodes, [loop.sources.index(n) + 1 for n in way.info.sources])
+        return states, draft
+
+    arms = [functools.partial(by, way) for way in ways_of(loop.drafter)]
+    way = jnp.where(plan.depth > 0, plan.way, -1)
+    empty = nothing(loop.drafter, weights, state.drafts, ctx)
+    states, draft = select_in_place(way, arms, state.drafts, empty)
+    return ctx, draft, states
+
+
 def nothing(drafter: Drafter, params: Params, states: States, ctx: Context) -> Draft:
     """A draft of the shapes that the drafter gives, of which only the root is valid."""
     shape = jax.eval_shape(lambda: drafter.draft(params, states, ctx)[0])
@@ -48,36 +132,21 @@ def nothing(drafter: Drafter, params: Params, states: States, ctx: Context) -> D
     )
 
 
-def narrow(draft: Draft, width: int) -> tuple[Draft, Int[Array, "B T"] | None]:
-    """A draft's first `width` valid nodes, and the index in the whole draft of each, None for the same one.
+def _size(
+    draft: Draft, proposed: Bool[Array, "B T"], plan: Plan
+) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """Drafted nodes of each row and the depth of the deepest, as the choice of a width may know them.
 
-    A chain keeps its order, and so does a tree, whose parents come before their children; but a tree's main
-    chain does not keep its places.
+    A draft that was drawn from a distribution counts as whole: whether its tokens are verified must not depend
+    on what they are, and where a drafter is unsure and ends does.
     """
-    nodes = draft.tokens.shape[1]
-    if width == nodes:
-        return draft, None
-    fields: dict[str, Any] = {"top_ids": None, "top_probs": None}
-    if draft.is_chain or width == 1:
-        for name in ("tokens", "valid", "source", "probability"):
-            fields[name] = getattr(draft, name)[:, :width]
-        fields |= {"parent": None, "depth": None, "ancestors": None}
-        q = None if draft.q is None or width == 1 else draft.q[:, : width - 1]
-        return draft.replace(**fields, q=q, depth_limit=width - 1), None
-    assert draft.ancestors is not None and draft.q is None, "a tree under a coupled rule"
-    # Stable: valid nodes in their order.
-    order = jnp.argsort(~draft.valid, axis=1, stable=True).astype(jnp.int32)
-    place = jnp.argsort(order, axis=1).astype(jnp.int32)
-    order = order[:, :width]
-    for name in ("tokens", "valid", "source", "probability"):
-        fields[name] = jnp.take_along_axis(getattr(draft, name), order, axis=1)
-    for name, of in (("parent", draft.parents()), ("depth", draft.depths())):
-        of = jnp.broadcast_to(of, draft.tokens.shape)
-        fields[name] = jnp.take_along_axis(of, order, axis=1)
-    fields["parent"] = jnp.take_along_axis(place, fields["parent"], axis=1)
-    above = jnp.take_along_axis(masks.unpack(draft.ancestors, nodes), order[..., None], axis=1)
-    above = jnp.take_along_axis(above, order[:, None], axis=2)
-    return draft.replace(**fields, ancestors=masks.pack(above)), order
+    nodes = jnp.sum(proposed[:, 1:], axis=1, dtype=jnp.int32)
+    reached = jnp.max(jnp.where(proposed, draft.depths(), 0), axis=1)
+    if draft.q is None:
+        return nodes, reached
+    depth = jnp.broadcast_to(plan.depth, nodes.shape)
+    whole = jnp.where(depth > 0, draft.tokens.shape[1] - 1, 0)
+    return depth if draft.is_chain else whole, depth
 
 
 def _padded(x: Array, width: int) -> Array:
@@ -88,34 +157,31 @@ def _padded(x: Array, width: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)))
 
 
-def verify(
-    target: Tapped,
-    rule: acceptance.Acceptance,
+def _verify(
+    loop: "DecodeLoop",
     params: Params,
-    view: TargetView,
     state: LoopState,
     ctx: Context,
     draft: Draft,
-    *,
     width: int,
-    window: int,
-    logprobs: bool,
-    margins: bool,
+    view: TargetView,
 ) -> tuple[TargetView, Emitted]:
     """Verifies a draft's first `width` valid nodes, commits what becomes text but the last, and ends rows.
 
     Args:
-      params: the target's. view: the state's, which nothing else reads. window: P + 1 of the whole draft.
+      params: the target's. view: the state's, which nothing else reads.
     """
-    text, active = state.text, ctx.active
+    if loop.widths and not loop.drafter.info.noise:
+        ctx = ctx.replace(noise=loop.noise(state, width))
+    text, active, window = state.text, ctx.active, loop.window
     part, order = narrow(draft, width)
     with jax.named_scope("verify"):
         positions = jnp.broadcast_to(text.length[:, None] - 1 + part.depths(), part.tokens.shape)
-        out = target.apply(params, part.tokens, positions, view, part.ancestors)
+        out = loop.tapped.apply(params, part.tokens, positions, view, part.ancestors)
         assert out.logits is not None
         scores = ctx.scores(out.logits, part.tokens[:, 1:], part.on_path())
-        found = rule(ctx, part, scores)
-    margin, sound = _examine(rule, ctx, part, scores, margins)
+        found = loop.rule(ctx, part, scores)
+    margin, sound = _examine(loop.rule, ctx, part, scores, loop.margins)
 
     # Tokens before the first node without a law are right; unless they end the row, it fails behind them.
     sound = jnp.take_along_axis(sound, found.path, axis=1)
@@ -125,11 +191,11 @@ def verify(
     count, finish, stop_state = _cut(state, tokens, whole, active)
     failed = (sound <= found.accepted) & (finish == RUNNING)
     finish = jnp.where(failed, FAILED, finish)
-    said = _logprobs(out.logits, found.path, found.tokens) if logprobs else None
+    said = _logprobs(out.logits, found.path, found.tokens) if loop.logprobs else None
     if margin is not None:
         margin = jnp.take_along_axis(margin, found.path, axis=1)
     with jax.named_scope("commit"):
-        view = target.commit(view, out, count, None if part.is_chain else found.path)
+        view = loop.tapped.commit(view, out, count, None if part.is_chain else found.path)
     path = found.path if order is None else jnp.take_along_axis(order, found.path, axis=1)
     return view, Emitted(
         tokens=tokens,

@@ -19,6 +19,8 @@ class Stats(flax.struct.PyTreeNode):
       drafted, accepted: `int32[B, O+1]`, tokens by source; column 0 is unused.
       calls: `int32[B, O+1]`, rounds in which the source drafted for the row.
       accepted_per_pos: `int32[B, P]`, how often the draft's token at depth d + 1 was accepted.
+      depths: `int32[B, P+1]`, rounds by drafted tokens asked for; column 0 are those without a draft.
+      widths: `int32[B, K]`, rounds by the loop's widths, the drafter's own where it has none.
       finish: `int32[B]`: RUNNING, STOP, LENGTH, or FAILED where the scores were not finite.
       source: `int32[B, C]`, source of each emitted token, 0 the target. Indexed as the text.
       logprobs: `float32[B, C]`, the target's log-probability (nats, before processors, temperature and
@@ -32,6 +34,8 @@ class Stats(flax.struct.PyTreeNode):
     accepted: Int[Array, "B O"]
     calls: Int[Array, "B O"]
     accepted_per_pos: Int[Array, "B P"]
+    depths: Int[Array, "B D"]
+    widths: Int[Array, "B K"]
     finish: Int[Array, " B"]
     source: Int[Array, "B C"]
     logprobs: Float[Array, "B C"] | None
@@ -44,6 +48,7 @@ class Stats(flax.struct.PyTreeNode):
         columns: int,
         sources: int,
         depth: int,
+        widths: int,
         *,
         logprobs: bool,
         margins: bool,
@@ -58,6 +63,8 @@ class Stats(flax.struct.PyTreeNode):
             accepted=counts,
             calls=counts,
             accepted_per_pos=jnp.zeros((batch, depth), jnp.int32),
+            depths=jnp.zeros((batch, depth + 1), jnp.int32),
+            widths=jnp.zeros((batch, widths), jnp.int32),
             finish=finish,
             source=jnp.zeros((batch, columns), jnp.int32),
             logprobs=record if logprobs else None,
@@ -75,12 +82,16 @@ class Stats(flax.struct.PyTreeNode):
         active: Bool[Array, " B"],
         logprobs: Float[Array, "B Q"] | None,
         margins: Float[Array, "B Q"] | None,
+        *,
+        depth: Int[Array, ""],
+        width: Int[Array, ""],
     ) -> "Stats":
         """The counts with one more round in them.
 
         Args:
           draft: what was verified. path, verified: as in `Verification`. accepted: drafted tokens that became
             text. start: length of the text before the round. logprobs, margins: of each emitted token.
+          depth: tokens asked of the drafter. width: the index of the round's width.
         """
         window = path.shape[1]
         place = jnp.arange(window, dtype=jnp.int32)[None]
@@ -92,6 +103,10 @@ class Stats(flax.struct.PyTreeNode):
         landed = (place < accepted[:, None]) & active[:, None]
         drafted = self._by_source(draft.source, draft.valid & active[:, None] & (draft.source > 0))
 
+        def one_more(counts: Array, at: Array) -> Array:
+            here = jnp.arange(counts.shape[1], dtype=jnp.int32)[None] == at
+            return counts + (here & active[:, None]).astype(jnp.int32)
+
         def written(record: Array | None, values: Array | None) -> Array | None:
             return record if record is None else write_window(record, values, start)
 
@@ -101,6 +116,8 @@ class Stats(flax.struct.PyTreeNode):
             calls=self.calls + (drafted > 0).astype(jnp.int32),
             accepted=self.accepted + self._by_source(source, landed),
             accepted_per_pos=self.accepted_per_pos + landed[:, :-1].astype(jnp.int32),
+            depths=one_more(self.depths, depth),
+            widths=one_more(self.widths, width),
             finish=finish,
             source=write_window(self.source, source, start),
             logprobs=written(self.logprobs, logprobs),

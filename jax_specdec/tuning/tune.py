@@ -132,7 +132,7 @@ def tune(
     verify = {t: seconds[t] for t in sorted(widths)}
 
     def decode(spec: Spec) -> tuple[SpeculativeDecoder, list[Generation]]:
-        decoder = SpeculativeDecoder(target, make_drafter(spec))
+        decoder = SpeculativeDecoder(target, make_drafter(spec), budget=False)
         return decoder, list(
             decoder.generate(prompts, max_new_tokens=max_new_tokens, batch_size=rows)
         )

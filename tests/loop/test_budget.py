@@ -26,12 +26,11 @@ def costs_of(loop, verify=1.0, draft=0.1):
     """A wider verification costs `verify` more for every doubling, a drafted token `draft`."""
     v = [1 + verify * np.log2(w) for w in loop.widths]
     c = [draft * n for n in range(loop.window)]
-    return RoundCosts(jnp.asarray(v, jnp.float32), jnp.asarray(c, jnp.float32))
+    return RoundCosts(jnp.asarray(v, jnp.float32), jnp.asarray([c], jnp.float32))
 
 
 def loop_of(drafter, **fields):
-    loop = DecodeLoop(h.TARGET, drafter, **fields)
-    return dataclasses.replace(loop, widths=usual_widths(loop.nodes))
+    return DecodeLoop(h.TARGET, drafter, **fields).budgeted()
 
 
 def cases(answer):
@@ -63,7 +62,7 @@ def test_no_text_changes(name, plain):
         )
         h.assert_identical(got, plain)
         check_stats(got, loop)
-        rounds = got.state.budget.rounds
+        rounds = got.stats.widths
         assert (rounds.sum(axis=1) == got.stats.rounds).all()
         widths |= {loop.widths[i] for i in np.flatnonzero(rounds.sum(axis=0))}
         seen.append(int(got.stats.rounds.sum()))
@@ -81,9 +80,8 @@ def test_dear_drafts_are_plain_rounds():
     )
     costs = costs_of(loop, verify=2.0, draft=1.0)
     got = h.decode(loop, *args, capacity=256, costs=costs)
-    budget = got.state.budget
-    assert (got.state.budget.rounds[0, 1:] == 0).all(), "a wide round"
-    drafts = int(got.stats.rounds[0] - budget.undrafted[0])
+    assert (got.stats.widths[0, 1:] == 0).all(), "a wide round"
+    drafts = int(got.stats.depths[0, 1:].sum())
     assert drafts <= 1 + 200 / policy._RAREST_PROBE * 4
 
 
@@ -104,7 +102,7 @@ def test_useless_drafters_cost_little_and_others_are_found_again():
     turning = wrong.copy()
     turning[:, middle] = answer[:, middle]
     costs = costs_of(loop, 0.2, 0.1)
-    v, c = np.asarray(costs.verify), np.asarray(costs.draft)
+    v, c = np.asarray(costs.verify), np.asarray(costs.draft)[0]
     tokens, lengths = h.pad(h.prompts_of([length]))
     args = (tokens, lengths, h.sampling_of(1, max_new_tokens=new), jnp.arange(1))
     for text, useless in ((wrong, True), (turning, False)):
@@ -112,12 +110,10 @@ def test_useless_drafters_cost_little_and_others_are_found_again():
         state = h.start(loop, params, *args, capacity=256, costs=costs_of(loop, 0.2, 0.1))
         spent, places = 0.0, []
         while not int(state.stats.finish[0]):
-            rounds, undrafted = np.array(state.budget.rounds), np.array(state.budget.undrafted)
+            widths, depths = np.array(state.stats.widths[0]), np.array(state.stats.depths[0])
             state = h.run(loop, params, state, 1)
-            width = int(np.argmax(np.asarray(state.budget.rounds[0]) - rounds[0]))
-            # Where it only asks, it asks for one token.
-            drafting = c[-1] if width else c[1]
-            spent += v[width] + (0 if state.budget.undrafted[0] > undrafted[0] else drafting)
+            width = int(np.argmax(np.asarray(state.stats.widths[0]) - widths))
+            spent += v[width] + c[np.argmax(np.asarray(state.stats.depths[0]) - depths)]
             places.append((int(state.text.length[0]), width))
         assert state.text.tokens[0, : length + new].tolist() == answer[0, : length + new].tolist()
         if useless:
@@ -140,7 +136,7 @@ def search(v, c, widths, hits, tries, active, nodes):
         for d in range(depth):
             own = (hits[row, d] + weight * first[row]) / (tries[row, d] + weight)
             reach *= first[row] if d == 0 else own
-            expected[row, d + 1] = expected[row, d] + reach
+            expected[row, d + 1] = expected[row, d] + max(reach, policy._LEAST)
 
     depths = []
     for d in range(depth + 1):
@@ -159,16 +155,17 @@ def test_arithmetic_against_a_search():
     for _ in range(60):
         v = np.sort(rng.uniform(1, 3, len(widths))).astype(np.float32)
         c = np.concatenate([[0], np.cumsum(rng.uniform(0.05, 0.2, depth))]).astype(np.float32)
-        state = Budget.empty(RoundCosts(jnp.asarray(v), jnp.asarray(c)), rows)
+        state = Budget.empty(RoundCosts(jnp.asarray(v), jnp.asarray(c)[None]), rows)
         tries = rng.integers(0, 9, (rows, depth)).astype(np.float32)
         hits = np.floor(tries * rng.uniform(size=tries.shape)).astype(np.float32)
-        state = state.replace(hits=jnp.asarray(hits), tries=jnp.asarray(tries))
+        state = state.replace(hits=jnp.asarray(hits)[:, None], tries=jnp.asarray(tries)[:, None])
         active = np.asarray([True, *(rng.uniform(size=rows - 1) < 0.7)])
         nodes = rng.integers(0, depth + 1, rows).astype(np.int32)
         depths, speeds = search(v, c, widths, hits, tries, active, nodes)
-        got = int(state.depth(jnp.asarray(active), widths, True))
+        got = int(state.plan(jnp.asarray(active), widths, True).depth)
         assert depths[got] >= max(depths) * (1 - 1e-5)
-        index = int(state.width(jnp.asarray(active), *[jnp.asarray(nodes)] * 2, widths, True))
+        sizes = [jnp.asarray(nodes)] * 2
+        index = int(state.width(jnp.asarray(active), *sizes, jnp.int32(0), widths, True))
         assert speeds[index] >= max(speeds) * (1 - 1e-5)
 
 
@@ -180,11 +177,9 @@ def test_forced_rounds_are_for_measuring():
     args = (tokens, lengths, h.sampling_of(4, **MIXED), jnp.arange(4))
     for depth, index in itertools.product((0, 3), range(len(loop.widths))):
         state = h.start(loop, params, *args, capacity=48, costs=costs_of(loop))
-        forced = jnp.asarray([depth, index], jnp.int32)
-        state = state.replace(budget=state.budget.replace(forced=forced))
+        state = state.replace(budget=state.budget.force(depth=depth, width=index))
         state = h.run(loop, params, state, 2)
-        assert (state.budget.rounds[:, index] == 2).all()
-        assert (state.budget.undrafted == (0 if depth else 2)).all()
+        assert (state.stats.widths[:, index] == 2).all() and (state.stats.depths[:, depth] == 2).all()
 
 
 def test_the_rejection_rule_keeps_its_law():
