@@ -327,7 +327,7 @@ class Generation:
             "tokens/s": f"{stats.tokens_per_second:.0f}",
             "ended by": f"{self.finish_reason}",
         }
-        if sum(stats.steps_per_depth[:1]):
+        if len(stats.steps_per_depth) > 1 and stats.steps_per_depth[0]:
             figures["passes without a draft"] = f"{stats.steps_per_depth[0]}"
         before = self.prompt if isinstance(self.prompt, str) else ""
         return display.answer_html(list(spans), list(stats.per_drafter), figures, before)

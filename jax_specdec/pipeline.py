@@ -100,6 +100,8 @@ class SpeculativeDecoder:
             logprobs=logprobs,
             margins=margins,
         )
+        if not isinstance(budget, bool):
+            raise UserError(f"budget is True or False, got {budget!r:.40}.")
         self.loop = loop.budgeted() if budget else loop
         self.params = {"target": target.params, "drafters": self._loaded.params}
         self.programs = Programs(target, self.loop, self._loaded, self.params, costs)

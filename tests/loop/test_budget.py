@@ -1,6 +1,5 @@
 """Rounds of several widths, and the budget that chooses depth and width: no text changes, and nothing is wasted."""
 
-import dataclasses
 import itertools
 
 import helpers as h
@@ -11,10 +10,13 @@ import pytest
 from hlo import compiled, large_copies
 from loop_runs import MIXED, RAGGED, TREE, check_stats
 
-from jax_specdec import DecodeLoop
+from jax_specdec import DecodeLoop, make_generate
 from jax_specdec.core import budget as policy
+from jax_specdec.core import round as rounds
 from jax_specdec.core.acceptance import Reject
-from jax_specdec.core.budget import Budget, RoundCosts, usual_widths
+from jax_specdec.core.budget import Budget, Plan, RoundCosts
+from jax_specdec.core.draft import Text, chain
+from jax_specdec.drafters.cascade import Cascade
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.errors import UserError
@@ -62,9 +64,9 @@ def test_no_text_changes(name, plain):
         )
         h.assert_identical(got, plain)
         check_stats(got, loop)
-        rounds = got.stats.widths
-        assert (rounds.sum(axis=1) == got.stats.rounds).all()
-        widths |= {loop.widths[i] for i in np.flatnonzero(rounds.sum(axis=0))}
+        by_width = got.stats.widths
+        assert (by_width.sum(axis=1) == got.stats.rounds).all()
+        widths |= {loop.widths[i] for i in np.flatnonzero(by_width.sum(axis=0))}
         seen.append(int(got.stats.rounds.sum()))
     assert len(widths) > 1, "all rounds had one width"
     assert seen[0] < seen[-1], "dear rounds were as long as free ones"
@@ -85,44 +87,47 @@ def test_dear_drafts_are_plain_rounds():
     assert drafts <= 1 + 200 / policy._RAREST_PROBE * 4
 
 
-def test_useless_drafters_cost_little_and_others_are_found_again():
-    """By the costs themselves: a drafter that is always wrong, then always right, then wrong again."""
+def seconds(stats, costs):
+    """Of all rounds of one row, by the costs."""
+    return stats.widths[0] @ np.asarray(costs.verify) + stats.depths[0] @ np.asarray(costs.draft)[0]
+
+
+@pytest.fixture(scope="module")
+def long():
+    """A long text of plain decoding, and arguments to decode it with a drafter that knows it."""
+    length, new = 9, 2000
+    prompts, sampling = h.prompts_of([length]), h.sampling_of(1, max_new_tokens=new)
+    return np.array(h.decode(h.plain_loop(), h.all_params(), prompts, sampling, capacity=2048).text)
+
+
+def decoded_with(text, long, **costs):
     loop = loop_of(h.chain_oracle(5))
-    length, new = 9, 240
-    plain = h.decode(
-        h.plain_loop(),
-        h.all_params(),
-        h.prompts_of([length]),
-        h.sampling_of(1, max_new_tokens=new),
-        capacity=256,
-    )
-    answer = np.array(plain.text)
-    wrong = (answer + 1) % h.VOCAB
-    middle = slice(length + 100, length + 170)
-    turning = wrong.copy()
-    turning[:, middle] = answer[:, middle]
-    costs = costs_of(loop, 0.2, 0.1)
-    v, c = np.asarray(costs.verify), np.asarray(costs.draft)[0]
-    tokens, lengths = h.pad(h.prompts_of([length]))
-    args = (tokens, lengths, h.sampling_of(1, max_new_tokens=new), jnp.arange(1))
-    for text, useless in ((wrong, True), (turning, False)):
-        params = h.all_params(oracle=h.Oracle.params(text, certain=True)["oracle"])
-        state = h.start(loop, params, *args, capacity=256, costs=costs_of(loop, 0.2, 0.1))
-        spent, places = 0.0, []
-        while not int(state.stats.finish[0]):
-            widths, depths = np.array(state.stats.widths[0]), np.array(state.stats.depths[0])
-            state = h.run(loop, params, state, 1)
-            width = int(np.argmax(np.asarray(state.stats.widths[0]) - widths))
-            spent += v[width] + c[np.argmax(np.asarray(state.stats.depths[0]) - depths)]
-            places.append((int(state.text.length[0]), width))
-        assert state.text.tokens[0, : length + new].tolist() == answer[0, : length + new].tolist()
-        if useless:
-            assert spent / new <= 1.05, spent / new
-        else:
-            start = next(i for i, (at, _) in enumerate(places) if at >= middle.start)
-            wide = next(i for i, (at, width) in enumerate(places) if at >= middle.start and width)
-            assert wide - start <= 30
-            assert spent / new < 0.95
+    costs = costs_of(loop, **costs)
+    args = (h.prompts_of([9]), h.sampling_of(1, max_new_tokens=2000))
+    params = h.all_params(oracle=h.Oracle.params(text, certain=True)["oracle"])
+    got = h.decode(loop, params, *args, capacity=2048, costs=costs)
+    assert (got.text[0, :2009] == long[0, :2009]).all()
+    return got, costs
+
+
+@pytest.mark.parametrize(("verify", "draft"), [(0.2, 0.1), (0.2, 0.005), (0.05, 0.4)])
+def test_useless_drafters_cost_little(long, verify, draft):
+    """By the costs themselves, of a drafter that is always wrong, over 2,000 tokens."""
+    got, costs = decoded_with((long + 1) % h.VOCAB, long, verify=verify, draft=draft)
+    assert seconds(got.stats, costs) / 2000 <= 1.03
+
+
+def test_a_text_that_changes_is_followed(long):
+    """A drafter that is always wrong, and in the middle always right."""
+    text = (long + 1) % h.VOCAB
+    middle = slice(1000, 1400)
+    text[:, middle] = long[:, middle]
+    got, costs = decoded_with(text, long, verify=0.2, draft=0.1)
+    first = int(np.flatnonzero(got.stats.source[0, middle])[0])
+    assert first <= 30, "rounds before it, each of one token"
+    assert seconds(got.stats, costs) / 2000 < 0.93
+    tail = got.stats.source[0, middle.stop + 30 : 2000]
+    assert np.count_nonzero(tail) == 0
 
 
 def search(v, c, widths, hits, tries, active, nodes):
@@ -169,6 +174,92 @@ def test_arithmetic_against_a_search():
         assert speeds[index] >= max(speeds) * (1 - 1e-5)
 
 
+def cascade_costs(loop, dear=0.4):
+    """The verifier's way costs `dear`, what it verifies next to nothing."""
+    costs = costs_of(loop, 0.1, 0.0)
+    draft = np.full((2, loop.window), np.inf, np.float32)
+    draft[0] = [0, *[dear] * (loop.window - 1)]
+    draft[1, : loop.window - 1] = [0, *[0.01] * (loop.window - 2)]
+    return costs.replace(draft=jnp.asarray(draft))
+
+
+@pytest.mark.parametrize("useful", ("what it verifies", "verifier"))
+def test_a_cascade_leaves_out_what_does_not_pay(useful):
+    """A verifier that throws away what was right, and one that is right where nothing else is."""
+    sampling, prompts = h.sampling_of(1, max_new_tokens=200), h.prompts_of([9])
+    plain = h.decode(h.plain_loop(), h.all_params(), prompts, sampling, capacity=256)
+    right = useful == "what it verifies"
+    answer = plain.text if right else (plain.text + 1) % h.VOCAB
+    drafter = Cascade(LmDrafter(h.TARGET, 3), (h.chain_oracle(4),), (4,))
+    weights = h.weights(h.TARGET, 11) if right else h.target_params()
+    loop = loop_of(drafter)
+    got = h.decode(
+        loop,
+        h.all_params(lm=weights, **h.Oracle.params(answer, certain=True)),
+        prompts,
+        sampling,
+        capacity=256,
+        costs=cascade_costs(loop),
+    )
+    h.assert_identical(got, plain)
+    accepted = dict(zip(loop.sources, got.stats.accepted[0, 1:].tolist(), strict=True))
+    if right:
+        assert accepted["even"] + accepted["odd"] > 120
+        assert got.stats.rounds[0] < 70
+    else:
+        assert accepted["lm"] > 80 and accepted["even"] + accepted["odd"] == 0
+        assert got.stats.rounds[0] < 120
+
+
+def test_a_new_request_begins_without_memory():
+    loop = loop_of(LM)
+    params = h.all_params(lm=h.close_params())
+    tokens, lengths = h.pad(h.prompts_of(RAGGED))
+    sampling, ids = h.sampling_of(4, **MIXED), jnp.arange(4)
+    args = (tokens, lengths, sampling, ids)
+    state = h.start(loop, params, *args, capacity=48, costs=costs_of(loop, 0.2, 0.05))
+    state = h.run(loop, params, state, 3)
+    one = jax.tree.map(lambda x: x[1:2] if x.ndim and len(x) == 4 else x, sampling)
+    insert = jax.jit(loop.insert)
+    after = insert(params, state, jnp.int32(2), tokens[1:2], lengths[1:2], one, ids[1:2]).budget
+    for name in ("hits", "tries", "waited"):
+        old, new = np.asarray(getattr(state.budget, name)), np.asarray(getattr(after, name))
+        assert old[2].any() or name == "waited"
+        assert not new[2].any() and (np.delete(new, 2, 0) == np.delete(old, 2, 0)).all()
+    assert (after.costs.verify == state.budget.costs.verify).all()
+
+
+def test_a_run_is_repeated_by_its_rerun():
+    """Decisions are a function of costs and text."""
+    loop, costs = loop_of(LM), None
+    args = (h.all_params(lm=h.close_params()), h.prompts_of(RAGGED), h.sampling_of(4, **MIXED))
+    costs = costs_of(loop, 0.2, 0.05)
+    one, two = (h.decode(loop, *args, costs=costs) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, one.state, two.state)
+
+
+def test_without_costs_all_is_drafted():
+    """Only width is saved: rounds and what they accept are those of one width."""
+    args = (h.all_params(), h.prompts_of(RAGGED), h.sampling_of(4, **MIXED))
+    want = h.decode(DecodeLoop(h.TARGET, MaxGram(5)), *args)
+    got = h.decode(loop_of(MaxGram(5)), *args)
+    assert got.tokens == want.tokens
+    for name in ("rounds", "drafted", "accepted", "accepted_per_pos", "depths"):
+        assert (getattr(got.stats, name) == getattr(want.stats, name)).all(), name
+    assert got.stats.widths[:, 0].any() and got.stats.widths[:, 1:].any()
+
+
+def test_a_pure_function_takes_costs(plain):
+    loop = loop_of(LM)
+    generate = make_generate(h.TARGET, LM, max_new_tokens=24, costs=costs_of(loop, 0.2, 0.05))
+    tokens, lengths = h.pad(h.prompts_of(RAGGED))
+    args = (tokens, lengths, h.sampling_of(4, **MIXED), jnp.arange(4))
+    text, stats = jax.device_get(jax.jit(generate)(h.all_params(lm=h.close_params()), *args))
+    for row, want in enumerate(plain.tokens):
+        assert text.tokens[row, lengths[row] : text.length[row]].tolist() == want
+    assert stats.widths.shape == (4, 3) and (stats.widths.sum(axis=1) == stats.rounds).all()
+
+
 def test_forced_rounds_are_for_measuring():
     """Each depth and width can be had from the one program, whatever the policy would take."""
     loop = loop_of(LM)
@@ -208,9 +299,34 @@ def test_no_cache_is_copied(name):
     assert not large_copies(compiled(lowered).as_text(), state.view.cache.k[0].size)
 
 
+def test_whether_tokens_are_verified_does_not_depend_on_them():
+    """Under the rejection rule a draft that ended early counts as whole."""
+    text = Text(jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32))
+    proposed = jnp.asarray([[True, True, False, False]])
+    plan, four = Plan(jnp.int32(0), jnp.int32(3)), jnp.zeros((1, 3), jnp.int32)
+    for q, size in ((None, 1), (jnp.ones((1, 3, h.VOCAB)), 3)):
+        nodes, reached = rounds._size(chain(text, four, q=q), proposed, plan)
+        assert nodes.tolist() == reached.tolist() == [size]
+
+
 @pytest.mark.parametrize("widths", [(1, 8, 4, 7), (2, 7), (1, 4), (1, 4, 8)])
 def test_widths_that_do_not_rise_to_the_draft(widths):
     with pytest.raises(
         UserError, match="widths of a round must rise from 1 to the draft's 7 nodes"
     ):
         DecodeLoop(h.TARGET, LM, widths=widths)
+
+
+def test_costs_that_are_not_of_the_loop():
+    loop = loop_of(LM)
+    good = costs_of(loop)
+    for costs, sentence in (
+        (good.replace(verify=good.verify[1:]), r"shapes \(3,\) \(one for each width\) .* got \(2,\)"),
+        (good.replace(draft=good.draft[:, 1:]), "0 to 6 drafted tokens"),
+        (good.replace(verify=good.verify * jnp.nan), "above 0 and finite"),
+        (good.replace(draft=good.draft - 1), "at least 0"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            loop.check_costs(costs)
+    with pytest.raises(UserError, match="All rounds of this decoder are alike"):
+        DecodeLoop(h.TARGET, LM).check_costs(good)
