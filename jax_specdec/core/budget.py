@@ -180,7 +180,7 @@ class Budget(flax.struct.PyTreeNode):
             else np.minimum(drafts, 1) * (len(widths) - 1)
         )
         tokens = jnp.sum(jnp.where(active[:, None, None], self.expected(), 0), axis=0)
-        rate = tokens / (costs.verify[index] + costs.draft)
+        rate = tokens / (costs.verify[index][None] + costs.draft)
         # Of equally good ones the first way, and in it the deepest.
         deepest = jnp.argmax(rate[:, ::-1].reshape(-1)).astype(jnp.int32)
         way, depth = deepest // depths, depths - 1 - deepest % depths
@@ -188,7 +188,7 @@ class Budget(flax.struct.PyTreeNode):
         # Asked for one token, it also reads what it has missed: about as much again.
         every = 2 * costs.draft[:, 1] / (_PROBING * costs.verify[0])
         every = jnp.where(idle, jnp.minimum(every, _RAREST_PROBE), 2 * _RAREST_PROBE)
-        due = (self.waited + 1).astype(jnp.float32) >= every
+        due = (self.waited + 1).astype(jnp.float32) >= every[None]
         due = jnp.any(due & active[:, None], axis=0) & (idle | (place != way))
         due = due & jnp.isfinite(costs.draft[:, 1])
         probed = jnp.argmax(due).astype(jnp.int32)
