@@ -23,7 +23,9 @@ class CostTables:
       UserError: the table of another loop.
     """
 
-    def __init__(self, target: Target, loop: DecodeLoop, loaded: LoadedDrafter, given: Given = None):
+    def __init__(
+        self, target: Target, loop: DecodeLoop, loaded: LoadedDrafter, given: Given = None
+    ):
         if given is not None and not isinstance(given, RoundCosts):
             raise UserError("Costs are given as RoundCosts.")
         if given is not None:
