@@ -6,7 +6,7 @@ import meshes as m
 import numpy as np
 import pytest
 
-from jax_specdec import DecodeLoop, RoundCosts
+from jax_specdec import DecodeLoop
 from jax_specdec.core.sharding import Sharding, put_rows, put_whole
 
 
