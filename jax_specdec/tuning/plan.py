@@ -242,7 +242,7 @@ def compiled(question: Question, make: Any) -> dict[str, Any]:
     mesh = described_mesh(question)
     sharding = Sharding(mesh)
     kind = mesh.devices.flat[0].device_kind
-    same = len(set(question.config.windows)) == 1
+    same = question.config.uniform
     loop_of_layers = "scan" if same and question.topology.hardware.platform != "cpu" else "unroll"
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         decoder = Decoder(
