@@ -82,7 +82,7 @@ class ModelConfig:
       family: the Hugging Face `model_type` it is written back as.
       rope: the rotary embedding, None for none (GPT-2). local_rope: of layers with a window, where it is
         another (Gemma 3). unrotated: layers that have none (SmolLM3), counted from 0.
-      learned_positions: a vector for each position is added to the embedding (GPT-2).
+      learned_positions: how many positions have a vector that is added to the embedding (GPT-2).
       norm: `rms`; `rms1`, which multiplies by 1 + weight (Gemma); `layer`, with mean and bias (GPT-2).
       norms: where each branch has them: `pre`, before it; `post`, behind it (OLMo-2); `both` (Gemma 2).
       parallel: attention and MLP read the same input (GPT-NeoX).
@@ -125,7 +125,7 @@ class ModelConfig:
     pad_id: int | None = None
     local_rope: RopeConfig | None = None
     unrotated: tuple[int, ...] = ()
-    learned_positions: bool = False
+    learned_positions: int = 0
     norm: Literal["rms", "rms1", "layer"] = "rms"
     norms: Literal["pre", "post", "both"] = "pre"
     parallel: bool = False
@@ -168,8 +168,9 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}")
-        for rope in {self.rope, self.local_rope} - {None}:
-            self._check(rope)
+        for rope in (self.rope, self.local_rope):
+            if rope is not None:
+                self._check(rope)
 
     def _check(self, rope: RopeConfig) -> None:
         rotated = rope_width(rope, self.head_dim)
@@ -229,15 +230,26 @@ class ModelConfig:
         kinds = {(self.windows[i], self.rope_of(i), self.has_experts(i)) for i in layers}
         return len(kinds) == 1
 
-    def parameter_count(self) -> int:
-        """Number of parameters, a tied embedding counted once."""
+    @property
+    def mlp_sizes(self) -> tuple[int, ...]:
+        """The widths of the MLPs that there are."""
+        mixed = [self.has_experts(layer) for layer in range(self.num_layers)]
+        return (self.expert_size,) * any(mixed) + (self.mlp_size,) * (not all(mixed))
+
+    def parameter_count(self, experts: int | None = None) -> int:
+        """Number of parameters, a tied embedding counted once.
+
+        Args:
+          experts: how many of each mixture layer are counted, None for all.
+        """
         mixtures = sum(self.has_experts(layer) for layer in range(self.num_layers))
-        counts = {
-            experts: sum(math.prod(p.shape) for p in layer_parameters(self, experts).values())
-            for experts in (False, True)
-        }
+        shown = self if experts is None else dataclasses.replace(self, num_experts=experts)
         own = sum(math.prod(p.shape) for p in model_parameters(self).values())
-        return own + mixtures * counts[True] + (self.num_layers - mixtures) * counts[False]
+        mixed, plain = (
+            sum(math.prod(p.shape) for p in layer_parameters(shown, kind).values())
+            for kind in (True, False)
+        )
+        return own + mixtures * mixed + (self.num_layers - mixtures) * plain
 
 
 def rope_width(rope: RopeConfig, head_dim: int) -> int:

@@ -219,8 +219,9 @@ class Decoder:
             raise ValueError(f"taps {taps} are not among -1 to {c.num_layers - 1}")
         tapped = {tap: x for tap in taps}
         angles: dict[RopeConfig | None, Any] = {None: None}
-        for rope in {c.rope_of(i) for i in range(c.num_layers)} - {None}:
-            angles[rope] = rope_angles(rope, c.head_dim, positions, c.context)
+        for rope in {c.rope_of(i) for i in range(c.num_layers)}:
+            if rope is not None:
+                angles[rope] = rope_angles(rope, c.head_dim, positions, c.context)
         partition = partition_of(self.sharding)
         scores: dict[str, Any] = {"scale": c.scale, "soft_cap": c.attention_cap}
 

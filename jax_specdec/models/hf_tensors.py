@@ -102,13 +102,9 @@ def _layer_weights(c: ModelConfig, family: Family, layer: int) -> Iterator[tuple
         "gate_up": [c.mlp_size] * 2,
         "experts_up": [c.expert_size] * 2,
     }
-    base = family.names["layer"].format(layer)  # type: ignore[union-attr]
+    base = str(family.names["layer"]).format(layer)
     for name, (shape, _) in layer_parameters(c, c.has_experts(layer)).items():
-        path, stem, bias = (
-            ("layers", layer, name),
-            name.removesuffix("_bias"),
-            name.endswith("_bias"),
-        )
+        stem, bias = name.removesuffix("_bias"), name.endswith("_bias")
         named = family.names[stem]
         experts = range(c.num_experts) if name.startswith("experts") else (None,)
         shape = shape[1:] if name.startswith("experts") else shape
@@ -121,7 +117,7 @@ def _layer_weights(c: ModelConfig, family: Family, layer: int) -> Iterator[tuple
             for template, width in zip(parts, widths, strict=True):
                 part = (*shape[:-1], width)
                 part = part[::-1] if transposed else part
-                weight = Weight(path, part, transposed, start, expert, heads)
+                weight = Weight(("layers", layer, name), part, transposed, start, expert, heads)
                 yield base + _name(template, bias).format(expert), weight
                 start += width
 

@@ -30,10 +30,12 @@ def layer_parameters(c: "ModelConfig", experts: bool) -> dict[str, Parameter]:
     heads, keys = c.num_heads * dim, c.num_kv_heads * dim
     found: dict[str, Parameter] = {}
 
-    def matrix(name: str, rows: tuple[str, int], columns: tuple[str, int], bias: bool) -> None:
+    def matrix(
+        name: str, rows: tuple[str, int], columns: tuple[str | None, int], bias: bool = False
+    ) -> None:
         found[name] = Parameter((rows[1], columns[1]), (rows[0], columns[0]))
         if bias:
-            found[f"{name}_bias"] = Parameter(columns[1:], columns[:1])
+            found[f"{name}_bias"] = Parameter((columns[1],), (columns[0],))
 
     def norm(name: str) -> None:
         found[name] = Parameter((embed,), ("embed",))
@@ -57,7 +59,7 @@ def layer_parameters(c: "ModelConfig", experts: bool) -> dict[str, Parameter]:
     width = 2 if c.gated else 1
     if experts:
         count, size = c.num_experts, c.expert_size
-        matrix("router", ("embed", embed), (None, count), False)  # type: ignore[arg-type]
+        matrix("router", ("embed", embed), (None, count))
         found["experts_up"] = Parameter((count, embed, width * size), (None, "embed", "mlp"))
         found["experts_down"] = Parameter((count, size, embed), (None, "mlp", "embed"))
     else:
@@ -74,7 +76,7 @@ def model_parameters(c: "ModelConfig") -> dict[str, Parameter]:
     embed = c.hidden_size
     found = {"embed": Parameter((c.vocab_size, embed), ("vocab", "embed"))}
     if c.learned_positions:
-        found["positions"] = Parameter((c.context, embed), (None, "embed"))
+        found["positions"] = Parameter((c.learned_positions, embed), (None, "embed"))
     found["norm"] = Parameter((embed,), ("embed",))
     if c.norm == "layer":
         found["norm_bias"] = found["norm"]

@@ -30,10 +30,8 @@ def divided_config(config: ModelConfig, sharding: Sharding) -> ModelConfig:
             f"{config.num_heads} query heads and {config.num_kv_heads} KV heads do not divide over "
             f"{parts} devices; they do over {', '.join(map(str, fit))}."
         )
-    sizes = [("mlp", config.mlp_size), ("vocab", config.vocab_size), ("embed", config.hidden_size)]
-    if config.num_experts:
-        dense = bool(config.dense_layers)
-        sizes = [("mlp", config.expert_size), *(sizes if dense else sizes[1:])]
+    sizes = [("vocab", config.vocab_size), ("embed", config.hidden_size)]
+    sizes = [("mlp", size) for size in config.mlp_sizes] + sizes
     for name, size in sizes:
         among = sharding.size(name)
         if size % among:
