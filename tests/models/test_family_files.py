@@ -99,11 +99,12 @@ def test_a_context_of_long_rotary_factors(folder):  # noqa: F811
 
 
 def test_info_of_a_mixture(folder, capsys):  # noqa: F811
-    assert main(["info", "--model", str(folder("qwen3_moe")), "--drafter", "none", "--json"]) == 0
+    asked = ["info", "--model", str(folder("qwen3_moe")), "--max-new-tokens", "8"]
+    assert main([*asked, "--drafter", "none", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["num_experts"], found["experts_per_token"], found["expert_size"]) == (8, 3, 16)
     assert found["num_parameters"] == sum(x.size for x in tensors_of(folder("qwen3_moe")).values())
-    assert main(["info", "--model", str(folder("qwen3_moe")), "--drafter", "none"]) == 0
+    assert main([*asked, "--drafter", "none"]) == 0
     assert "8 experts of 16, 3 a token" in capsys.readouterr().out
 
 
