@@ -121,6 +121,7 @@ def config_to_hf(config: ModelConfig, dtype: Any) -> Json:
         )
     family, rope = FAMILIES[config.family], config.rope
     dynamic = rope is not None and rope.kind == "dynamic"
+    longest = rope.original_context if dynamic else config.context
     hf = {
         "architectures": [family.architecture],
         "model_type": config.family,
@@ -133,7 +134,7 @@ def config_to_hf(config: ModelConfig, dtype: Any) -> Json:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": _ACTIVATIONS[config.activation],
-        "max_position_embeddings": rope.original_context if dynamic else config.context,
+        "max_position_embeddings": longest,
         "rms_norm_eps": config.norm_eps,
         **write_ropes(config),
         "tie_word_embeddings": config.tied_head,
