@@ -121,7 +121,7 @@ def config_to_hf(config: ModelConfig, dtype: Any) -> Json:
         )
     family, rope = FAMILIES[config.family], config.rope
     dynamic = rope is not None and rope.kind == "dynamic"
-    longest = rope.original_context if dynamic else config.context
+    longest = config.context if rope is None or not dynamic else rope.original_context
     hf = {
         "architectures": [family.architecture],
         "model_type": config.family,
