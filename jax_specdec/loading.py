@@ -33,6 +33,7 @@ def load(
     rules: ShardingRules | None = None,
     int8: Collection[str] = (),
     draft_int8: Collection[str] = (),
+    context: int | None = None,
     batch_size: int = 1,
     rule: Acceptance = MATCH,
     processors: Sequence[Processor] = (),
@@ -48,7 +49,7 @@ def load(
         and why, is said once where people look, and stands in the decoder's `repr`.
       draft: checkpoint folders or hub ids of drafters by name; default: folders of their names beside the
         model's.
-      dtype, mesh, rules, int8: as in `load_target`. draft_int8: `int8` of the drafter.
+      dtype, mesh, rules, int8, context: as in `load_target`. draft_int8: `int8` of the drafter.
       batch_size: that of the measurements which count.
       rule, processors, logprobs, margins: as in `SpeculativeDecoder`.
 
@@ -64,6 +65,7 @@ def load(
         rules=rules,
         int8=int8,
         draft_int8=draft_int8,
+        context=context,
         batch_size=batch_size,
     )
     if found.reason:
@@ -83,6 +85,7 @@ def load_pair(
     rules: ShardingRules | None = None,
     int8: Collection[str] = (),
     draft_int8: Collection[str] = (),
+    context: int | None = None,
     batch_size: int = 1,
     first: str = "the first of draft",
 ) -> tuple[Target, LoadedDrafter]:
@@ -92,7 +95,7 @@ def load_pair(
         name = default_dtype(folder) if dtype is None else getattr(dtype, "__name__", str(dtype))
         setting = Setting(folder, name, batch_size, int8, draft_int8)
         drafter, reason = choose_drafter(setting, draft or {}, first)
-    target = load_target(folder, dtype=dtype, mesh=mesh, rules=rules, int8=int8)
+    target = load_target(folder, dtype=dtype, mesh=mesh, rules=rules, int8=int8, context=context)
     found = load_drafter(drafter, target, drafts=draft, batch_size=batch_size, int8=draft_int8)
     return target, dataclasses.replace(found, reason=reason)
 

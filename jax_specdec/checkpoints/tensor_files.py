@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from jax_specdec._types import Params
 from jax_specdec.errors import RunError, UserError
-from jax_specdec.models.hf import Weight
+from jax_specdec.models.hf_tensors import Weight
 
 MAX_SHARD_BYTES = 2 * 10**9
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -177,6 +177,34 @@ def read_into(
         _assign(part[:, here] if transposed else part[here], piece.T if transposed else piece)
 
 
+def read_weight(array: np.ndarray, weight: Weight, stored: Stored, stacked: bool = False) -> None:
+    """Copies a tensor of a file into its part of our array.
+
+    Args:
+      stacked: the array's first axis is that of layers.
+    """
+    part, order, view = weight.within(array, stacked), weight.order, stored.view()
+    if order is None:
+        read_into(part, view, weight.transposed)
+        return
+    for to, start, length in runs(order):
+        index = (*map(slice, part.shape[:-1]), slice(start, start + length))
+        read_into(part[..., to : to + length], view, weight.transposed, index)
+
+
+def runs(columns: np.ndarray, places: np.ndarray | None = None) -> Iterator[tuple[int, int, int]]:
+    """Pieces of columns that follow each other: where each begins, its first column, its length.
+
+    Args:
+      places: where each column goes, default 0, 1, ...
+    """
+    places = np.arange(len(columns)) if places is None else places
+    breaks = np.flatnonzero((np.diff(columns) != 1) | (np.diff(places) != 1)) + 1
+    for piece in np.split(np.arange(len(columns)), breaks):
+        if len(piece):
+            yield int(places[piece[0]]), int(columns[piece[0]]), len(piece)
+
+
 def _assign(to: np.ndarray, value: np.ndarray) -> None:
     if to.dtype == value.dtype and to.itemsize == 2:
         # As integers: numpy moves bfloat16, which it does not know, element by element.
@@ -219,14 +247,14 @@ def write_tensors(
 def _tensor(params: Params, name: str, weight: Weight, dtype: Any) -> np.ndarray:
     """One tensor as the file has it, from either layer layout."""
     leaf: Any = params
-    if len(weight.path) == 3 and not isinstance(params.get("layers", ()), tuple):
-        leaf = np.asarray(params["layers"][weight.path[2]])[weight.path[1]]
-    else:
-        for key in weight.path:
-            leaf = leaf[key]
-    part = np.asarray(leaf)[..., weight.start : weight.start + weight.part[-1]]
+    stacked = len(weight.path) == 3 and not isinstance(params.get("layers", ()), tuple)
+    for key in (weight.path[0], weight.path[2]) if stacked else weight.path:
+        leaf = leaf[key]
+    part = weight.within(np.asarray(leaf), stacked)
     if part.shape != weight.part:
         raise ValueError(f"{name} would be {part.shape}, but its configuration says {weight.part}")
+    if weight.order is not None:
+        part = part[..., np.argsort(weight.order)]
     out = np.empty(weight.shape, dtype)
     for start in range(0, len(out), _ROWS):
         rows = slice(start, start + _ROWS)

@@ -142,6 +142,7 @@ def load(args: argparse.Namespace, mesh: "Mesh | None" = None) -> "tuple[Target,
             mesh=mesh,
             int8=getattr(args, "int8", ()),
             draft_int8=getattr(args, "draft_int8", ()),
+            context=getattr(args, "context", None),
             batch_size=getattr(args, "batch_size", 1),
             first="the first --draft",
         )

@@ -51,6 +51,13 @@ def register(commands: Any) -> None:
     prompts.add_argument(
         "--keep-last", type=int, metavar="N", help="keep the last N tokens of each prompt"
     )
+    prompts.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="longest text in tokens, the prompt among them (default: all that the model takes; of Phi with "
+        "longrope, what its short rotary factors serve)",
+    )
     rules = sampling.add_sampling(parser, "none")
     rules.add_argument(
         "--rule",

@@ -174,9 +174,12 @@ def _kinds() -> list[str]:
 
 
 def _shape(found: dict[str, Any]) -> str:
+    mlp = f"MLP {found['mlp_size']}"
+    if "num_experts" in found:
+        mlp = f"{found['num_experts']} experts of {found['expert_size']}, {found['experts_per_token']} a token"
     return (
         f"{found['num_parameters']:,} parameters ({found['family']}, stored as {found['stored_dtype']}): "
-        f"{found['num_layers']} layers of {found['hidden_size']}, MLP {found['mlp_size']}, "
+        f"{found['num_layers']} layers of {found['hidden_size']}, {mlp}, "
         f"{found['num_heads']} heads on {found['num_kv_heads']} key heads of {found['head_dim']}, "
         f"vocabulary {found['vocab_size']}, context {found['context']}"
     )

@@ -164,7 +164,7 @@ def _config(source: str) -> "tuple[ModelConfig, Path]":
 
 
 def _usual_mesh(config: "ModelConfig", devices: int) -> dict[str, int]:
-    sizes = (config.num_heads, config.vocab_size, config.mlp_size)
+    sizes = (config.num_heads, config.vocab_size, *config.mlp_sizes)
     tensor = max(
         n for n in range(1, devices + 1) if devices % n == 0 and not any(s % n for s in sizes)
     )

@@ -121,8 +121,8 @@ def test_other_architectures(folder):
     with pytest.raises(UserError, match=r"lacks model.embed_tokens.weight"):
         load_params(folder, CONFIG)
     hf = config_to_hf(CONFIG, "float32")
-    (folder / "config.json").write_text(json.dumps({**hf, "model_type": "gpt2"}))
-    with pytest.raises(UserError, match="'gpt2' are not supported; supported are llama, mistral"):
+    (folder / "config.json").write_text(json.dumps({**hf, "model_type": "bloom"}))
+    with pytest.raises(UserError, match="'bloom' are not supported; supported are llama, mistral"):
         load_target(folder)
 
 
