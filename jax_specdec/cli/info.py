@@ -86,6 +86,7 @@ def open_headers(args: argparse.Namespace) -> "tuple[Target, str, Drafters]":
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """Everything `info` knows, as a JSON object."""
     from jax_specdec.checkpoints.memory import available_memory, memory_plan, sizes_of
+    from jax_specdec.checkpoints.target_tensors import packing_of
     from jax_specdec.specs.build import check_taken
 
     folders, given = common.draft_folders(args.draft), common.given_drafter(args)
@@ -132,6 +133,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "model": str(target.path),
         **sizes_of(config),
         "stored_dtype": stored,
+        "packing": packing_of(target.path),
         "tokenizer": target.tokenizer is not None,
         "dtype": dtype,
         "int8": list(args.int8),
@@ -168,8 +170,11 @@ def _kinds() -> list[str]:
 
 
 def _shape(found: dict[str, Any]) -> str:
+    stored = found["stored_dtype"]
+    if found.get("packing"):
+        stored = f"{found['packing']}, read as {stored}"
     return (
-        f"{found['num_parameters']:,} parameters ({found['family']}, stored as {found['stored_dtype']}): "
+        f"{found['num_parameters']:,} parameters ({found['family']}, stored as {stored}): "
         f"{found['num_layers']} layers of {found['hidden_size']}, MLP {found['mlp_size']}, "
         f"{found['num_heads']} heads on {found['num_kv_heads']} key heads of {found['head_dim']}, "
         f"vocabulary {found['vocab_size']}, context {found['context']}"

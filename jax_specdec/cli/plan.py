@@ -155,12 +155,14 @@ def _may_fit(found: dict[str, Any]) -> bool:
 
 def _config(source: str) -> "tuple[ModelConfig, Path]":
     """The configuration in a file, a folder or a model of the hub, and where it lies."""
+    from jax_specdec.checkpoints.gguf_model import is_gguf, read_config
     from jax_specdec.checkpoints.hub import fetch_config
     from jax_specdec.checkpoints.tensor_files import read_json
     from jax_specdec.models.hf import config_from_hf
 
     path = fetch_config(source)
-    return config_from_hf(read_json(path), None), path.parent
+    hf = read_config(path) if is_gguf(path) else read_json(path)
+    return config_from_hf(hf, None), path.parent
 
 
 def _usual_mesh(config: "ModelConfig", devices: int) -> dict[str, int]:
