@@ -4,11 +4,14 @@ import os
 import re
 from pathlib import Path
 
+from jax_specdec.checkpoints import smollm2
 from jax_specdec.checkpoints.tensor_files import absent_shards
 from jax_specdec.checkpoints.tokenizer_files import TOKENIZER_FILES
 from jax_specdec.errors import UserError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+GGUF = ".gguf"
+HUB_GGUF = re.compile(rf"({HUB_ID.pattern})/([\w./-]+\{GGUF})")
 # Names, not endings: hub patterns match across folders, and many models lie there in several forms.
 HUB_PATTERNS = (
     "config.json",
@@ -23,30 +26,67 @@ HUB_PATTERNS = (
 
 
 def find_checkpoint(source: str | os.PathLike[str]) -> Path:
-    """The local folder of a path or hub id, downloaded where needed.
+    """The local folder or GGUF file of a path or hub id, downloaded where needed.
+
+    `OWNER/NAME/FILE.gguf` is one file of the hub.
 
     Raises:
-      UserError: neither a folder here nor a model that can be fetched.
+      UserError: neither a folder or GGUF file here nor a model that can be fetched.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return folder
+        return _gguf_or_folder(folder)
     if folder.is_file():
+        if folder.suffix == GGUF:
+            return folder
         raise UserError(f"{source} is a file; name the folder that holds it and config.json.")
-    if not HUB_ID.fullmatch(str(source)):
+    if str(source) == smollm2.NAME:
+        return smollm2.find()
+    one = HUB_GGUF.fullmatch(str(source))
+    if one is None and not HUB_ID.fullmatch(str(source)):
         raise UserError(f"There is no folder {source}.")
     import huggingface_hub
 
     try:
+        if one is not None:
+            return Path(huggingface_hub.hf_hub_download(one[1], one[2]))
         path = huggingface_hub.snapshot_download(str(source), allow_patterns=list(HUB_PATTERNS))
         shards = absent_shards(Path(path))
         if shards:  # called otherwise than transformers calls them
             path = huggingface_hub.snapshot_download(str(source), allow_patterns=shards)
+        if not _has_weights(Path(path)):
+            files = [
+                name for name in huggingface_hub.list_repo_files(str(source)) if name.endswith(GGUF)
+            ]
+            if files:
+                return Path(huggingface_hub.hf_hub_download(str(source), _only(source, files)))
     except UserError:
         raise
     except Exception as error:  # HTTP clients, proxies and caches fail in too many ways to list
         raise _unfetched(source, error) from error
     return Path(path)
+
+
+def _gguf_or_folder(folder: Path) -> Path:
+    """A folder, or the one GGUF file in it where it has no other weights."""
+    if _has_weights(folder):
+        return folder
+    files = sorted(path.name for path in folder.glob(f"*{GGUF}"))
+    return folder / _only(folder, files) if files else folder
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors*"))
+
+
+def _only(source: str | os.PathLike[str], files: list[str]) -> str:
+    if len(files) > 1:
+        more = f", and {len(files) - 3} more" if len(files) > 3 else ""
+        raise UserError(
+            f"{source} holds several GGUF files; name one, as {source}/{files[0]} (others: "
+            f"{', '.join(files[1:3])}{more})."
+        )
+    return files[0]
 
 
 def fetch_config(source: str | os.PathLike[str]) -> Path:

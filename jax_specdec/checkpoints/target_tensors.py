@@ -6,6 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from jax_specdec.checkpoints.gguf_model import (
+    is_gguf,
+    open_gguf_tensors,
+    read_config,
+    tensor_types,
+)
+from jax_specdec.checkpoints.packed import read_packing
 from jax_specdec.checkpoints.tensor_files import (
     DTYPES,
     Stored,
@@ -15,7 +22,7 @@ from jax_specdec.checkpoints.tensor_files import (
 )
 from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
-from jax_specdec.models.hf import config_from_hf
+from jax_specdec.models.hf import Json, config_from_hf
 from jax_specdec.models.hf_tensors import IGNORED, name_of, weight_names
 
 _ROWS = 1024  # compared at a time
@@ -41,19 +48,11 @@ def stored_config(folder: str | os.PathLike[str]) -> ModelConfig:
       UserError: it is missing, broken or describes something that is not supported.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}.")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no checkpoint: it has no config.json.")
-    generation = folder / "generation_config.json"
-    config = config_from_hf(
-        read_json(folder / "config.json"), read_json(generation) if generation.is_file() else None
-    )
-    return settle_head(folder, config)
+    return settle_head(folder, config_from_hf(*_read_configs(folder)))
 
 
 def open_target(folder: Path, config: ModelConfig) -> dict[str, Stored]:
-    """The open tensors of a target. Nothing is read but headers.
+    """The open tensors of a target, those of quantized files as what they stand for. Nothing is read but headers.
 
     A model without a head, saved on its own, lacks the first part of its names, such as `model.`; of a tied
     pair one may be stored.
@@ -61,12 +60,49 @@ def open_target(folder: Path, config: ModelConfig) -> dict[str, Stored]:
     Raises:
       UserError: as `open_tensors`.
     """
-    tensors = _named(open_tensors(folder), config)
+    tensors = _open(folder, config)
     if config.tied_head:
         head = tensors.pop(name_of(config, "head"), None)
         if head is not None:
             tensors.setdefault(name_of(config, "embed"), head)
     return tensors
+
+
+def _read_configs(folder: Path) -> tuple[Json, Json | None]:
+    """What a checkpoint's config.json and generation_config.json say."""
+    if is_gguf(folder):
+        return read_hf_config(folder), None
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}.")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no checkpoint: it has no config.json.")
+    generation = folder / "generation_config.json"
+    return read_hf_config(folder / "config.json"), (
+        read_json(generation) if generation.is_file() else None
+    )
+
+
+def read_hf_config(file: Path) -> Json:
+    """What a config.json says, or would say of a GGUF file, less a quantization that is undone while tensors are read.
+
+    Raises:
+      UserError: it is broken, or names a quantization that is not supported.
+    """
+    if is_gguf(file):
+        return read_config(file)
+    hf = read_json(file)
+    if read_packing(file) is not None:
+        hf.pop("quantization_config", None)
+    return hf
+
+
+def named_dtype(folder: Path) -> str | None:
+    """The dtype that config.json names, where it is one that can be computed in."""
+    if is_gguf(folder):
+        return None
+    hf = read_json(folder / "config.json")
+    named = hf.get("dtype") if hf.get("dtype") is not None else hf.get("torch_dtype")
+    return named if isinstance(named, str) and named in DTYPES.values() else None
 
 
 def settle_head(folder: Path, config: ModelConfig) -> ModelConfig:
@@ -77,7 +113,7 @@ def settle_head(folder: Path, config: ModelConfig) -> ModelConfig:
     if not config.tied_head:
         return config
     try:
-        tensors = _named(open_tensors(folder), config)
+        tensors = _open(folder, config)
     except UserError:  # whoever reads the weights says so
         return config
     pair = [tensors.get(name_of(config, name)) for name in ("embed", "head")]
@@ -105,6 +141,21 @@ def stored_dtype(folder: Path, tensors: dict[str, Stored], config: ModelConfig) 
         raise UserError(f"{folder} stores weights as {stored}; {', '.join(DTYPES)} are supported.")
     found = {tensor.view().get_dtype() for tensor in tensors.values()} & DTYPES.keys()
     return DTYPES[stored] if len(found) == 1 else "float32"
+
+
+def packing_of(folder: Path) -> str | None:
+    """How weights are stored, where it is not as they are; for people."""
+    if is_gguf(folder):
+        return ", ".join(tensor_types(folder))
+    packing = read_packing(folder / "config.json")
+    return None if packing is None else packing.name
+
+
+def _open(folder: Path, config: ModelConfig) -> dict[str, Stored]:
+    if is_gguf(folder):
+        return open_gguf_tensors(folder)
+    tensors, packing = open_tensors(folder), read_packing(folder / "config.json")
+    return _named(tensors if packing is None else packing.unpack(folder, tensors), config)
 
 
 def _named(tensors: dict[str, Stored], config: ModelConfig) -> dict[str, Stored]:

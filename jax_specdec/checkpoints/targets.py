@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face format: load, save, convert, and what they take in memory.
+"""Checkpoints in Hugging Face format, and GGUF files: load, save, convert, and what they take in memory.
 
 Tensors are read in pieces into the array that they end in, so loading takes little more memory than
 the parameters. Only safetensors are read: no pickles, and no code from a checkpoint.
@@ -23,6 +23,7 @@ from jax_specdec.checkpoints.generation_config import (
     read_generation,
     write_generation,
 )
+from jax_specdec.checkpoints.gguf_model import is_gguf
 from jax_specdec.checkpoints.hub import find_checkpoint
 from jax_specdec.checkpoints.int8 import PARTS, check_parts
 from jax_specdec.checkpoints.memory import (
@@ -35,23 +36,26 @@ from jax_specdec.checkpoints.memory import (
 from jax_specdec.checkpoints.target_tensors import (
     check_target_tensors,
     load_config,
+    named_dtype,
     open_target,
     settle_head,
     stored_config,
     stored_dtype,
 )
 from jax_specdec.checkpoints.tensor_files import (
-    DTYPES,
     MAX_SHARD_BYTES,
     Stored,
     aligned,
     new_folder,
-    read_json,
     read_weight,
     write_json,
     write_tensors,
 )
-from jax_specdec.checkpoints.tokenizer_files import TOKENIZER_FILES, load_tokenizer
+from jax_specdec.checkpoints.tokenizer_files import (
+    TOKENIZER_FILES,
+    has_tokenizer,
+    load_tokenizer,
+)
 from jax_specdec.core.sharding import Sharding, ShardingRules
 from jax_specdec.display import model_line
 from jax_specdec.errors import UserError
@@ -73,7 +77,7 @@ class Target:
     """A loaded model.
 
     Attributes:
-      tokenizer: of transformers, None where none was asked for. path: the folder it was loaded from.
+      tokenizer: of transformers, None where none was asked for. path: its folder or GGUF file.
       generation: what the checkpoint asks of decoding; only its end-of-text ids, in `config`, are applied.
     """
 
@@ -121,7 +125,7 @@ def load_target(
     """Loads a model and its tokenizer.
 
     Args:
-      source: a folder, or a model id of the Hugging Face hub.
+      source: a folder, a GGUF file or a folder with one, or a model id of the Hugging Face hub.
       dtype: of parameters and computation; None is the checkpoint's on accelerators, see
         `default_dtype`, and float32 on CPU.
       layer_loop: see `Decoder`; None is `unroll`, the faster one for decoding.
@@ -155,7 +159,7 @@ def load_target(
     params = _read_params(folder, tensors, decoder, None, config)
     if config.tied_head and tuning.device().platform == "cpu":
         # XLA's CPU products of a few rows take up to ten times as long with a transposed matrix.
-        params["head"] = jnp.array(params["embed"].T)
+        params["head"] = params["embed"].T
         params = quantize(params) if decoder.quantized else params
     target = Target(decoder, params, loaded, folder, generation)
     if "cache" not in int8:
@@ -203,17 +207,11 @@ def default_dtype(folder: Path, tensors: dict[str, Stored] | None = None) -> str
     """
     if tuning.device().platform == "cpu":
         return "float32"
-    named = _named_dtype(folder)
+    named = named_dtype(folder)
     if named is not None:
         return named
     config = load_config(folder)
     return stored_dtype(folder, tensors or open_target(folder, config), config)
-
-
-def _named_dtype(folder: Path) -> str | None:
-    hf = read_json(folder / "config.json")
-    named = hf.get("dtype") if hf.get("dtype") is not None else hf.get("torch_dtype")
-    return named if isinstance(named, str) and named in DTYPES.values() else None
 
 
 def load_params(
@@ -295,6 +293,8 @@ def convert(
 ) -> None:
     """Loads a checkpoint into host memory and writes it again, in `dtype` (None: as it is) and new shards.
 
+    Of quantized weights `as it is` is float32, which holds them exactly.
+
     Raises:
       UserError: as `load_target`. RunError: as `save_pretrained`.
     """
@@ -305,15 +305,18 @@ def convert(
     decoder = _make_decoder(config, stored, "unroll")
     check_fits(memory_plan(config, decoder.dtype, batch=0, slots=0), host_memory())
     params = _read_params(folder, tensors, decoder, lambda path, value: value)
+    tokenizer: Any = folder
+    if is_gguf(folder):
+        tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
     save_pretrained(
         out,
         config,
         params,
         dtype=decoder.dtype,
-        tokenizer=folder,
+        tokenizer=tokenizer,
         generation=generation,
         max_shard_bytes=max_shard_bytes,
-        load_dtype=dtype or _named_dtype(folder),
+        load_dtype=dtype or named_dtype(folder),
     )
 
 

@@ -32,7 +32,8 @@ def add_model(parser: Any) -> None:
     parser.add_argument(
         "--model",
         metavar="DIR",
-        help="checkpoint folder, or a model id of the Hugging Face hub (default: the embedded demo)",
+        help="checkpoint folder, GGUF file, or a model id of the Hugging Face hub; or smollm2, where `make smollm2` "
+        "ran (default: the embedded demo)",
     )
     parser.add_argument(
         "--dtype",

@@ -68,11 +68,10 @@ class Request:
         """
         source = "" if self.source is None else self.source
         local = Path(source).expanduser()
-        if local.is_dir():
-            return local
-        from jax_specdec.checkpoints.hub import HUB_ID, find_checkpoint
+        from jax_specdec.checkpoints.hub import HUB_GGUF, HUB_ID, find_checkpoint
 
-        if isinstance(source, str) and HUB_ID.fullmatch(source):
+        hub = isinstance(source, str) and (HUB_ID.fullmatch(source) or HUB_GGUF.fullmatch(source))
+        if source and (local.exists() or hub):
             try:
                 return find_checkpoint(source)
             except UserError as error:
