@@ -255,16 +255,24 @@ def _tensor(
     return GgufTensor(shape, kind, start + offset, row_bytes)
 
 
-def row_view(file: GgufFile, name: str, order: np.ndarray | None = None) -> RowView:
-    """A tensor whose rows, or elements where it is a vector, are those of `order` (None: the file's)."""
+def row_view(
+    file: GgufFile, name: str, order: np.ndarray | None = None, expert: int | None = None
+) -> RowView:
+    """A tensor whose rows, or elements where it is a vector, are those of `order` (None: the file's).
+
+    Args:
+      expert: of a tensor with a matrix for each, the one that is wanted.
+    """
     tensor = file.tensors[name]
     vector = len(tensor.shape) == 1
+    first = 0 if expert is None else expert * tensor.shape[-2]
 
     def read(start: int, stop: int) -> np.ndarray:
         if vector:
             whole = file.rows(name, np.zeros(1, int))[0]
             return (whole if order is None else whole[order])[start:stop]
-        wanted = np.arange(start, stop) if order is None else order[start:stop]
+        wanted = np.arange(start, stop) + first if order is None else order[start:stop]
         return file.rows(name, wanted)
 
-    return RowView(tensor.shape, tensor.kind if tensor.kind in DTYPES else "F32", read)
+    shape = tensor.shape if expert is None else tensor.shape[-2:]
+    return RowView(shape, tensor.kind if tensor.kind in DTYPES else "F32", read)

@@ -92,16 +92,23 @@ def _only(source: str | os.PathLike[str], files: list[str]) -> str:
 def fetch_config(source: str | os.PathLike[str]) -> Path:
     """The config.json of a path or hub id: a folder's, a file of any name, or the hub's, without weights.
 
+    A GGUF file, also a folder's only one, stands for its own.
+
     Raises:
       UserError: there is none.
     """
     path = Path(source).expanduser()
+    if str(source) == smollm2.NAME and not path.exists():
+        path = smollm2.find()
     if path.is_file():
         return path
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if (path / "config.json").is_file():
+            return path / "config.json"
+        found = _gguf_or_folder(path)
+        if found == path:
             raise UserError(f"{path} has no config.json.")
-        return path / "config.json"
+        return found
     if not HUB_ID.fullmatch(str(source)):
         raise UserError(f"There is no folder or file {source}.")
     import huggingface_hub

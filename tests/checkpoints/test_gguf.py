@@ -268,7 +268,6 @@ def test_unknown_types(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([("llama.expert_count", 8)], "a mixture of experts"),
         ([("llama.attention.sliding_window", 8)], "has a window"),
         ([("llama.attention.value_length", 4)], "another size than its keys"),
         ([("split.count", 3)], "join them with"),

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 from small_checkpoint import CONFIG, assert_trees_equal, rewrite, write_random
 
+from jax_specdec.checkpoints.target_tensors import read_hf_config
 from jax_specdec.checkpoints.targets import convert, inspect_checkpoint, load_target
 from jax_specdec.cli import main
 from jax_specdec.errors import UserError
@@ -211,6 +212,26 @@ def test_info_names_the_packing(folder, capsys):
     assert f"stored as {name}, read as float32" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("way", ["modelopt", "GPTQ"])
+def test_plan_counts_what_is_computed_with(way, folder, capsys):
+    """Weights are turned into the dtype of computation while they are read."""
+    asked = ["plan", "--model", str(folder), "--drafter", "none", "--topology", "v5e:1x1"]
+    asked += ["--arithmetic", "--context", "64", "--json"]
+    found = []
+    for pack_it in (False, True):
+        if pack_it:
+            about, change, _ = WAYS[way]
+            pack(
+                folder,
+                about,
+                change,
+                "hf_quant_config.json" if way == "modelopt" else "config.json",
+            )
+        assert main(asked) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("about", "message"),
     [
@@ -234,6 +255,8 @@ def test_unknown_ways(about, message, folder):
     (folder / "config.json").write_text(json.dumps({**hf, **about}))
     with pytest.raises(UserError, match=message):
         load_target(folder, tokenizer=False)
+    with pytest.raises(UserError, match=message):
+        read_hf_config(folder / "config.json")  # as `plan` does
 
 
 NAME = "model.layers.0.mlp.down_proj"
