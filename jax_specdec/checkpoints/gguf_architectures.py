@@ -102,7 +102,7 @@ def _llama(keys: Keys) -> Json:
 
 def _gemma2(keys: Keys) -> Json:
     return {
-        **_gemma_layers(keys),
+        **_gemma_layers(keys, 4096),
         "attn_logit_softcapping": keys.number("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": keys.number("final_logit_softcapping", 30.0),
     }
@@ -112,19 +112,22 @@ def _gemma3(keys: Keys) -> Json:
     local = {"rope_theta": keys.number("rope.freq_base_swa", 10_000.0), "rope_type": "default"}
     capped = keys.get("final_logit_softcapping") is not None
     return {
-        **_gemma_layers(keys),
+        **_gemma_layers(keys, None),
         "final_logit_softcapping": keys.number("final_logit_softcapping") if capped else None,
         "rope_parameters": {"full_attention": read_rope(keys), "sliding_attention": local},
     }
 
 
-def _gemma_layers(keys: Keys) -> Json:
+def _gemma_layers(keys: Keys, usual_window: int | None) -> Json:
     """Windows, and the scale of scores, which files leave out: of the largest models it is another one."""
     share = keys.whole("embedding_length") // keys.whole("attention.head_count")
     largest = keys.whole("block_count") in (46, 62)
+    scale = share if largest else keys.whole("attention.key_length", share)
+    if not keys.get("attention.sliding_window", usual_window):
+        return {"query_pre_attn_scalar": scale, "sliding_window_pattern": 1}  # no layer has one
     out: Json = {
-        "query_pre_attn_scalar": share if largest else keys.whole("attention.key_length", share),
-        "sliding_window": keys.whole("attention.sliding_window", 4096),
+        "query_pre_attn_scalar": scale,
+        "sliding_window": keys.whole("attention.sliding_window", usual_window),
     }
     pattern = keys.get("attention.sliding_window_pattern")
     if isinstance(pattern, list):
