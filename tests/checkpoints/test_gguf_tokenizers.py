@@ -46,6 +46,19 @@ def test_a_tokenizer_is_the_one_that_was_put_in(tiny, tmp_path):
 LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+# Of tiktoken's o200k_base.
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+O200K = "|".join(
+    [
+        rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{ENDINGS[:-1]}?",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{ENDINGS[:-1]}?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
 
 
 def published(pre):
@@ -64,10 +77,11 @@ def published(pre):
         "smollm": (None, pre_tokenizers.Sequence([digits, whole])),
         "llama-bpe": (None, words(f"{ENDINGS}{LETTERS}|\\p{{N}}{{1,3}}{REST}")),
         "qwen2": (normalizers.NFC(), words(f"{ENDINGS}{LETTERS}|\\p{{N}}{REST}")),
+        "gpt-4o": (None, words(O200K)),
     }[pre]
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "gpt-4o"])
 def test_words_are_split_as_their_model_does(pre, tmp_path):
     """Trained without splitting, so that every way to split shows."""
     trained = Tokenizer(models.BPE())
