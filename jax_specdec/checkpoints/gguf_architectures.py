@@ -244,8 +244,6 @@ def read_rope(keys: Keys) -> Json:
     if all(name in tensors for name in LONG_ROPE):
         short, long = map(keys.vector, LONG_ROPE)
         out |= {"rope_type": "longrope", "short_factor": short, "long_factor": long}
-        if keys.get("rope.scaling.attn_factor") is not None:
-            out["attention_factor"] = keys.number("rope.scaling.attn_factor")
     if ROPE_FREQS in tensors:
         out |= {"rope_type": "llama3", "factor": _llama3_factor(keys), **_LLAMA3}
     return out
