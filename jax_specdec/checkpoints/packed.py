@@ -82,19 +82,21 @@ def _compressed(about: Mapping[str, Any]) -> Packing:
     weights = [way.get("weights") if isinstance(way, dict) else None for way in ways]
     if about.get("transform_config") or not weights:
         raise _refusal("compressed-tensors with transforms, or of no groups")
+    blocks = []
     for way in weights:
         if not isinstance(way, dict) or way.get("num_bits") != 8 or not way.get("symmetric", True):
             bits = way.get("num_bits") if isinstance(way, dict) else None
             raise _refusal(f"compressed-tensors, {about.get('format')!s:.60}, {bits!s:.20} bits")
-    blocks = [way.get("block_structure") for way in weights]
+        blocks.append(way.get("block_structure"))
     return _with_scales("compressed-tensors", blocks[0])
 
 
 def _with_scales(name: str, block: Any) -> Packing:
-    if block is not None and not (
-        isinstance(block, (list, tuple)) and len(block) == 2 and all(map(_is_size, block))
-    ):
-        raise UserError(f"Blocks of a weight must be two sizes, not {shown(block)}.")
+    if block is not None:
+        two = isinstance(block, (list, tuple)) and len(block) == 2
+        if not two or not all(map(_is_size, block)):
+            raise UserError(f"Blocks of a weight must be two sizes, not {shown(block)}.")
+        block = block[0], block[1]
 
     def unpack(folder: Path, tensors: Tensors) -> Tensors:
         views, plain = Views(), {}
