@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jax_specdec.errors import UserError, shown
+from jax_specdec.errors import UserError, a_kind, shown
 from jax_specdec.plots.look import COLOURS, INK, axes_or_new, colours, legend, whole_numbers
 
 if TYPE_CHECKING:
@@ -82,13 +82,18 @@ def _measured(record: Any) -> Mapping[str, Any]:
     if isinstance(record, (str, Path)):
         try:
             record = json.loads(Path(record).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{shown(record)} cannot be read: there is no such file.") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"{record} cannot be read as JSON ({error!s:.200}).") from None
+            raise UserError(f"{shown(record)} cannot be read as JSON ({error!s:.200}).") from None
     if isinstance(record, Mapping) and isinstance(record.get("records"), list):
         record = next(iter(record["records"]), {})
     found = record.get("measured", {}) if isinstance(record, Mapping) else {}
     if not (isinstance(found, Mapping) and found.get("drafters") and found.get("verify_s")):
-        raise UserError("Budgets are plotted from what `tune` measured: its record, or its file.")
+        raise UserError(
+            "Budgets are plotted from what `tune` measured: its record, or its file, not "
+            f"{a_kind(record)} without it."
+        )
     return {**found, "lengths": record.get("lengths", {})}
 
 

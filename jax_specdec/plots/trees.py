@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jax_specdec.errors import UserError
+from jax_specdec.errors import UserError, a_kind
 from jax_specdec.plots.look import COLOURS, INK, axes_or_new, legend
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ def tree(
       sources: which drafter each node is from, for its colour; None for the root.
       accepted: nodes that became text, drawn bold.
     """
+    for given in (parents, labels, accepted, sources or ()):
+        if not hasattr(given, "__len__"):
+            raise UserError(f"A tree is drawn from a list for each argument, not {a_kind(given)}.")
     count = len(parents)
     if not count or len(labels) != count or (sources is not None and len(sources) != count):
         raise UserError(f"A tree has a parent, a label and a source for each node, got {count}.")
