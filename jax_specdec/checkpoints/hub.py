@@ -134,7 +134,8 @@ def _path(source: str | os.PathLike[str]) -> Path:
         path = Path(source).expanduser()
         path.is_dir()
     except (OSError, RuntimeError, ValueError) as error:  # too long, or of an unknown user
-        raise UserError(f"{shown(source)} names no folder: {error!s:.100}.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{shown(source)} names no folder: {reason!s:.100}.") from None
     return path
 
 

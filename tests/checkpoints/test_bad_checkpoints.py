@@ -53,7 +53,7 @@ def test_hub(folder, monkeypatch):
         ),
         ("OfflineModeIsEnabled", "the Hugging Face hub cannot be reached: .*HF_HUB_OFFLINE"),
         ("RepositoryNotFoundError", "the Hugging Face hub has no such model, or a private one"),
-        ("GatedRepoError", "ask on its page"),
+        ("GatedRepoError", "the hub gives it only to those it knows: ask on its page"),
     ],
 )
 def test_why_a_model_of_the_hub_is_not_here(kind, sentence, monkeypatch):

@@ -264,7 +264,6 @@ def test_pieces_are_the_text_however_it_is_cut(seed):
         ({"bad_words": (("a",),)}, r"A bad word must be text, or tokens .*, got \('a',\)"),
         ({"own_seed": None}, "own_seed must be True or False, got None"),
         ({"ignore_eos": "no"}, "ignore_eos must be True or False, got 'no'"),
-        ({"temperature": None}, "temperature must be finite and at least 0, got None"),
         (
             {"min_new_tokens": 200},
             "min_new_tokens must not be above max_new_tokens, got 200 and 128",

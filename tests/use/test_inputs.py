@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 
 from jax_specdec import Request, UserError, make_sampling
+from jax_specdec.core.rows import per_row
 from jax_specdec.generation import OPTIONS, Options, make_requests, sample_key, samples_of
 from jax_specdec.text.chat import chat_text
 from jax_specdec.text.inputs import as_prompt, split
@@ -219,8 +220,8 @@ def test_ids_refused():
     ],
 )
 def test_a_setting_is_echoed_as_it_was_given(value, got):
-    with pytest.raises(UserError, match=f"temperature must be finite and at least 0, {got}.$"):
-        make_sampling(2, max_new_tokens=4, temperature=value)
+    with pytest.raises(UserError, match=rf"temperature must be below 5, {got}\.$"):
+        per_row("temperature", value, 2, "f4", lambda t: t < 5, "below 5")
 
 
 def test_fewest_and_most_tokens():
