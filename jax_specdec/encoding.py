@@ -138,7 +138,7 @@ class Encoder:
         """The token sequences of a bad word: as it begins a text, and as it follows a space."""
         vocab = self.target.vocab_size
         if not isinstance(word, str):
-            tokens = list(word) if isinstance(word, (tuple, list)) else []
+            tokens: list[Any] = list(word) if isinstance(word, (tuple, list)) else []
             if not tokens or any(not (is_whole(token) and 0 <= token < vocab) for token in tokens):
                 raise UserError(
                     f"A bad word must be text, or tokens of the vocabulary of {vocab}, got {shown_value(word)}."

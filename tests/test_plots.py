@@ -156,7 +156,13 @@ def test_what_cannot_be_drawn(tmp_path, monkeypatch, caplog):
         (lambda: sd.plots.live(-1), "every must be a number of seconds, got -1"),
         (lambda: sd.plots.tau("x"), "'x' cannot be read: there is no such file"),
         (lambda: sd.plots.tau(5), "its record, or its file, not an int"),
+        (
+            lambda: sd.plots.tau({"measured": {"drafters": {"a": {}}, "verify_s": {"1": 1}}}),
+            "whole",
+        ),
         (lambda: sd.plots.tree(5, []), "a list for each argument, not an int"),
+        (lambda: sd.plots.tree("ab", "cd"), "comes before it"),
+        (lambda: sd.plots.agreement([{"acceptance": 5}]), "Nothing was measured"),
         (lambda: sd.plots.agreement(ROWS[:2]), "Nothing was measured"),
         (lambda: sd.plots.tree([], []), "for each node"),
         (lambda: sd.plots.tree([0, 2, 0], list("abc")), "comes before it"),

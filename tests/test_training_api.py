@@ -153,6 +153,8 @@ def test_the_target_of_a_decoder(target, tmp_path):
         ({"target": "absent/"}, "absent"),
         ({"target": ""}, "The model's name is empty"),
         ({"data": [""]}, "is an empty text"),
+        ({"init": 5}, "init must be the folder of a checkpoint, not an int"),
+        ({"resume": "x"}, "resume must be True or False, not a str"),
         ({"progress": "x"}, "progress must be True, False or None"),
         ({"out": None}, "Say where the run goes"),
         ({"out": ""}, "Say where the run goes"),

@@ -33,7 +33,7 @@ def find_checkpoint(source: str | os.PathLike[str]) -> Path:
     Raises:
       UserError: neither a folder or GGUF file here nor a model that can be fetched.
     """
-    folder = _path(source)
+    folder = local_path(source)
     if folder.is_dir():
         return _gguf_or_folder(folder)
     if folder.is_file():
@@ -97,7 +97,7 @@ def fetch_config(source: str | os.PathLike[str]) -> Path:
     Raises:
       UserError: there is none.
     """
-    path = _path(source)
+    path = local_path(source)
     if str(source) == smollm2.NAME and not path.exists():
         path = smollm2.find()
     if path.is_file():
@@ -119,7 +119,7 @@ def fetch_config(source: str | os.PathLike[str]) -> Path:
         raise _unfetched(source, error) from error
 
 
-def _path(source: str | os.PathLike[str]) -> Path:
+def local_path(source: str | os.PathLike[str]) -> Path:
     """Where a name would lie here.
 
     Raises:

@@ -84,7 +84,10 @@ def agreement(run: Any, ax: "Axes | None" = None) -> "Axes":
       run: as in `training`.
     """
     names = ("acceptance", "greedy_match", "step")
-    measured = [row for row in training_rows(run) if all(name in row for name in names)]
+    kinds = (list, list, int)
+    measured = [
+        row for row in training_rows(run) if all(map(isinstance, map(row.get, names), kinds))
+    ]
     if not measured:
         raise UserError("Nothing was measured in this run: see eval_every.")
     ax = axes_or_new(ax)

@@ -181,6 +181,10 @@ def _run(
     if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
         raise UserError("Say where the run goes, with out: a folder.")
     check_progress(progress)
+    if init is not None and not isinstance(init, (str, os.PathLike)):
+        raise UserError(f"init must be the folder of a checkpoint, not {a_kind(init)}.")
+    if not isinstance(resume, bool):
+        raise UserError(f"resume must be True or False, not {a_kind(resume)}.")
     share = heldout_share
     if not isinstance(share, (int, float)) or isinstance(share, bool):
         raise UserError(f"heldout_share must be a number, not {a_kind(share)}.")

@@ -309,6 +309,8 @@ def test_streams_and_chats_of_another_type(decoder):
         ((None,), {"draft": {"ml": "x"}}, "Unknown drafter 'ml': did you mean lm"),
         ((None,), {"batch_size": "a"}, "batch_size must be at least 1"),
         ((None,), {"int8": "weights"}, "int8 is of weights and cache, as a tuple"),
+        ((None,), {"int8": 5}, "int8 is of weights and cache, as a tuple, not of 5"),
+        ((None, "lm:3"), {"draft": {"lm": "x" * 5000}}, "names no folder: File name too long"),
         ((None,), {"rule": "match"}, "rule is an acceptance rule, .*, not a str"),
     ],
 )
