@@ -123,10 +123,13 @@ class Encoder:
         if stop:
             special_stops(own, stop)
         vocab = self.target.vocab_size
-        given = {"stop token": request.stop_token_ids, "logit bias": request.logit_bias}
+        given: dict[str, Any] = {
+            "stop token": request.stop_token_ids,
+            "logit bias": request.logit_bias,
+        }
         for what, tokens in given.items():
-            collected = isinstance(tokens, Collection) and not isinstance(tokens, (str, bytes))
-            if not collected or not all(map(is_whole, tokens)):
+            text = isinstance(tokens, (str, bytes))
+            if text or not isinstance(tokens, Collection) or not all(map(is_whole, tokens)):
                 raise UserError(f"A {what} is given by its token id, a whole number.")
             if any(not 0 <= token < vocab for token in tokens):
                 raise UserError(f"A {what} has an id outside the vocabulary of {vocab}.")
@@ -138,7 +141,7 @@ class Encoder:
         """The token sequences of a bad word: as it begins a text, and as it follows a space."""
         vocab = self.target.vocab_size
         if not isinstance(word, str):
-            tokens: list[Any] = list(word) if isinstance(word, (tuple, list)) else []
+            tokens = list(word) if isinstance(word, (tuple, list)) else []
             if not tokens or any(not (is_whole(token) and 0 <= token < vocab) for token in tokens):
                 raise UserError(
                     f"A bad word must be text, or tokens of the vocabulary of {vocab}, got {shown_value(word)}."
