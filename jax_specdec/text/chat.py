@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax_specdec.errors import UserError, a_kind, did_you_mean, shown, shown_value
+from jax_specdec.errors import UserError, a_kind, shown, shown_value
 
 # `{"role": ..., "content": ...}`, and what else a template reads of a message.
 Message = Mapping[str, Any]
@@ -152,7 +152,6 @@ def _check_args(tokenizer: Any, template: str | None, given: Mapping[str, Any]) 
     own = {*env.globals, *tokenizer.special_tokens_map, *_BY_TRANSFORMERS}
     if unknown := [name for name in given if name not in used - own]:
         known = ", ".join(sorted(used - own)) or "none"
-        near = did_you_mean(unknown[0], sorted(used - own))
         raise UserError(
-            f"The chat template has no argument {shown(unknown[0])}; its arguments: {known:.300}{near or '.'}"
+            f"The chat template has no argument {shown(unknown[0])}; its arguments: {known:.300}."
         )
