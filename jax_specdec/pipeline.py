@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import jax
@@ -20,7 +21,7 @@ from jax_specdec.core.processors import Processor
 from jax_specdec.core.sharding import check_agreement, to_host
 from jax_specdec.core.stats import RUNNING
 from jax_specdec.encoding import Encoded, Encoder
-from jax_specdec.errors import UserError
+from jax_specdec.errors import UserError, a_kind
 from jax_specdec.generation import (
     Chunk,
     Generation,
@@ -30,11 +31,12 @@ from jax_specdec.generation import (
     samples_of,
 )
 from jax_specdec.programs import Programs
+from jax_specdec.progress import check_progress
 from jax_specdec.specs.build import LoadedDrafter
 from jax_specdec.streaming import Pieces, Stream
 from jax_specdec.text.chat import Message
 from jax_specdec.text.detokenize import TextStream
-from jax_specdec.text.inputs import a_kind, is_whole, split
+from jax_specdec.text.inputs import check_count, split
 from jax_specdec.text.token_bytes import TokenBytes
 from jax_specdec.tuning.round_costs import Given
 
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
 _ROUNDS_FOREVER = np.iinfo(np.int32).max
 # Where nobody listens the device still comes back about so often (seconds), for Ctrl-C and the bar.
 _SLICE = 0.3
-
 
 One = str | Request | Sequence[int] | Sequence[Message]
 Several = Sequence[str] | Sequence[Request] | Sequence[Sequence[int] | Sequence[Message]]
@@ -69,8 +70,7 @@ class SpeculativeDecoder:
     Args:
       drafter: as loaded for this target; default: plain decoding.
       rule, processors, logprobs, margins: see `DecodeLoop`.
-      budget: whether each round drafts as deep and verifies as wide as pays (`core.budget`), by what rounds cost
-        and what was accepted; otherwise each drafts and verifies all that the drafter can. Texts are the same.
+      budget: whether rounds draft as deep and verify as wide as pays (`core.budget`), or all that they can.
       costs: of rounds, see `tuning.round_costs`.
 
     Raises:
@@ -89,19 +89,19 @@ class SpeculativeDecoder:
         budget: bool = True,
         costs: Given = None,
     ):
+        if not isinstance(target, Target):
+            raise UserError(f"A decoder takes a target of `load_target`, not {a_kind(target)}.")
+        if not isinstance(drafter, (LoadedDrafter, NoneType)):
+            raise UserError(f"A decoder takes a drafter of `load_drafter`, not {a_kind(drafter)}.")
+        if not isinstance(rule, Acceptance):
+            raise UserError(f"rule is an acceptance rule, as in Match(), not {a_kind(rule)}.")
+        if not isinstance(budget, bool):
+            raise UserError(f"budget is True or False, not {a_kind(budget)}.")
         self.target = target
         self._loaded = drafter or LoadedDrafter(NoDrafter(), {}, "none")
         self._loaded.check_target(target)
-        loop = DecodeLoop(
-            target.decoder,
-            self._loaded.drafter,
-            rule,
-            tuple(processors),
-            logprobs=logprobs,
-            margins=margins,
-        )
-        if not isinstance(budget, bool):
-            raise UserError(f"budget is True or False, got {budget!r:.40}.")
+        parts = (target.decoder, self._loaded.drafter, rule, tuple(processors))
+        loop = DecodeLoop(*parts, logprobs=logprobs, margins=margins)
         self.loop = loop.budgeted() if budget else loop
         self.params = {"target": target.params, "drafters": self._loaded.params}
         self.programs = Programs(target, self.loop, self._loaded, self.params, costs)
@@ -191,7 +191,8 @@ class SpeculativeDecoder:
           UserError, RunError: as `generate`.
         """
         prompts, alone = split(prompt)
-        requests = make_requests(prompts, None, options)
+        beside = ("n", "batch_size", "progress")
+        requests = make_requests(prompts, None, options, beside=beside)
         if n is not None:
             requests = samples_of(requests, n)
         answers = list(self.generate(requests, batch_size=batch_size, progress=progress))
@@ -220,7 +221,9 @@ class SpeculativeDecoder:
         prompts, alone = split(prompt)
         if not alone:
             raise UserError(f"A stream is of one prompt: got {a_kind(prompt)} of several.")
-        encoded = self.prepare(make_requests(prompts, None, options), 1, rounds_per_chunk)
+        check_progress(progress)
+        requests = make_requests(prompts, None, options, beside=("rounds_per_chunk", "progress"))
+        encoded = self.prepare(requests, 1, rounds_per_chunk)
         (row,) = encoded
         text = None
         if self.token_bytes is not None:
@@ -270,7 +273,7 @@ class SpeculativeDecoder:
           ids: names for the answers; default: the prompt's number.
           on_chunk: called with new tokens every `rounds_per_chunk` rounds.
           progress: whether to say what is compiled, and to show a bar; default: on a terminal and in a
-            notebook, of what takes more than a second.
+            notebook, of what takes more than a second. Commands say what is compiled wherever they run.
           options: fields of `Request`, each one value, or a list with one per prompt.
 
         Raises:
@@ -280,7 +283,12 @@ class SpeculativeDecoder:
         items, alone = split(prompts)
         if alone:
             raise UserError(f"Prompts come in a list, one prompt too: got {a_kind(prompts)} alone.")
-        encoded = self.prepare(make_requests(items, ids, options), batch_size, rounds_per_chunk)
+        check_progress(progress)
+        if not (on_chunk is None or callable(on_chunk)):
+            raise UserError(f"on_chunk must be a function of a Chunk, not {a_kind(on_chunk)}.")
+        beside = ("batch_size", "ids", "on_chunk", "rounds_per_chunk", "progress")
+        requests = make_requests(items, ids, options, beside=beside)
+        encoded = self.prepare(requests, batch_size, rounds_per_chunk)
         if self.target.sharding is None and batch_size not in self.programs.batches:
             # Fewer prompts than rows need no copies of themselves.
             batch_size = min(batch_size, len(encoded))
@@ -299,19 +307,15 @@ class SpeculativeDecoder:
         self, requests: Sequence[Request], batch_size: int, per_chunk: int
     ) -> list[Encoded]:
         """The requests on token ids, all that they ask for checked."""
-        if not is_whole(batch_size) or batch_size < 1:
-            raise UserError(
-                f"batch_size must be at least 1, a whole number, got {batch_size!r:.80}."
-            )
-        if per_chunk < 1:
-            raise UserError(f"rounds_per_chunk must be at least 1, got {per_chunk}.")
+        check_count("batch_size", batch_size)
+        check_count("rounds_per_chunk", per_chunk)
         encoded = self.encoder.requests(requests)
         check_agreement((encoded, batch_size))
         sharding = self.target.sharding
-        if sharding is not None and batch_size % sharding.size("batch"):
+        rows = 1 if sharding is None else sharding.size("batch")
+        if batch_size % rows:
             raise UserError(
-                f"batch_size is {batch_size} and does not divide over {sharding.size('batch')} devices: make it "
-                "a multiple."
+                f"batch_size is {batch_size} and does not divide over {rows} devices: make it a multiple."
             )
         return encoded
 
@@ -323,7 +327,8 @@ class SpeculativeDecoder:
         Nothing outlives an exception but compiled programs: the state is of one batch, and its buffers,
         which each run of rounds takes over, are never used again.
         """
-        shown = progress.watched(shown) and jax.process_index() == 0
+        speaks = jax.process_index() == 0
+        told, shown = progress.told(shown) and speaks, progress.watched(shown) and speaks
         context, bar = self.target.config.context, None
         room = [min(row.request.max_new_tokens, context - len(row.ids)) for row in encoded]
         about = (self.loop, self.token_bytes, self.target.decoder.dtype)
@@ -336,22 +341,20 @@ class SpeculativeDecoder:
                 with self.lock:
                     spent = self.compile_time_s
                     arrays, capacity = self.encoder.arrays(batch)
-                    start, run = programs = self.programs.get(arrays, capacity, shown)
-                    costs = self.programs.costs(arrays, programs, shown)
+                    start, run = programs = self.programs.get(arrays, capacity, told)
+                    costs = self.programs.costs(arrays, programs, told)
                     compiling = self.compile_time_s - spent
                 if bar is None:  # its clock starts behind the first compilation
-                    watching = shown and per_chunk is None
-                    bar = stack.enter_context(progress.bar(sum(room), watching, unit="token"))
-
+                    watched = progress.bar(sum(room), shown and per_chunk is None, unit="token")
+                    bar = stack.enter_context(watched)
                 began = time.perf_counter()
                 with self.lock:
                     state = jax.block_until_ready(start(self.params, *arrays, costs=costs))
                 prefill = time.perf_counter() - began
                 state = yield from self._rounds(run, state, first, count, per_chunk, prefill, bar)
                 wall = time.perf_counter() - began
-                host = to_host(
-                    (state.text.tokens, state.text.length, state.prompt_length, state.stats)
-                )
+                text, lengths = state.text, state.prompt_length
+                host = to_host((text.tokens, text.length, lengths, state.stats))
                 for place in range(count):
                     times = (wall, prefill, compiling)
                     answer = answer_of(batch[place].request, host, place, times, *about)
@@ -383,9 +386,9 @@ class SpeculativeDecoder:
                 tokens, source = to_host((state.text.tokens, state.stats.source))
                 for row in range(rows):
                     if length[row] > seen[row]:
-                        new = slice(int(seen[row]), int(length[row]))
-                        names = names_of(source[row, new], self.loop.sources)
-                        yield Chunk(first + row, tokens[row, new].tolist(), names)
+                        new = (row, slice(int(seen[row]), int(length[row])))
+                        names = names_of(source[new], self.loop.sources)
+                        yield Chunk(first + row, tokens[new].tolist(), names)
             elif rounds < _ROUNDS_FOREVER:
                 rounds = max(1, int(rounds * _SLICE / max(time.perf_counter() - began, 1e-3)))
             seen = length

@@ -21,8 +21,10 @@ COMMIT_BACKENDS = ("xla", "mosaic_tpu", "triton")
 _MAX_UPDATE_SLICES = 16
 # Slots of a block that is read, changed and written back: whole tiles of any dtype.
 _WINDOW = 32
-# Bytes of a block over all its layers, of which eight are held at once.
+# Bytes of a block of the cache over all its layers, and of all blocks that are held at once: a kernel has 16 MiB
+# on the smallest generation.
 _MAX_BLOCK_BYTES = 1 << 20
+_MAX_HELD_BYTES = 12 << 20
 
 
 def commit(
@@ -180,46 +182,62 @@ def _mosaic_tpu(caches, new, start, count, path, *, interpret):
     # packed rows allow. Products with 1 and sums with 0 are exact.
     width = round_up(nodes, 32 // caches[0].dtype.itemsize)
     new = [pad(jnp.swapaxes(x, 2, 3), 3, width) for x in new]  # [L, B, K, T, D]
-    size = k * _WINDOW * d * caches[0].dtype.itemsize
-    together = max(
-        x
-        for x in range(1, layers + 1)
-        if layers % x == 0 and x * size <= max(size, _MAX_BLOCK_BYTES)
-    )
+    together, heads = _tpu_block(layers, k, d, width, caches[0].dtype.itemsize)
     windows = -(-(longest + _WINDOW - 1) // _WINDOW)
     last = -(-slots // _WINDOW) - 1
 
-    def new_map(b, layer, j, *_):
-        return layer, b, 0, 0, 0
+    def new_map(b, layer, head, j, *_):
+        return layer, b, head, 0, 0
 
     def window(b, j, start, count):
         # If fewer windows are needed, the last is repeated and computed again from the same input.
         needed = (start[b] + jnp.maximum(count[b], 1) - 1) // _WINDOW
         return jnp.minimum(jnp.minimum(start[b] // _WINDOW + j, needed), last)
 
-    def cache_map(b, layer, j, start, count, *_):
-        return layer, b, 0, window(b, j, start, count), 0
+    def cache_map(b, layer, head, j, start, count, *_):
+        return layer, b, head, window(b, j, start, count), 0
 
     scalars = [start, count] + ([] if path is None else [path])
-    cache_spec = pl.BlockSpec((together, None, k, _WINDOW, d), cache_map)
+    new_spec = pl.BlockSpec((together, None, heads, width, d), new_map)
+    cache_spec = pl.BlockSpec((together, None, heads, _WINDOW, d), cache_map)
     first = len(scalars) + 2
     k_cache, v_cache = pl.pallas_call(
         functools.partial(_tpu_kernel, longest=longest, window=window, has_path=path is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(b, layers // together, windows),
-            in_specs=[pl.BlockSpec((together, None, k, width, d), new_map)] * 2 + [cache_spec] * 2,
+            grid=(b, layers // together, k // heads, windows),
+            in_specs=[new_spec] * 2 + [cache_spec] * 2,
             out_specs=[cache_spec] * 2,
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in caches],
         input_output_aliases={first: 0, first + 1: 1},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),
         name="commit",
         interpret=interpret,
     )(*scalars, *new, *caches)
     return k_cache, v_cache
+
+
+def _tpu_block(layers: int, heads: int, dim: int, width: int, itemsize: int) -> tuple[int, int]:
+    """Layers and heads of a block: as many as fit, all heads before a second layer."""
+
+    def fits(layers: int, heads: int) -> bool:
+        row = layers * heads * round_up(dim, 128) * itemsize
+        # New rows, old and changed slots, of keys and of values, each twice: one is moved, one worked on.
+        return 4 * row * (width + 2 * _WINDOW) <= _MAX_HELD_BYTES and (
+            layers == 1 or row * _WINDOW <= _MAX_BLOCK_BYTES
+        )
+
+    heads_together = max(
+        x for x in range(1, heads + 1) if heads % x == 0 and (x == 1 or fits(1, x))
+    )
+    if heads_together < heads:
+        return 1, heads_together
+    return max(
+        x for x in range(1, layers + 1) if layers % x == 0 and (x == 1 or fits(x, heads))
+    ), heads
 
 
 def _tpu_kernel(start_ref, count_ref, *refs, longest, window, has_path):
@@ -230,7 +248,7 @@ def _tpu_kernel(start_ref, count_ref, *refs, longest, window, has_path):
         refs[2:4],
         refs[4:],
     )  # [X, K, T, D], [X, K, Sb, D] twice
-    row, step = pl.program_id(0), pl.program_id(2)
+    row, step = pl.program_id(0), pl.program_id(3)
     start, count = start_ref[row], count_ref[row]
     layers, heads, width, dim = new_refs[0].shape
 

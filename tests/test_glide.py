@@ -136,9 +136,9 @@ def test_training_sees_what_decoding_sees():
     visible = jnp.asarray(rng.integers(0, 10, (2, 9)), jnp.int32).at[:, 0].set(0)
     in_cache = tuple(x.swapaxes(1, 2) for x in keys), tuple(x.swapaxes(1, 2) for x in values)
     cache = kv.KVCache(*in_cache, jnp.full((2,), 9, jnp.int32))
-    for layer in range(2):
-        a = glimpse_text((keys, values), visible, t.windows)(q, layer)
-        b = glimpse_view(TargetView(cache), visible, t.windows)(q, layer)
+    for layer, options in ((0, {}), (1, {"scale": 0.7, "soft_cap": 2.0}), (1, {})):
+        a = glimpse_text((keys, values), visible, t.windows, **options)(q, layer)
+        b = glimpse_view(TargetView(cache), visible, t.windows, **options)(q, layer)
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert (np.asarray(a)[:, 0] == 0).all()
 

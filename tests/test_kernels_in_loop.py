@@ -1,5 +1,6 @@
 """Whole decoding through the Pallas kernels, in their interpreters: the text is plain XLA's."""
 
+import dataclasses
 import functools
 
 import helpers as h
@@ -24,6 +25,18 @@ SAMPLING = h.sampling_of(3, temperature=(0.0, 1.0, 0.7), max_new_tokens=(9, 4, 1
 @pytest.fixture(scope="module")
 def plain():
     return h.decode(h.plain_loop(), h.all_params(), PROMPTS, SAMPLING, capacity=32)
+
+
+CAPPED = dataclasses.replace(
+    h.CONFIG, attention_cap=4.0, attention_scale=0.5, windows=(6, None), norms="both", norm="rms1"
+)
+
+
+@pytest.fixture(scope="module")
+def capped_plain():
+    target = Decoder(CAPPED)
+    params = h.all_params(target=h.weights(target, 0))
+    return h.decode(h.plain_loop(target=target), params, PROMPTS, SAMPLING, capacity=32)
 
 
 @pytest.fixture(params=["mosaic_tpu", "triton"])
@@ -71,3 +84,19 @@ def test_text_is_the_same(kernels, drafter, plain):
     assert kernels["attention"] > 2 and kernels["commit"] > 1
     if drafter != "glide":
         assert got.stats.accepted.sum() > 3
+
+
+@pytest.mark.parametrize("drafter", ["lm+cape", "glide"])
+def test_caps_scales_and_windows(capped_plain, kernels, drafter):
+    """As Gemma 2 has them, of the target and of what reads its keys."""
+    target = Decoder(CAPPED, stacked_cache=True)
+    params = h.weights(target, 0)
+    if drafter == "glide":
+        model = glide.GliDe(GliDeConfig.like(CAPPED), CAPPED)
+        chain, drafts = GliDeDrafter(model, 3), {"glide": model.join(h.weights(model, 5), params)}
+    else:
+        chain, drafts = LmDrafter(target, 3), {"lm": h.perturbed(params, 0.1)}
+    loop = DecodeLoop(target, Expand(chain, Cape(8)))
+    params = h.all_params(target=params, **drafts)
+    h.assert_identical(h.decode(loop, params, PROMPTS, SAMPLING, capacity=32), capped_plain)
+    assert kernels["attention"] > 2 and kernels["commit"] > 1

@@ -119,7 +119,7 @@ def read_generation(folder: Path) -> GenerationDefaults:
       UserError: a file that is broken, or a value of the wrong type.
     """
     path = folder / "generation_config.json"
-    if path.is_file():
+    if path.is_file():  # of a GGUF file there is neither
         return _read(read_json(path), path.name)
     path = folder / "config.json"
     if not path.is_file():

@@ -23,7 +23,7 @@ from jax_specdec.errors import UserError
 from jax_specdec.models.config import MAX_LAYERS
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
-from jax_specdec.models.hf import Weight, weight_names
+from jax_specdec.models.hf_tensors import Weight, weight_names
 
 # The blocks of GliDe's training mask, and the largest shift of LongSpec's training: their longest drafts.
 GLIDE_BLOCK = 5

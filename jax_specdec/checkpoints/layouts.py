@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 
 # Parameters that only ever stand right of a product, by a key of their path.
-_MULTIPLIED = frozenset(("qkv", "out", "gate_up", "down", "head", "heads", "q"))
+_MULTIPLIED = frozenset(("qkv", "out", "gate_up", "up", "down", "head", "heads", "q"))
 
 
 def weight_layout(

@@ -73,6 +73,8 @@ def sizes_of(config: ModelConfig) -> dict[str, Any]:
         "context",
         "tied_head",
     )
+    if config.num_experts:
+        names += ("num_experts", "experts_per_token", "expert_size")
     return {
         "num_parameters": config.parameter_count(),
         **{name: getattr(config, name) for name in names},

@@ -1,6 +1,6 @@
 """Reading a checkpoint onto a mesh: each process reads the bytes of its devices' parts, and no others."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -8,8 +8,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jax_specdec.checkpoints import layouts
-from jax_specdec.checkpoints.tensor_files import Stored, aligned, read_into
-from jax_specdec.models.hf import Weight
+from jax_specdec.checkpoints.tensor_files import Stored, aligned, read_into, runs
+from jax_specdec.models.hf_tensors import Weight
 
 Index = tuple[slice, ...]
 
@@ -55,29 +55,25 @@ def reader(
         *rows, columns = index
         wanted = np.arange(columns.start, columns.stop)
         wanted = wanted if order is None else order[wanted]
-        stacked = len(index) > len(next(iter(weights.values())).part)
         for name, weight in weights.items():
-            part: Any = host
-            of_layer = rows
-            if stacked:
-                layer = weight.path[1]
-                assert isinstance(layer, int)
-                part, of_layer = host[layer - index[0].start], rows[1:]
-            for to, start, length in _runs(wanted):
-                first = max(start, weight.start)
-                last = min(start + length, weight.start + weight.part[-1])
-                if first >= last:
-                    continue
-                here = slice(to + first - start, to + last - start)
-                there = (*of_layer, slice(first - weight.start, last - weight.start))
-                read_into(part[..., here], tensors[name].view(), weight.transposed, there)
+            part, of_part = host, rows
+            leading: list[Any] = [] if weight.expert is None else [weight.expert]
+            if len(index) > len(weight.part) + len(leading):  # layers are stacked
+                leading.insert(0, weight.path[1])
+            for place in leading:
+                first = of_part[0].start
+                if not first <= place < of_part[0].stop:
+                    break
+                part, of_part = part[place - first], of_part[1:]
+            else:
+                to = np.flatnonzero(
+                    (wanted >= weight.start) & (wanted < weight.start + weight.part[-1])
+                )
+                from_file = wanted[to] - weight.start
+                from_file = from_file if weight.order is None else weight.order[from_file]
+                for at, start, length in runs(from_file, to):
+                    there = (*of_part, slice(start, start + length))
+                    here = part[..., at : at + length]
+                    read_into(here, tensors[name].view(), weight.transposed, there)
 
     return read
-
-
-def _runs(columns: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """Pieces of columns that follow each other: where each begins, its first column, its length."""
-    breaks = np.flatnonzero(np.diff(columns) != 1) + 1
-    for piece in np.split(np.arange(len(columns)), breaks):
-        if len(piece):
-            yield int(piece[0]), int(columns[piece[0]]), len(piece)

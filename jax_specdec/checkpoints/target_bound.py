@@ -26,13 +26,13 @@ from jax_specdec.checkpoints.tensor_files import (
     check_tensors,
     new_folder,
     open_tensors,
-    read_into,
     read_json,
+    read_weight,
     write_json,
     write_tensors,
 )
 from jax_specdec.errors import UserError
-from jax_specdec.models.hf import Weight, weight_names
+from jax_specdec.models.hf_tensors import Weight, weight_names
 
 C = TypeVar("C")
 
@@ -41,6 +41,40 @@ SHARD_BYTES = 14 * 10**6
 _SAMPLED_ROWS, _SAMPLED_COLUMNS = 4, 256
 # What does not change the target's keys: special ids, and the longest text.
 NOT_IDENTITY = ("family", "context", "bos_id", "eos_ids", "pad_id")
+
+# Fields that version 0.1.0 began without.
+_LATER = frozenset(
+    [
+        "local_rope",
+        "unrotated",
+        "learned_positions",
+        "norm",
+        "norms",
+        "parallel",
+        "wide_qk_norm",
+        "mlp_bias",
+        "gated",
+        "activation",
+        "embed_scale",
+        "residual_scale",
+        "attention_scale",
+        "attention_cap",
+        "logit_cap",
+        "logit_divisor",
+        "num_experts",
+        "experts_per_token",
+        "expert_size",
+        "norm_experts",
+        "dense_layers",
+        "partial",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "truncate",
+        "short_factors",
+        "long_factors",
+    ]
+)
 
 
 class Kind(NamedTuple):
@@ -65,7 +99,7 @@ def target_fingerprint(folder: str | os.PathLike[str]) -> str:
     folder = Path(folder)
     config = load_config(folder)
     tensors = open_target(folder, config)
-    geometry = dataclasses.asdict(config)
+    geometry = _geometry(config)
     for name in NOT_IDENTITY:
         del geometry[name]
     digest = hashlib.sha256(json.dumps(geometry, sort_keys=True).encode())
@@ -78,6 +112,17 @@ def target_fingerprint(folder: str | os.PathLike[str]) -> str:
             part = view[row : row + 1][..., :_SAMPLED_COLUMNS]
             digest.update(part.astype(jnp.bfloat16).tobytes())
     return digest.hexdigest()
+
+
+def _geometry(config: Any) -> dict[str, Any]:
+    """The fields of a configuration; later ones only where they say something, or old fingerprints would change."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in _LATER and value == field.default:
+            continue
+        found[field.name] = _geometry(value) if dataclasses.is_dataclass(value) else value
+    return found
 
 
 def check_target(kind: Kind, folder: Path, fingerprint: str, target: Target) -> None:
@@ -198,8 +243,7 @@ def read_weights(
         host: Any = hosts
         for key in weight.path:
             host = host[key]
-        part = host[..., weight.start : weight.start + weight.part[-1]]
-        read_into(part, tensors[name].view(), weight.transposed)
+        read_weight(host, weight, tensors[name])
     return layouts.put_tree(hosts)
 
 

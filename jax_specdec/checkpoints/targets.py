@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face format: load, save, convert, and what they take in memory.
+"""Checkpoints in Hugging Face format, and GGUF files: load, save, convert, and what they take in memory.
 
 Tensors are read in pieces into the array that they end in, so loading takes little more memory than
 the parameters. Only safetensors are read: no pickles, and no code from a checkpoint.
@@ -23,6 +23,7 @@ from jax_specdec.checkpoints.generation_config import (
     read_generation,
     write_generation,
 )
+from jax_specdec.checkpoints.gguf_model import is_gguf
 from jax_specdec.checkpoints.hub import find_checkpoint
 from jax_specdec.checkpoints.int8 import PARTS, check_parts
 from jax_specdec.checkpoints.memory import (
@@ -34,28 +35,35 @@ from jax_specdec.checkpoints.memory import (
 )
 from jax_specdec.checkpoints.target_tensors import (
     check_target_tensors,
+    load_config,
+    named_dtype,
     open_target,
     settle_head,
+    stored_config,
     stored_dtype,
 )
 from jax_specdec.checkpoints.tensor_files import (
-    DTYPES,
     MAX_SHARD_BYTES,
     Stored,
     aligned,
     new_folder,
-    read_into,
-    read_json,
+    read_weight,
     write_json,
     write_tensors,
 )
-from jax_specdec.checkpoints.tokenizer_files import TOKENIZER_FILES, load_tokenizer
+from jax_specdec.checkpoints.tokenizer_files import (
+    TOKENIZER_FILES,
+    has_tokenizer,
+    load_tokenizer,
+)
 from jax_specdec.core.sharding import Sharding, ShardingRules
 from jax_specdec.display import model_line
 from jax_specdec.errors import UserError
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import Decoder
-from jax_specdec.models.hf import Weight, config_from_hf, config_to_hf, weight_names
+from jax_specdec.models.hf import config_to_hf
+from jax_specdec.models.hf_tensors import Weight, weight_names
+from jax_specdec.models.parameters import shape_at
 from jax_specdec.models.quantized import quantize
 from jax_specdec.models.tensor_parallel import fused_order
 from pallas_kernels import tuning
@@ -69,7 +77,7 @@ class Target:
     """A loaded model.
 
     Attributes:
-      tokenizer: of transformers, None where none was asked for. path: the folder it was loaded from.
+      tokenizer: of transformers, None where none was asked for. path: its folder or GGUF file.
       generation: what the checkpoint asks of decoding; only its end-of-text ids, in `config`, are applied.
     """
 
@@ -112,11 +120,12 @@ def load_target(
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
     int8: Collection[str] = (),
+    context: int | None = None,
 ) -> Target:
     """Loads a model and its tokenizer.
 
     Args:
-      source: a folder, or a model id of the Hugging Face hub.
+      source: a folder, a GGUF file or a folder with one, or a model id of the Hugging Face hub.
       dtype: of parameters and computation; None is the checkpoint's on accelerators, see
         `default_dtype`, and float32 on CPU.
       layer_loop: see `Decoder`; None is `unroll`, the faster one for decoding.
@@ -127,6 +136,8 @@ def load_target(
       int8: `weights` rounds the matrices that are multiplied, one after the other while they are read
         (`models.quantized`); `cache` the keys and values of decoding, whose scales are measured on a text that
         the target writes (`checkpoints.kv_scales`).
+      context: the longest text in tokens, None for all that the model takes. A model with two sets of rotary
+        factors (Phi with `longrope`) is read with the short ones, up to their context, unless more is asked for.
 
     Raises:
       UserError: nothing there, or something that is not supported or does not fit together.
@@ -134,7 +145,7 @@ def load_target(
     sharding = make_sharding(mesh, rules)
     check_parts(int8)
     folder = find_checkpoint(source)
-    config, generation = load_config(folder), read_generation(folder)
+    config, generation = load_config(folder, context), read_generation(folder)
     tensors = open_target(folder, config)
     if dtype is None:
         dtype = default_dtype(folder, tensors)
@@ -148,7 +159,7 @@ def load_target(
     params = _read_params(folder, tensors, decoder, None, config)
     if config.tied_head and tuning.device().platform == "cpu":
         # XLA's CPU products of a few rows take up to ten times as long with a transposed matrix.
-        params["head"] = jnp.array(params["embed"].T)
+        params["head"] = params["embed"].T
         params = quantize(params) if decoder.quantized else params
     target = Target(decoder, params, loaded, folder, generation)
     if "cache" not in int8:
@@ -172,24 +183,6 @@ def make_sharding(mesh: Mesh | None, rules: ShardingRules | None) -> Sharding | 
     return Sharding(mesh, ShardingRules() if rules is None else rules)
 
 
-def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
-    """Reads `config.json`, the end-of-text ids of `generation_config.json`, and whether a head is stored.
-
-    Raises:
-      UserError: it is missing, broken or describes something that is not supported.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}.")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no checkpoint: it has no config.json.")
-    generation = folder / "generation_config.json"
-    config = config_from_hf(
-        read_json(folder / "config.json"), read_json(generation) if generation.is_file() else None
-    )
-    return settle_head(folder, config)
-
-
 def inspect_checkpoint(folder: str | os.PathLike[str]) -> tuple[ModelConfig, str]:
     """The configuration and stored dtype of a checkpoint, checked against its headers.
 
@@ -200,7 +193,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> tuple[ModelConfig, str
     config = load_config(folder)
     tensors = open_target(folder, config)
     check_target_tensors(folder, tensors, config)
-    return config, stored_dtype(folder, tensors)
+    return config, stored_dtype(folder, tensors, config)
 
 
 def default_dtype(folder: Path, tensors: dict[str, Stored] | None = None) -> str:
@@ -214,16 +207,11 @@ def default_dtype(folder: Path, tensors: dict[str, Stored] | None = None) -> str
     """
     if tuning.device().platform == "cpu":
         return "float32"
-    named = _named_dtype(folder)
+    named = named_dtype(folder)
     if named is not None:
         return named
-    return stored_dtype(folder, tensors or open_target(folder, load_config(folder)))
-
-
-def _named_dtype(folder: Path) -> str | None:
-    hf = read_json(folder / "config.json")
-    named = hf.get("dtype") if hf.get("dtype") is not None else hf.get("torch_dtype")
-    return named if isinstance(named, str) and named in DTYPES.values() else None
+    config = load_config(folder)
+    return stored_dtype(folder, tensors or open_target(folder, config), config)
 
 
 def load_params(
@@ -248,7 +236,7 @@ def load_params(
     if settle_head(folder, config) != config:
         raise UserError(f"{folder} holds a head of its own, and the given configuration ties it.")
     tensors = open_target(folder, config)
-    decoder = _make_decoder(config, dtype or stored_dtype(folder, tensors), layer_loop)
+    decoder = _make_decoder(config, dtype or stored_dtype(folder, tensors, config), layer_loop)
     return _read_params(folder, tensors, decoder, place)
 
 
@@ -305,31 +293,35 @@ def convert(
 ) -> None:
     """Loads a checkpoint into host memory and writes it again, in `dtype` (None: as it is) and new shards.
 
+    Of quantized weights `as it is` is float32, which holds them exactly.
+
     Raises:
       UserError: as `load_target`. RunError: as `save_pretrained`.
     """
     folder = find_checkpoint(source)
-    config, generation = load_config(folder), read_generation(folder)
+    config, generation = stored_config(folder), read_generation(folder)
     tensors = open_target(folder, config)
-    stored = dtype or stored_dtype(folder, tensors)
+    stored = dtype or stored_dtype(folder, tensors, config)
     decoder = _make_decoder(config, stored, "unroll")
     check_fits(memory_plan(config, decoder.dtype, batch=0, slots=0), host_memory())
     params = _read_params(folder, tensors, decoder, lambda path, value: value)
+    tokenizer: Any = folder
+    if is_gguf(folder):
+        tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
     save_pretrained(
         out,
         config,
         params,
         dtype=decoder.dtype,
-        tokenizer=folder,
+        tokenizer=tokenizer,
         generation=generation,
         max_shard_bytes=max_shard_bytes,
-        load_dtype=dtype or _named_dtype(folder),
+        load_dtype=dtype or named_dtype(folder),
     )
 
 
 def _faster_loop(config: ModelConfig) -> LayerLoop:
-    same = len(set(config.windows)) == 1
-    return "scan" if tuning.device().platform == "tpu" and same else "unroll"
+    return "scan" if tuning.device().platform == "tpu" and config.uniform else "unroll"
 
 
 def _make_decoder(
@@ -369,10 +361,7 @@ def _read_params(
 
     params: Params = {"layers": {} if scan else tuple({} for _ in range(config.num_layers))}
     for path, parts in leaves.items():
-        shape: tuple[int, ...] = ()
-        for weight in parts.values():
-            *rows, columns = weight.part
-            shape = (*rows, weight.start + columns)
+        shape = shape_at(config, path)
         stacked = scan and path[0] == "layers"
         parent: Any = params
         for key in path[:-1]:
@@ -391,9 +380,7 @@ def _read_params(
             continue
         host = aligned((config.num_layers, *shape) if stacked else shape, decoder.dtype)
         for name, weight in parts.items():
-            part = host[weight.path[1]] if stacked else host
-            part = part[..., weight.start : weight.start + weight.part[-1]]
-            read_into(part, tensors[name].view(), weight.transposed)
+            read_weight(host, weight, tensors[name], stacked)
         # Transfers run ahead of us otherwise, and each holds its host buffer.
         parent[path[-1]] = kept(path, jax.block_until_ready(place(path, host)))
     return params

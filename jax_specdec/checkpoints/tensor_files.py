@@ -1,12 +1,13 @@
 """Folders of safetensors: their shards, their index and JSON beside them, read and written in pieces."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,12 @@ from safetensors.numpy import save_file
 
 from jax_specdec._types import Params
 from jax_specdec.errors import RunError, UserError
-from jax_specdec.models.hf import Weight
+from jax_specdec.models.hf_tensors import Weight
 
 MAX_SHARD_BYTES = 2 * 10**9
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# Of a byte each: what weights are quantized to.
+NARROW = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
 # Rows copied at a time: few enough that the strided side of a transposition stays in cache, six
 # times as fast as one assignment.
 _ROWS = 32
@@ -41,6 +44,63 @@ class Stored(NamedTuple):
     def view(self) -> Any:
         """A safetensors slice: shape and dtype from the header, values where it is indexed."""
         return self.file.get_slice(self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowView:
+    """A tensor that is computed when it is read, indexed like a safetensors slice.
+
+    Attributes:
+      dtype: a key of `DTYPES`, or what else safetensors calls it.
+      read: gives the part between two indices of the first axis.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[int, int], np.ndarray]
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return self.dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        index = index if isinstance(index, tuple) else (index,)
+        first, *rest = (slice(None), *index[1:]) if index[0] is Ellipsis else index
+        start, stop, _ = first.indices(self.shape[0])
+        return self.read(start, stop)[(slice(None), *rest)]
+
+
+class Views(dict[str, RowView]):
+    """Computed tensors by name, in the place of a file."""
+
+    def get_slice(self, name: str) -> RowView:
+        return self[name]
+
+    def stored(self) -> dict[str, Stored]:
+        return {name: Stored(self, name) for name in self}
+
+
+class _File:
+    """An open safetensors file, also of types that its library has no numpy array for."""
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, safe_open(path, "np")
+        self.keys = self._file.keys
+
+    def get_slice(self, name: str) -> Any:
+        view = self._file.get_slice(name)
+        if view.get_dtype() not in NARROW:
+            return view
+        with self._path.open("rb") as file:  # the library has checked the header
+            begin = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(begin - 8))
+        start = begin + header[name]["data_offsets"][0]
+        shape = tuple(view.get_shape())
+        raw = np.memmap(self._path, np.uint8, "r", start, shape)
+        found = raw.view(jnp.dtype(NARROW[view.get_dtype()]))
+        return RowView(shape, view.get_dtype(), lambda start, stop: np.asarray(found[start:stop]))
 
 
 def open_tensors(folder: Path, stem: str = "model") -> dict[str, Stored]:
@@ -77,7 +137,7 @@ def open_tensors(folder: Path, stem: str = "model") -> dict[str, Stored]:
     tensors = {}
     for name in files:
         try:
-            file = safe_open(folder / name, "np")
+            file = _File(folder / name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{folder / name} is truncated or damaged ({error!s:.200}).") from error
         for key in file.keys():  # noqa: SIM118 (no mapping)
@@ -177,6 +237,34 @@ def read_into(
         _assign(part[:, here] if transposed else part[here], piece.T if transposed else piece)
 
 
+def read_weight(array: np.ndarray, weight: Weight, stored: Stored, stacked: bool = False) -> None:
+    """Copies a tensor of a file into its part of our array.
+
+    Args:
+      stacked: the array's first axis is that of layers.
+    """
+    part, order, view = weight.within(array, stacked), weight.order, stored.view()
+    if order is None:
+        read_into(part, view, weight.transposed)
+        return
+    for to, start, length in runs(order):
+        index = (*map(slice, part.shape[:-1]), slice(start, start + length))
+        read_into(part[..., to : to + length], view, weight.transposed, index)
+
+
+def runs(columns: np.ndarray, places: np.ndarray | None = None) -> Iterator[tuple[int, int, int]]:
+    """Pieces of columns that follow each other: where each begins, its first column, its length.
+
+    Args:
+      places: where each column goes, default 0, 1, ...
+    """
+    places = np.arange(len(columns)) if places is None else places
+    breaks = np.flatnonzero((np.diff(columns) != 1) | (np.diff(places) != 1)) + 1
+    for piece in np.split(np.arange(len(columns)), breaks):
+        if len(piece):
+            yield int(places[piece[0]]), int(columns[piece[0]]), len(piece)
+
+
 def _assign(to: np.ndarray, value: np.ndarray) -> None:
     if to.dtype == value.dtype and to.itemsize == 2:
         # As integers: numpy moves bfloat16, which it does not know, element by element.
@@ -219,14 +307,14 @@ def write_tensors(
 def _tensor(params: Params, name: str, weight: Weight, dtype: Any) -> np.ndarray:
     """One tensor as the file has it, from either layer layout."""
     leaf: Any = params
-    if len(weight.path) == 3 and not isinstance(params.get("layers", ()), tuple):
-        leaf = np.asarray(params["layers"][weight.path[2]])[weight.path[1]]
-    else:
-        for key in weight.path:
-            leaf = leaf[key]
-    part = np.asarray(leaf)[..., weight.start : weight.start + weight.part[-1]]
+    stacked = len(weight.path) == 3 and not isinstance(params.get("layers", ()), tuple)
+    for key in (weight.path[0], weight.path[2]) if stacked else weight.path:
+        leaf = leaf[key]
+    part = weight.within(np.asarray(leaf), stacked)
     if part.shape != weight.part:
         raise ValueError(f"{name} would be {part.shape}, but its configuration says {weight.part}")
+    if weight.order is not None:
+        part = part[..., np.argsort(weight.order)]
     out = np.empty(weight.shape, dtype)
     for start in range(0, len(out), _ROWS):
         rows = slice(start, start + _ROWS)

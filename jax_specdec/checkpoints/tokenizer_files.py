@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jax_specdec import progress
+from jax_specdec.checkpoints import gguf_tokenizer
+from jax_specdec.checkpoints.gguf_model import is_gguf
 from jax_specdec.errors import UserError
 
 TOKENIZER_FILES = (
@@ -22,7 +24,9 @@ TOKENIZER_FILES = (
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there are the files of a tokenizer: one file, or a vocabulary with its merges."""
+    """Whether there is a tokenizer: one file, a vocabulary with its merges, or a GGUF file's."""
+    if is_gguf(folder):
+        return gguf_tokenizer.has_tokenizer(folder)
     sets = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
     return any(all((folder / name).is_file() for name in names) for names in sets)
 
@@ -34,6 +38,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
       UserError: it has none, or transformers cannot load it.
     """
     folder = Path(folder)
+    if is_gguf(folder):
+        return gguf_tokenizer.load_tokenizer(folder)
     if not has_tokenizer(folder):
         raise UserError(
             f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model, nor vocab.json with "

@@ -32,7 +32,8 @@ def add_model(parser: Any) -> None:
     parser.add_argument(
         "--model",
         metavar="DIR",
-        help="checkpoint folder, or a model id of the Hugging Face hub (default: the embedded demo)",
+        help="checkpoint folder, GGUF file, or a model id of the Hugging Face hub; or smollm2, where `make smollm2` "
+        "ran (default: the embedded demo)",
     )
     parser.add_argument(
         "--dtype",
@@ -112,8 +113,7 @@ def model_source(args: argparse.Namespace) -> str | Path:
 
 def draft_folders(items: Sequence[str]) -> dict[str, str]:
     """`NAME=DIR` arguments as a dictionary; DIR may be a hub id."""
-    from jax_specdec.drafters import registry
-    from jax_specdec.specs.language import known_name
+    from jax_specdec.specs.language import folders_by_name
 
     folders = {}
     for item in items:
@@ -122,14 +122,8 @@ def draft_folders(items: Sequence[str]) -> dict[str, str]:
             raise UserError(
                 f"--draft takes NAME=DIR, as in lm=checkpoints/demo/lm, not {shown(item)}."
             )
-        kind = registry.find(name)
-        if kind is None:
-            known_name(name, "drafter", registry.names("needs_checkpoint"))
-        elif not kind.needs_checkpoint:
-            able = registry.listed(registry.names("needs_checkpoint"))
-            raise UserError(f"--draft {item[:80]}: {name!r} has no checkpoint; {able} have one.")
         folders[name] = folder
-    return folders
+    return folders_by_name(folders)
 
 
 def given_drafter(args: argparse.Namespace) -> "Spec | None":
@@ -153,6 +147,7 @@ def load(args: argparse.Namespace, mesh: "Mesh | None" = None) -> "tuple[Target,
             mesh=mesh,
             int8=getattr(args, "int8", ()),
             draft_int8=getattr(args, "draft_int8", ()),
+            context=getattr(args, "context", None),
             batch_size=getattr(args, "batch_size", 1),
             first="the first --draft",
         )

@@ -1,4 +1,4 @@
-"""`convert`: a checkpoint in another dtype or other shards, or a drafter of another project."""
+"""`convert`: a checkpoint in another dtype, other shards or no longer quantized, or another project's drafter."""
 
 import argparse
 from typing import Any
@@ -11,11 +11,12 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "convert",
         help="a checkpoint in another dtype or other shards; imports drafters",
-        description="Writes a checkpoint again, in another dtype or other shards. With --target it reads a "
+        description="Writes a checkpoint again as safetensors, in another dtype or other shards; GGUF files, FP8, GPTQ "
+        "and AWQ as the numbers that they stand for. With --target it reads a "
         "drafter of another project, whichever kind of drafter it is for, and writes it for --drafter.",
         examples=("DIR OUT --dtype bfloat16", "HEADS OUT --target DIR"),
     )
-    parser.add_argument("source", metavar="SRC", help="checkpoint folder or hub id")
+    parser.add_argument("source", metavar="SRC", help="checkpoint folder, GGUF file or hub id")
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument(
         "--dtype", choices=common.DTYPES, help="of what is written (default: as it is)"

@@ -18,13 +18,23 @@ def register(commands: Any) -> None:
     common.add_model(group)
     common.add_drafter(group)
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="questions in the model's chat template (default for smollm2)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     common.at_least_one(args, "max_new_tokens")
-    from jax_specdec.demo import run_demo
+    from jax_specdec.checkpoints import smollm2
+    from jax_specdec.demo import PROMPTS, chat_prompts, run_demo
 
     target, drafter = common.load(args)
-    return run_demo(target, drafter, max_new_tokens=args.max_new_tokens, as_json=args.json)
+    prompts = PROMPTS
+    if args.chat or args.model == smollm2.NAME:
+        prompts = chat_prompts(target.tokenizer)
+    options = {"max_new_tokens": args.max_new_tokens, "as_json": args.json, "prompts": prompts}
+    return run_demo(target, drafter, **options)

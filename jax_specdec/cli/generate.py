@@ -53,6 +53,13 @@ def register(commands: Any) -> None:
     prompts.add_argument(
         "--keep-last", type=int, metavar="N", help="keep the last N tokens of each prompt"
     )
+    prompts.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="longest text in tokens, the prompt among them (default: all that the model takes; of Phi with "
+        "longrope, what its short rotary factors serve)",
+    )
     rules = sampling.add_sampling(parser, "none")
     rules.add_argument(
         "--rule",
@@ -162,6 +169,10 @@ def read_records(args: argparse.Namespace) -> list[PromptRecord]:
         text = sys.stdin.read()
     except UnicodeDecodeError as error:
         raise UserError(f"Standard input is not {sys.stdin.encoding} text ({error}).") from None
+    if not text:
+        raise UserError(
+            "Standard input is empty: write a prompt to it, or give --prompt TEXT or --prompts FILE."
+        )
     return [prompt_of_input(text)]
 
 

@@ -92,6 +92,7 @@ def describe(
       target, stored, drafters: what `open_headers` gives.
     """
     from jax_specdec.checkpoints.memory import available_memory, memory_plan, sizes_of
+    from jax_specdec.checkpoints.target_tensors import packing_of
     from jax_specdec.loading import choose_drafter
     from jax_specdec.specs.build import check_taken
 
@@ -138,6 +139,7 @@ def describe(
         "model": str(target.path),
         **sizes_of(config),
         "stored_dtype": stored,
+        "packing": packing_of(target.path),
         "tokenizer": target.tokenizer is not None,
         "dtype": dtype,
         "int8": list(args.int8),
@@ -174,9 +176,15 @@ def _kinds() -> list[str]:
 
 
 def _shape(found: dict[str, Any]) -> str:
+    stored = found["stored_dtype"]
+    if found.get("packing"):
+        stored = f"{found['packing']}, read as {stored}"
+    mlp = f"MLP {found['mlp_size']}"
+    if "num_experts" in found:
+        mlp = f"{found['num_experts']} experts of {found['expert_size']}, {found['experts_per_token']} a token"
     return (
-        f"{found['num_parameters']:,} parameters ({found['family']}, stored as {found['stored_dtype']}): "
-        f"{found['num_layers']} layers of {found['hidden_size']}, MLP {found['mlp_size']}, "
+        f"{found['num_parameters']:,} parameters ({found['family']}, stored as {stored}): "
+        f"{found['num_layers']} layers of {found['hidden_size']}, {mlp}, "
         f"{found['num_heads']} heads on {found['num_kv_heads']} key heads of {found['head_dim']}, "
         f"vocabulary {found['vocab_size']}, context {found['context']}"
     )

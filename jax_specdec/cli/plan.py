@@ -156,15 +156,15 @@ def _may_fit(found: dict[str, Any]) -> bool:
 def _config(source: str) -> "tuple[ModelConfig, Path]":
     """The configuration in a file, a folder or a model of the hub, and where it lies."""
     from jax_specdec.checkpoints.hub import fetch_config
-    from jax_specdec.checkpoints.tensor_files import read_json
+    from jax_specdec.checkpoints.target_tensors import read_hf_config
     from jax_specdec.models.hf import config_from_hf
 
     path = fetch_config(source)
-    return config_from_hf(read_json(path), None), path.parent
+    return config_from_hf(read_hf_config(path)), path.parent
 
 
 def _usual_mesh(config: "ModelConfig", devices: int) -> dict[str, int]:
-    sizes = (config.num_heads, config.vocab_size, config.mlp_size)
+    sizes = (config.num_heads, config.vocab_size, *config.mlp_sizes)
     tensor = max(
         n for n in range(1, devices + 1) if devices % n == 0 and not any(s % n for s in sizes)
     )

@@ -152,14 +152,23 @@ class GliDeReader:
         assert self.view is not None and not taps, "a drafter reads beside a target"
         view, model = self.view, self.model
         visible = jnp.minimum(positions, view.length[:, None])
+        target = model.target
+        glimpse = glimpse_view(
+            view,
+            visible,
+            target.windows,
+            model.sharding,
+            scale=target.scale,
+            soft_cap=target.attention_cap,
+        )
         hidden = None
         if model.config.hidden_input:
-            hidden = view.tap(model.target.num_layers - 1, visible)
+            hidden = view.tap(target.num_layers - 1, visible)
         return model.apply(
             params,
             tokens,
             positions,
-            glimpse_view(view, visible, model.target.windows, model.sharding),
+            glimpse,
             cache,
             ancestors,
             hidden=hidden,

@@ -66,13 +66,13 @@ class Request:
         Raises:
           UserError: there is none.
         """
-        source = "" if self.source is None else self.source
-        local = Path(source).expanduser()
-        if local.is_dir():
-            return local
-        from jax_specdec.checkpoints.hub import HUB_ID, find_checkpoint
+        from jax_specdec.checkpoints.hub import HUB_GGUF, HUB_ID, find_checkpoint, local_path
 
-        if isinstance(source, str) and HUB_ID.fullmatch(source):
+        source = "" if self.source is None else self.source
+        local = local_path(source) if source else Path()
+
+        hub = isinstance(source, str) and (HUB_ID.fullmatch(source) or HUB_GGUF.fullmatch(source))
+        if source and (local.exists() or hub):
             try:
                 return find_checkpoint(source)
             except UserError as error:

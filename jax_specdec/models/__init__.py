@@ -1,4 +1,4 @@
-"""The target: a Llama-family decoder, and its Hugging Face configuration."""
+"""The target: a decoder of chosen parts, and its Hugging Face configuration."""
 
 from jax_specdec.models.config import ModelConfig, RopeConfig
 from jax_specdec.models.decoder import Decoder, stack_layers, unstack_layers

@@ -1,4 +1,4 @@
-"""The target: a stateless Llama-family decoder in Flax Linen.
+"""The target: a stateless decoder in Flax Linen, of the parts that its configuration names.
 
 Axis letters: `B` batch, `T` new tokens or tree nodes, `S` cache slots, `L` layers, `N` query heads,
 `K` key/value heads, `D` head dim, `E` embed, `F` mlp, `V` vocabulary.
@@ -7,7 +7,8 @@ Parameters are one tree for both layer loops:
 
     {"embed": [V, E], "layers": (block, ...) or a stacked block, "norm": [E], "head": [E, V]}
 
-with `head` absent where it is tied, or a transposed copy of `embed` where that is faster (CPU).
+with `head` absent where it is tied, or a transposed copy of `embed` where that is faster (CPU); `parameters`
+lists the rest.
 Projections that read the same input are stored and multiplied as
 one matrix (`qkv`, `gate_up`).
 """
@@ -27,26 +28,13 @@ from jax_specdec.core.cache import KVCache, KVScales
 from jax_specdec.core.model import Output
 from jax_specdec.core.sharding import Sharding, constrain, partition_of
 from jax_specdec.models.attention import causal_attention, grown_attention
-from jax_specdec.models.config import ModelConfig
-from jax_specdec.models.layers import Block, rms_norm, unembed
+from jax_specdec.models.config import ModelConfig, RopeConfig
+from jax_specdec.models.layers import Block, embed, head, norm
+from jax_specdec.models.parameters import layer_parameters, model_parameters
 from jax_specdec.models.quantized import quantize, quantized_axes
 from jax_specdec.models.rope import rope_angles
 from jax_specdec.models.tensor_parallel import divided_config
 from pallas_kernels import tree_attention
-
-# Logical axes of a layer's parameters; `Block` says what each of them is.
-LAYER_AXES: dict[str, tuple[str | None, ...]] = {
-    "attention_norm": ("embed",),
-    "qkv": ("embed", "heads"),
-    "qkv_bias": ("heads",),
-    "q_norm": (None,),
-    "k_norm": (None,),
-    "out": ("heads", "embed"),
-    "out_bias": ("embed",),
-    "mlp_norm": ("embed",),
-    "gate_up": ("embed", "mlp"),
-    "down": ("mlp", "embed"),
-}
 
 
 class Between(Protocol):
@@ -92,8 +80,10 @@ class Decoder:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         if self.layer_loop == "scan":
             object.__setattr__(self, "stacked_cache", True)
-        if self.layer_loop == "scan" and len(set(self.windows)) > 1:
-            raise ValueError("layers with different sliding windows cannot be scanned: use unroll")
+        if self.layer_loop == "scan" and not self.config.uniform:
+            raise ValueError(
+                "layers that differ, as in their sliding windows, cannot be scanned: use unroll"
+            )
 
     rewinds: ClassVar[bool] = True  # slots behind a cache's length are garbage
 
@@ -113,11 +103,14 @@ class Decoder:
         normal = nn.initializers.normal(0.02)
         params = {
             "embed": normal(keys[-1], (c.vocab_size, c.hidden_size), self.dtype),
-            "layers": tuple(self.init_layer(k) for k in keys[: c.num_layers]),
-            "norm": jnp.ones((c.hidden_size,), self.dtype),
+            "layers": tuple(self.init_layer(k, i) for i, k in enumerate(keys[: c.num_layers])),
         }
-        if not c.tied_head:
-            params["head"] = normal(keys[-2], (c.hidden_size, c.vocab_size), self.dtype)
+        for name, (shape, _) in model_parameters(c).items():
+            if name in ("head", "positions"):
+                params[name] = normal(keys[-2], shape, self.dtype)
+            elif name != "embed":
+                fill = float(name == "norm" and c.norm != "rms1")
+                params[name] = jnp.full(shape, fill, self.dtype)
         params = stack_layers(params) if self.layer_loop == "scan" else params
         return quantize(params) if self.quantized else params
 
@@ -162,12 +155,12 @@ class Decoder:
             zeros = jnp.stack(zeros)
         return zeros, zeros
 
-    def init_layer(self, key: Array) -> Params:
+    def init_layer(self, key: Array, layer: int = 0) -> Params:
         """Fresh parameters of one layer."""
         c = self.config
         x = jnp.zeros((1, 1, c.hidden_size), self.dtype)
-        angles = rope_angles(c.rope, c.head_dim, jnp.zeros((1, 1), jnp.int32))
-        return dict(Block(c, self.dtype).init(key, x, angles, lambda q, k, v: q)["params"])
+        block = Block(c, self.dtype, experts=c.has_experts(layer))
+        return dict(block.init(key, x, None, lambda q, k, v: q)["params"])
 
     def apply(
         self,
@@ -195,7 +188,7 @@ class Decoder:
           taps: hidden states to return, see `core.model.Model`.
           logits: False skips the head (prefill). remat: recompute layers in the backward pass.
         """
-        x = jnp.take(params["embed"], tokens, axis=0)
+        x = embed(self.config, params, tokens, positions)
         x = constrain(self.sharding, x, "batch", None, "embed")
         x, new_kv, tapped = self.layers(
             params, x, positions, cache, ancestors, drafted=drafted, taps=taps, remat=remat
@@ -225,13 +218,21 @@ class Decoder:
         if any(not -1 <= tap < c.num_layers for tap in taps):
             raise ValueError(f"taps {taps} are not among -1 to {c.num_layers - 1}")
         tapped = {tap: x for tap in taps}
-        angles = rope_angles(c.rope, c.head_dim, positions)
-        block, partition = Block(c, self.dtype, self.sharding), partition_of(self.sharding)
+        angles: dict[RopeConfig | None, Any] = {None: None}
+        for rope in {c.rope_of(i) for i in range(c.num_layers)}:
+            if rope is not None:
+                angles[rope] = rope_angles(rope, c.head_dim, positions, c.context)
+        partition = partition_of(self.sharding)
+        scores: dict[str, Any] = {"scale": c.scale, "soft_cap": c.attention_cap}
 
-        def layer(weights: Params, x: Array, index: Any, window: int | None) -> Any:
+        def layer(weights: Params, x: Array, index: Any, place: int) -> Any:
+            """The layer at `place`, or under `scan` at `index`, which are all alike."""
+            window = c.windows[place]
+            block = Block(c, self.dtype, self.sharding, c.has_experts(place))
+
             def attend(q: Array, k: Array, v: Array) -> Array:
                 if cache is None:
-                    return causal_attention(q, k, v, window, ancestors)
+                    return causal_attention(q, k, v, window, ancestors, **scores)
                 k, v = cache.seen(k, v, index)
                 if drafted is not None:
                     if window is not None or ancestors is None:
@@ -240,7 +241,9 @@ class Decoder:
                         )
                     before = cache.seen(drafted[0][index], drafted[1][index], index)
                     old = cache.layer(index)
-                    return grown_attention(q, k, v, *before, old, ancestors, partition=partition)
+                    return grown_attention(
+                        q, k, v, *before, old, ancestors, partition=partition, **scores
+                    )
                 out = tree_attention(
                     q,
                     k,
@@ -248,6 +251,7 @@ class Decoder:
                     ancestors=ancestors,
                     window=window,
                     partition=partition,
+                    **scores,
                     **cache.layer(index),
                 )
                 return cast(Array, out)  # a pair only with return_lse
@@ -255,7 +259,7 @@ class Decoder:
             branch = None
             if between is not None:
                 branch = functools.partial(between, weights, index=index)
-            return block.apply({"params": weights}, x, angles, attend, branch)
+            return block.apply({"params": weights}, x, angles[c.rope_of(place)], attend, branch)
 
         scan = self.layer_loop == "scan"
         if remat:
@@ -265,7 +269,7 @@ class Decoder:
             def step(carry, item):
                 x, tapped = carry
                 index, weights = item
-                x, new = layer(weights, x, index, c.windows[0])
+                x, new = layer(weights, x, index, 0)
                 tapped = {t: jnp.where(index == t, x, old) for t, old in tapped.items()}
                 return (x, tapped), new
 
@@ -274,7 +278,7 @@ class Decoder:
         else:
             collected = []
             for index, weights in enumerate(params["layers"]):
-                x, new = layer(weights, x, index, c.windows[index])
+                x, new = layer(weights, x, index, index)
                 collected.append(new)
                 if index in tapped:
                     tapped[index] = x
@@ -285,37 +289,28 @@ class Decoder:
 
     def axes(self) -> tuple[Params, KVCache]:
         """Logical axis names of parameters and cache, see `core.model.Model`."""
-        layer = {name: names for name, names in LAYER_AXES.items() if self._has(name)}
-        vector = ("embed",)
-        params: Params = {"embed": ("vocab", "embed"), "norm": vector}
-        if not self.config.tied_head:
-            params["head"] = ("embed", "vocab")
+        c = self.config
+
+        def of_layer(layer: int) -> Params:
+            return {name: p.axes for name, p in layer_parameters(c, c.has_experts(layer)).items()}
+
+        params: Params = {name: p.axes for name, p in model_parameters(c).items()}
         slot = ("batch", "kv_heads", "slots", None)
-        cached: Any = (slot,) * self.config.num_layers
+        cached: Any = (slot,) * c.num_layers
         if self.stacked_cache:
             cached = ("layer", *slot)
         if self.layer_loop == "scan":
-            params["layers"] = {name: ("layer", *names) for name, names in layer.items()}
+            params["layers"] = {name: ("layer", *names) for name, names in of_layer(0).items()}
         else:
-            params["layers"] = (layer,) * self.config.num_layers
+            params["layers"] = tuple(of_layer(layer) for layer in range(c.num_layers))
         if self.quantized:
             params = quantized_axes(params)
         scales: Any = None if self.kv_scales is None else (None, "kv_heads")
         return params, KVCache(cached, cached, ("batch",), scales, scales)  # type: ignore[arg-type]
 
-    def _has(self, name: str) -> bool:
-        c = self.config
-        flags = {
-            "qkv_bias": c.qkv_bias,
-            "out_bias": c.out_bias,
-            "q_norm": c.qk_norm,
-            "k_norm": c.qk_norm,
-        }
-        return flags.get(name, True)
-
     def head(self, params: Params, hidden: Array) -> Array:
         """`hidden [B, T, E]` before the final norm -> `float32[B, T, V]`."""
-        logits = unembed(params, rms_norm(hidden, params["norm"], self.config.norm_eps))
+        logits = head(self.config, params, norm(self.config, params, "norm", hidden))
         return constrain(self.sharding, logits, "batch", None, "vocab")
 
 

@@ -1,4 +1,4 @@
-"""A model whose logits are cut or padded to another vocabulary's rows."""
+"""A draft model whose logits are of another vocabulary: cut or padded, or translated token by token."""
 
 import dataclasses
 from typing import Any
@@ -47,9 +47,9 @@ class Fitted:
         ancestors: Int[Array, "B T W"] | None = None,
         **options: Any,
     ) -> Output:
-        known = jnp.where(tokens < self.model.vocab_size, tokens, 0)
-        out = self.model.apply(params, known, positions, cache, ancestors, **options)
-        return out if out.logits is None else out._replace(logits=self._fit(out.logits))
+        known = self._read(params, tokens)
+        out = self.model.apply(self._own(params), known, positions, cache, ancestors, **options)
+        return out if out.logits is None else out._replace(logits=self._fit(params, out.logits))
 
     def commit(self, cache: Any, output: Output, count: Any, path: Any = None) -> Any:
         return self.model.commit(cache, output, count, path)
@@ -58,15 +58,45 @@ class Fitted:
         return self.model.rollback(cache, length)
 
     def head(self, params: Params, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
-        return self._fit(self.model.head(params, hidden))
+        return self._fit(params, self.model.head(self._own(params), hidden))
 
     def axes(self) -> tuple[Any, Any]:
         return self.model.axes()
 
-    def _fit(self, logits: Float[Array, "B T R"]) -> Float[Array, "B T V"]:
+    def _own(self, params: Params) -> Params:
+        return params
+
+    def _read(self, params: Params, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        del params
+        return jnp.where(tokens < self.model.vocab_size, tokens, 0)
+
+    def _fit(self, params: Params, logits: Float[Array, "B T R"]) -> Float[Array, "B T V"]:
+        del params
         missing = max(self.vocab_size - logits.shape[-1], 0)
         pad = ((0, 0), (0, 0), (0, missing))
         return jnp.pad(logits[..., : self.vocab_size], pad, constant_values=NEG_INF)
+
+
+@dataclasses.dataclass(frozen=True)
+class Translated(Fitted):
+    """A draft model of another tokenizer: of the tokens that both have it drafts, the others it only reads.
+
+    Its distribution is its own on the shared tokens (token-level intersection, arXiv 2502.05202).
+    Its parameters are `{"model", "ids": int32[V], "shared": bool[V]}`, see `checkpoints.vocabulary.Shared`.
+    """
+
+    def axes(self) -> tuple[Any, Any]:
+        params, cache = self.model.axes()
+        return {"model": params, "ids": (None,), "shared": (None,)}, cache
+
+    def _own(self, params: Params) -> Params:
+        return params["model"]
+
+    def _read(self, params: Params, tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        return params["ids"][tokens]
+
+    def _fit(self, params: Params, logits: Float[Array, "B T R"]) -> Float[Array, "B T V"]:
+        return jnp.where(params["shared"], logits[..., params["ids"]], NEG_INF)
 
 
 def fit_vocabulary(model: Model, vocab_size: int) -> Model:

@@ -33,7 +33,8 @@ from jax_specdec.models.attention import masked_attention
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import Decoder
 from jax_specdec.models.glide_config import GliDeConfig
-from jax_specdec.models.layers import matmul, rms_norm, unembed
+from jax_specdec.models.layers import head, rms_norm
+from jax_specdec.models.products import matmul, unembed
 from jax_specdec.models.rope import apply_rope, rope_angles
 from pallas_kernels import tree_attention
 
@@ -49,13 +50,16 @@ def glimpse_view(
     visible: Array,
     windows: tuple[int | None, ...],
     sharding: Sharding | None = None,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> Glimpse:
     """Attention to the target's cache, read in place.
 
     Args:
       visible: `int32[B, T]`, each query sees the slots before it; committed ones only.
       windows: the target's, per layer: of those a query then sees the last so many.
-      sharding: the target's.
+      sharding, scale, soft_cap: the target's, see `tree_attention`.
     """
 
     def attend(q: Array, layer: int) -> Array:
@@ -66,6 +70,8 @@ def glimpse_view(
             None,
             None,
             **cached,
+            scale=scale,
+            soft_cap=soft_cap,
             window=windows[layer],
             visible=visible,
             partition=partition_of(sharding),
@@ -75,11 +81,18 @@ def glimpse_view(
     return attend
 
 
-def glimpse_text(kv: tuple[Any, Any], visible: Array, windows: tuple[int | None, ...]) -> Glimpse:
+def glimpse_text(
+    kv: tuple[Any, Any],
+    visible: Array,
+    windows: tuple[int | None, ...],
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> Glimpse:
     """Attention to the keys of a whole text that the target has just read, for training.
 
     Args:
-      kv: the target's `Output.new`. visible, windows: as in `glimpse_view`.
+      kv: the target's `Output.new`. The others are as in `glimpse_view`.
     """
     keys, values = kv
 
@@ -90,7 +103,7 @@ def glimpse_text(kv: tuple[Any, Any], visible: Array, windows: tuple[int | None,
         if window is not None:
             keep = keep & (slot >= visible[..., None] - window)
         k, v = keys[layer].astype(q.dtype), values[layer].astype(q.dtype)
-        out = masked_attention(q, k, v, keep)
+        out = masked_attention(q, k, v, keep, scale=scale, soft_cap=soft_cap)
         return jnp.where((visible > 0)[..., None, None], out, jnp.zeros((), q.dtype))
 
     return attend
@@ -106,9 +119,9 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, angles: tuple[Array, Array], attend: Callable[[Array], Array]
+        self, x: Array, angles: tuple[Array, Array] | None, attend: Callable[[Array], Array]
     ) -> Array:
-        """`x [B, T, E]` -> the same plus what `attend` saw; `angles` are of the target's head width."""
+        """`x [B, T, E]` -> the same plus what `attend` saw; `angles` are those of the target's layer."""
         c, t = self.config, self.target
         batch, length, embed = x.shape
         ones, normal = nn.initializers.ones, nn.initializers.normal(0.02)
@@ -124,7 +137,7 @@ class CrossAttention(nn.Module):
         q = q.reshape(batch, length, t.num_heads, t.head_dim)
         if t.qk_norm:  # the target's keys were normed, and expect such queries
             q = rms_norm(q, param("q_norm", ones, t.head_dim), t.norm_eps)
-        q = apply_rope(q, *angles)
+        q = q if angles is None else apply_rope(q, *angles)
         # Heads as the kernel wants them: XLA may divide the rotation otherwise, and gather it again.
         q = constrain(self.sharding, q, "batch", None, "heads", None)
         y = attend(q).reshape(batch, length, -1)
@@ -163,12 +176,11 @@ class GliDe:
         keys = iter(jax.random.split(key, 2 * c.num_layers + 3))
         cross = CrossAttention(c, t, self.dtype)
         x = jnp.zeros((1, 1, c.hidden_size), self.dtype)
-        angles = self._target_angles(jnp.zeros((1, 1), jnp.int32))
 
         def layer() -> Params:
             weights = self.decoder.init_layer(next(keys))
             if c.cross_attention:
-                weights["cross"] = dict(cross.init(next(keys), x, angles, lambda q: q)["params"])
+                weights["cross"] = dict(cross.init(next(keys), x, None, lambda q: q)["params"])
             return weights
 
         def matrix(rows: int, columns: int, scale: float = 0.02) -> Array:
@@ -244,6 +256,8 @@ class GliDe:
           cache, ancestors, drafted: of the self-attention, as in `Decoder.apply`.
         """
         x = jnp.take(params["embed"], tokens, axis=0).astype(self.dtype)
+        if self.config.share and self.target.embed_scale != 1:
+            x = x * x.dtype.type(self.target.embed_scale)
         if "embed_in" in params:
             x = matmul(x, params["embed_in"])
         if self.config.hidden_input:
@@ -251,13 +265,15 @@ class GliDe:
             y = rms_norm(hidden.astype(self.dtype), params["hidden_norm"], self.target.norm_eps)
             x = x + matmul(y, params["hidden_in"])
         read = self.config.layers_read(self.target)
-        angles = self._target_angles(positions)
+        angles = {layer: self._target_angles(layer, positions) for layer in set(read)}
         cross = CrossAttention(self.config, self.target, self.dtype, self.sharding)
 
         def between(weights: Params, x: Array, *, index: int) -> Array:
             assert glimpse is not None, "cross-attention needs the target's keys"
             attend = functools.partial(glimpse, layer=read[index])
-            return cast(Array, cross.apply({"params": weights["cross"]}, x, angles, attend))
+            return cast(
+                Array, cross.apply({"params": weights["cross"]}, x, angles[read[index]], attend)
+            )
 
         x, new_kv, _ = self.decoder.layers(
             params,
@@ -278,7 +294,9 @@ class GliDe:
             x = rms_norm(x, params["norm"], self.target.norm_eps)
         if "head_out" in params:
             x = matmul(x, params["head_out"])
-        return unembed(params, x)
+        return head(self.target, params, x) if self.config.share else unembed(params, x)
 
-    def _target_angles(self, positions: Array) -> tuple[Array, Array]:
-        return rope_angles(self.target.rope, self.target.head_dim, positions)
+    def _target_angles(self, layer: int, positions: Array) -> tuple[Array, Array] | None:
+        """What the target's layer turns its keys by."""
+        t, rope = self.target, self.target.rope_of(layer)
+        return None if rope is None else rope_angles(rope, t.head_dim, positions, t.context)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from jax_specdec.models.config import MAX_LAYERS, ModelConfig
+from jax_specdec.models.config import MAX_LAYERS, ModelConfig, RopeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ class GliDeConfig:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             context=target.context,
-            rope=target.rope,
+            rope=target.rope or RopeConfig(),  # of a target that learned its positions
             norm_eps=target.norm_eps,
             qkv_bias=self.qkv_bias,
             windows=(self.window,) * self.num_layers,

@@ -11,7 +11,7 @@ Axis letters as in `models.decoder`. Parameters:
      "out": ([E, V], ... one per head)}
 
 where `out` is absent if the heads share the target's own output matrix, which is then joined with them as
-`head` or `embed`. The target's `norm` is joined always.
+`head` or `embed`. The target's final norm is joined always.
 """
 
 import dataclasses
@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_specdec._types import Array, Params
+from jax_specdec.models import layers
 from jax_specdec.models.config import MAX_LAYERS, ModelConfig
-from jax_specdec.models.layers import matmul, rms_norm, unembed
+from jax_specdec.models.products import matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Medusa:
 
     def join(self, params: Params, target_params: Params) -> Params:
         """Its own parameters and the target's norm and, if shared, output matrix, not copied."""
-        names = ["norm"]
+        names = [name for name in ("norm", "norm_bias") if name in target_params]
         if self.config.share:
             names.append("head" if "head" in target_params else "embed")
         return {**params, **{name: target_params[name] for name in names}}
@@ -143,12 +144,12 @@ class Medusa:
         x = self._norm(params, hidden)
         read = [self._read(params, x, index) for index in range(count)]
         if self.config.share:  # one product for all
-            return unembed(params, jnp.concatenate(read, axis=1))
+            return layers.head(self.target, params, jnp.concatenate(read, axis=1))
         said = [self._unembed(params, y, index) for index, y in enumerate(read)]
         return jnp.concatenate(said, axis=1)
 
     def _norm(self, params: Params, hidden: Array) -> Array:
-        return rms_norm(hidden.astype(self.dtype), params["norm"], self.target.norm_eps)
+        return layers.norm(self.target, params, "norm", hidden.astype(self.dtype))
 
     def _read(self, params: Params, x: Array, index: int) -> Array:
         block = ResidualBlock(self.dtype)
@@ -157,4 +158,5 @@ class Medusa:
         return x
 
     def _unembed(self, params: Params, x: Array, index: int) -> Array:
-        return unembed(params if self.config.share else {"head": params["out"][index]}, x)
+        matrix = params if self.config.share else {"head": params["out"][index]}
+        return layers.head(self.target, matrix, x)

@@ -2,7 +2,7 @@
 
 Symmetric rounding to the nearest of 255 levels (LLM.int8(), arXiv 2208.07339, section 2.1, without its outlier
 columns: activations stay as they are, so that only weights are rounded). What it saves is memory and its bandwidth,
-which bound decoding. Embeddings, norms and biases stay as they are, and so does a tied head: it is the embedding.
+which bound decoding. Embeddings, routers, norms and biases stay as they are, and so does a tied head: it is the embedding.
 """
 
 from typing import Any
@@ -17,7 +17,10 @@ from jax_specdec.core.sharding import is_names
 
 # Parameters that stand right of a product.
 MULTIPLIED = frozenset(
-    ("qkv", "out", "gate_up", "down", "head", "q", "embed_in", "head_out", "hidden_in")
+    (
+        *("qkv", "out", "gate_up", "up", "down", "experts_up", "experts_down", "head"),
+        *("q", "embed_in", "head_out", "hidden_in"),
+    )
 )
 
 

@@ -30,8 +30,9 @@ def divided_config(config: ModelConfig, sharding: Sharding) -> ModelConfig:
             f"{config.num_heads} query heads and {config.num_kv_heads} KV heads do not divide over "
             f"{parts} devices; they do over {', '.join(map(str, fit))}."
         )
-    sizes = {"mlp": config.mlp_size, "vocab": config.vocab_size, "embed": config.hidden_size}
-    for name, size in sizes.items():
+    sizes = [("vocab", config.vocab_size), ("embed", config.hidden_size)]
+    sizes = [("mlp", size) for size in config.mlp_sizes] + sizes
+    for name, size in sizes:
         among = sharding.size(name)
         if size % among:
             fit = [n for n in range(1, min(size, 256) + 1) if size % n == 0]
@@ -56,17 +57,26 @@ def fused_order(name: str, config: ModelConfig, sharding: Sharding) -> np.ndarra
     if name in ("qkv", "qkv_bias"):
         parts, dim = sharding.size("heads"), config.head_dim
         n, k = config.num_heads, config.num_kv_heads
-        kept = np.arange(max(k, parts)) * k // max(k, parts)  # the KV head that each is
+        kept = _kept_heads(k, parts)
         pieces = [np.arange(n), n + kept, n + k + kept]
-    elif name == "gate_up":
+    elif name == "k_norm" and config.wide_qk_norm:
+        parts, dim = sharding.size("heads"), config.head_dim
+        pieces = [_kept_heads(config.num_kv_heads, parts)]
+    elif name in ("gate_up", "gate_up_bias", "experts_up") and config.gated:
         parts, dim = sharding.size("mlp"), 1
-        pieces = [np.arange(config.mlp_size), config.mlp_size + np.arange(config.mlp_size)]
+        size = config.expert_size if name == "experts_up" else config.mlp_size
+        pieces = [np.arange(size), size + np.arange(size)]
     else:
         return None
     if parts == 1:
         return None
     heads = np.concatenate([piece.reshape(parts, -1) for piece in pieces], axis=1).reshape(-1)
     return (heads[:, None] * dim + np.arange(dim)).reshape(-1)
+
+
+def _kept_heads(count: int, parts: int) -> np.ndarray:
+    """The KV head that each is, where there are fewer than devices."""
+    return np.arange(max(count, parts)) * count // max(count, parts)
 
 
 def divide(params: Params, config: ModelConfig, decoder: Any) -> Params:

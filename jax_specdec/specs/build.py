@@ -19,7 +19,7 @@ from jax_specdec.drafters.cascade import Cascade, Horizontal
 from jax_specdec.drafters.cascade_sizes import check_budget, check_depth, check_lenience
 from jax_specdec.drafters.early_exit import Stop
 from jax_specdec.drafters.registry import Make, Request
-from jax_specdec.errors import UserError
+from jax_specdec.errors import UserError, a_kind
 from jax_specdec.expansions.beam_search import BeamSearch
 from jax_specdec.expansions.cape import Cape
 from jax_specdec.expansions.dynamic_tree import DynamicTree
@@ -28,7 +28,7 @@ from jax_specdec.expansions.siblings import Fixed, PathProbability
 from jax_specdec.expansions.static_tree import StaticTree
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.specs.defaults import Setting, measured, measured_on, setting_of
-from jax_specdec.specs.language import CASCADE, EXAMPLE, Spec, known_name, parse
+from jax_specdec.specs.language import CASCADE, EXAMPLE, Spec, folders_by_name, known_name, parse
 from jax_specdec.specs.sizes import depth_of
 
 RULES: dict[str, type[Rule]] = {
@@ -240,9 +240,13 @@ class Drafters:
         int8: Collection[str] = (),
         rules: ShardingRules | None = None,
     ):
+        if not isinstance(target, Target):
+            raise UserError(
+                f"A drafter is loaded for a target of `load_target`, not {a_kind(target)}."
+            )
         self.target = target
         self.home = Path(folder) if folder is not None else target.path.parent
-        self.drafts = dict(drafts or {})
+        self.drafts = folders_by_name(drafts)
         self.dtype = dtype or target.decoder.dtype
         check_parts(int8)
         self.setting = setting_of(target, batch_size, int8)
@@ -280,7 +284,7 @@ class Drafters:
 
     def complete(self, spec: Spec | str) -> Spec:
         """`complete`, for this target."""
-        parsed = parse_drafter(spec) if isinstance(spec, str) else spec
+        parsed = spec if isinstance(spec, Spec) else parse_drafter(spec)
         return complete(parsed, self.home, lambda name: self.request(name).longest, self.setting)
 
     def outline(self, spec: Spec | str) -> tuple[Spec, Drafter]:

@@ -90,7 +90,14 @@ class Pair:
         """Log-probabilities `float32[B, T, V]` of the token after each of `tokens [B, T+1]` but the last."""
         inputs = tokens[:, :-1]
         joined = self.model.join(params, target_params)
-        glimpse = glimpse_text(reading.kv, visible, self.model.target.windows)
+        target = self.model.target
+        glimpse = glimpse_text(
+            reading.kv,
+            visible,
+            target.windows,
+            scale=target.scale,
+            soft_cap=target.attention_cap,
+        )
         hidden = None
         if self.model.config.hidden_input:
             hidden = last_seen(reading.hidden, visible)

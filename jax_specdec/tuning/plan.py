@@ -81,14 +81,21 @@ def parts_by_arithmetic(question: Question, drafter: int, nodes: int) -> dict[st
     embedding = c.vocab_size * c.hidden_size
     per_weight = 1 if "weights" in question.int8 else size
     own = ((c.parameter_count() - embedding) * per_weight + embedding * size) / tensor
+    # Of a mixture, each token goes through a few experts, and those of all tokens are read.
+    active, touched = None, None
+    if c.num_experts:
+        active = c.experts_per_token
+        touched = c.parameter_count(min(c.num_experts, active * rows * nodes))
+    unread = 0 if touched is None else (c.parameter_count() - touched) * per_weight / tensor
     per_value = 1 if "cache" in question.int8 else size
     slot = 2 * c.num_layers * kv_heads * c.head_dim * per_value
     cache = slot * rows * (question.context + nodes)
     # The embedding is not read but for a few of its rows.
-    read = own - (0 if c.tied_head else embedding * size / tensor) + slot * rows * question.context
+    read = own - unread - (0 if c.tied_head else embedding * size / tensor)
+    read = read + slot * rows * question.context
     # Scores in float32, with the noise, twice: before and after the law.
     scratch = 4 * 4 * rows * nodes * c.vocab_size / tensor
-    products = 2 * (c.parameter_count() - embedding) / tensor * rows * nodes
+    products = 2 * (c.parameter_count(active) - embedding) / tensor * rows * nodes
     attention = (
         4 * c.num_layers * c.num_heads / tensor * c.head_dim * rows * nodes * question.context
     )
@@ -148,7 +155,7 @@ def alternatives(question: Question, drafter: int, nodes: int) -> list[str]:
     c, sizes = question.config, question.sizes
     for factor in (2, 4, 8, 16, 32, 64):
         tensor = sizes["tensor"] * factor
-        if c.num_heads % tensor or c.vocab_size % tensor or c.mlp_size % tensor:
+        if any(size % tensor for size in (c.num_heads, c.vocab_size, *c.mlp_sizes)):
             continue
         devices = question.topology.devices * factor
         larger = dataclasses.replace(
@@ -242,7 +249,7 @@ def compiled(question: Question, make: Any) -> dict[str, Any]:
     mesh = described_mesh(question)
     sharding = Sharding(mesh)
     kind = mesh.devices.flat[0].device_kind
-    same = len(set(question.config.windows)) == 1
+    same = question.config.uniform
     loop_of_layers = "scan" if same and question.topology.hardware.platform != "cpu" else "unroll"
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         decoder = Decoder(

@@ -113,3 +113,17 @@ def test_commit(generation, b, t, depth, dtype, shape):
     size = 2 * layers * b * k * s * d * cache.dtype.itemsize
     assert memory.alias_size_in_bytes >= size  # rows of less than a tile take more
     assert memory.temp_size_in_bytes < 32 << 20
+
+
+@pytest.mark.parametrize(
+    ("b", "dtype", "shape"),
+    [(8, "bfloat16", (32, 4, 4128, 128)), (1, "float32", (2, 32, 4128, 128))],
+    ids=["many layers", "many heads"],
+)
+def test_commit_of_a_chunk_of_prompt(b, dtype, shape):
+    """256 new rows a head are far more than a block of the cache; v5e has the least memory for them."""
+    layers, k, s, d = shape
+    cache = jax.ShapeDtypeStruct((layers, b, k, s, d), dtype)
+    new = jax.ShapeDtypeStruct((layers, b, 256, k, d), dtype)
+    count = jax.ShapeDtypeStruct((b,), "int32")
+    compile_for("v5e", commit, cache, cache, new, new, count, count, donate_argnums=(0, 1))

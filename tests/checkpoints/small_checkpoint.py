@@ -1,13 +1,15 @@
 """A small model's checkpoint: parameters to save, and changes to what was saved."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from jax_specdec.models import Decoder, ModelConfig
+from jax_specdec.models import Decoder, ModelConfig, config_to_hf
+from jax_specdec.models.hf import weight_names
 
 TESTS = Path(__file__).parents[1]
 CONFIG = ModelConfig(
@@ -28,6 +30,17 @@ QWEN = dataclasses.replace(CONFIG, family="qwen2", qkv_bias=True, tied_head=True
 
 def random_params(config, dtype="float32", layer_loop="unroll"):
     return Decoder(config, dtype, layer_loop).init(jax.random.key(0))
+
+
+def write_random(folder, config):
+    """A checkpoint of random numbers, written without jax."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config_to_hf(config, "float32")))
+    rng = np.random.default_rng(0)
+    shapes = {name: weight.shape for name, weight in weight_names(config).items()}
+    tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def tensors_of(folder):

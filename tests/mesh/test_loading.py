@@ -73,7 +73,7 @@ def test_each_part_is_read_once(tiny_checkpoints, monkeypatch):
 
 
 def test_runs_of_columns():
-    runs = list(sharded._runs(np.array([4, 5, 6, 0, 1, 9])))
+    runs = list(sharded.runs(np.array([4, 5, 6, 0, 1, 9])))
     assert runs == [(0, 4, 3), (3, 0, 2), (5, 9, 1)]
 
 

@@ -32,16 +32,24 @@ def golden(case):
         return json.loads(str(file["config"])), file["tokens"], file["logits"]
 
 
+@functools.cache
+def told(case):
+    """Length of the prompt before the golden text, None where it is no answer; the controls' last logits."""
+    with np.load(GOLDENS / f"{case}.npz") as file:
+        controls = [file[f"control{i}"] for i in range(len(make["CONTROLS"].get(case, [])))]
+        return (int(file["prompt"]) if "prompt" in file else None), controls
+
+
 pytestmark = pytest.mark.smoke
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """case -> a checkpoint folder with the golden's weights."""
+    """case -> a checkpoint folder with the golden's weights; or with changes of its configuration."""
 
     @functools.cache
-    def write(case):
-        hf = golden(case)[0]
+    def write(case, changes="{}"):
+        hf = {**golden(case)[0], **json.loads(changes)}
         path = tmp_path_factory.mktemp(case)
         (path / "config.json").write_text(json.dumps(hf))
         names = weight_names(config_from_hf(hf))
@@ -50,6 +58,13 @@ def folder(tmp_path_factory):
         return path
 
     return write
+
+
+def load(folder, case, **options):
+    """A golden's target; of one whose text is longer than short factors serve, all of its context."""
+    if case.endswith("_long"):
+        options["context"] = golden(case)[0]["max_position_embeddings"]
+    return checkpoints.load_target(folder, tokenizer=False, **options)
 
 
 def relative_error(got, want):
@@ -103,13 +118,30 @@ def through_cache(decoder, params, tokens):
 @pytest.mark.parametrize("case", CASES)
 def test_logits_match_golden(case, layer_loop, folder):
     hf, tokens, want = golden(case)
-    if layer_loop == "scan" and len(set(config_from_hf(hf).windows)) > 1:
+    if layer_loop == "scan" and not config_from_hf(hf).uniform:
         with pytest.raises(checkpoints.UserError, match="use unroll"):
             checkpoints.load_target(folder(case), layer_loop=layer_loop, tokenizer=False)
         return
-    target = checkpoints.load_target(folder(case), layer_loop=layer_loop, tokenizer=False)
-    assert relative_error(one_pass(target.decoder, target.params, tokens), want) < TOLERANCE
+    target = load(folder(case), case, layer_loop=layer_loop)
+    got = one_pass(target.decoder, target.params, tokens)
+    assert relative_error(got, want) < TOLERANCE
+    if prompt := told(case)[0]:  # what follows is the answer of `generate`
+        np.testing.assert_array_equal(jnp.argmax(got, -1)[:, prompt - 1 : -1], tokens[:, prompt:])
     assert relative_error(through_cache(target.decoder, target.params, tokens), want) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", make["CONTROLS"])
+def test_what_is_switched_off_changes_the_logits(case, folder):
+    """As it changes those of transformers, and to the same."""
+    hf, tokens, want = golden(case)
+    for changes, off in zip(make["CONTROLS"][case], told(case)[1], strict=True):
+        assert relative_error(off, want[:, -1]) > 1e-4
+        where = folder(case, json.dumps(changes))
+        target = load(where, case)
+        if hf.get("original_max_position_embeddings") and "original" in str(changes):
+            target = checkpoints.load_target(where, tokenizer=False, context=64)
+        got = one_pass(target.decoder, target.params, tokens)[:, -1]
+        assert relative_error(got, off) < TOLERANCE, changes
 
 
 @needs_torch
@@ -122,7 +154,7 @@ def test_logits_match_torch(case, tmp_path):
     want = make["torch_logits"](model, tokens)
     assert relative_error(stored, want) < TOLERANCE
     model.save_pretrained(tmp_path)
-    target = checkpoints.load_target(tmp_path, tokenizer=False)
+    target = load(tmp_path, case)
     assert relative_error(one_pass(target.decoder, target.params, tokens), want) < TOLERANCE
 
 
@@ -130,11 +162,8 @@ def test_logits_match_torch(case, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_names_and_shapes_match_torch(case):
     hf = golden(case)[0]
-    state = make["torch_model"](hf).state_dict()
-    if hf.get("tie_word_embeddings"):
-        del state["lm_head.weight"]
     ours = {name: weight.shape for name, weight in weight_names(config_from_hf(hf)).items()}
-    assert ours == {name: tuple(value.shape) for name, value in state.items()}
+    assert ours == make["torch_names"](make["torch_model"](hf))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,6 +1,7 @@
 """Writing accepted paths into stacked caches: every back-end against plain assignment, bit by bit."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import COMMIT_BACKENDS, commit
+
+module = importlib.import_module("pallas_kernels.commit")  # whose name is its function's
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +125,15 @@ class TestXla(CommitSuite):
 class TestMosaicTpu(CommitSuite):
     backend = "mosaic_tpu"
     interpret = True
+
+    @pytest.mark.parametrize(
+        ("held", "block"), [(1 << 20, (1, 4)), (1 << 18, (1, 1)), (2 << 20, (2, 4))]
+    )
+    def test_blocks_of_some_layers_and_heads(self, monkeypatch, held, block):
+        monkeypatch.setattr(module, "_MAX_HELD_BYTES", held)
+        assert module._tpu_block(layers=2, heads=4, dim=64, width=160, itemsize=2) == block
+        case = make_case(start=(5, 30), count=(4, 2), t=150, depth=None, layers=2, k=4, slots=192)
+        self.check(case)
 
 
 class TestMosaicTpuMachine:

