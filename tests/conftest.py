@@ -82,6 +82,27 @@ def forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_width():
+    """Rounds have one width, since each further one costs the compilation of another round; see `budgets`."""
+    from jax_specdec import DecodeLoop
+
+    usual = DecodeLoop.budgeted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodeLoop, "budgeted", lambda self: self)
+        yield usual
+
+
+@pytest.fixture(scope="module")
+def budgets(one_width):
+    """In the tests of a module rounds are as deep and wide as pays, which is the default."""
+    from jax_specdec import DecodeLoop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodeLoop, "budgeted", one_width)
+        yield
+
+
 @pytest.fixture(scope="module")
 def two_devices():
     """For training, which takes all that there are: small batches do not divide over eight."""

@@ -7,8 +7,8 @@ draft is known; both maximise tokens per second (arXiv 2211.17192, section 3.3, 
 of constants and the row's own acceptance in place of a mean). All rows of a batch share a round, and so its
 depth and width; their acceptance is estimated row by row.
 
-A drafter that is made of drafters may draft in several ways, the later ones without its expensive parts
-(`drafter.ways`): each has its own costs and its own acceptance, and `plan` chooses among them, too.
+A drafter that is made of drafters may draft in several ways, the later ones with a part of them
+(`drafter.ways_of`): each has its own costs and its own acceptance, and `plan` chooses among them, too.
 
 Nothing here changes a text: it decides what is drafted and verified, never what is accepted.
 """
@@ -34,7 +34,7 @@ _MEMORY = 0.92
 _PRIOR_WEIGHT, _PRIOR = 2.0, 0.6
 # No chance is below this: sums of them stay apart in float32, so that at equal costs deeper is better.
 _LEAST = 1e-3
-# While drafting does not pay, asking the drafter again may take this share of plain decoding's time.
+# While drafting does not pay, asking again, in whichever way, may take this share of plain decoding's time.
 _PROBING = 0.02
 _RAREST_PROBE = 64
 FREE = -1
@@ -187,7 +187,7 @@ class Budget(flax.struct.PyTreeNode):
         way, depth = deepest // depths, depths - 1 - deepest % depths
         idle, place = depth == 0, jnp.arange(ways, dtype=jnp.int32)
         # Asked for one token, it also reads what it has missed: about as much again.
-        every = 2 * costs.draft[:, 1] / (_PROBING * costs.verify[0])
+        every = 2 * ways * costs.draft[:, 1] / (_PROBING * costs.verify[0])
         every = jnp.where(idle, jnp.minimum(every, _RAREST_PROBE), 2 * _RAREST_PROBE)
         due = (self.waited + 1).astype(jnp.float32) >= every[None]
         due = jnp.any(due & active[:, None], axis=0) & (idle | (place != way))

@@ -119,7 +119,7 @@ class Drafter(Protocol):
 
 
 def ways_of(drafter: Drafter) -> tuple[Drafter, ...]:
-    """How a drafter can draft: itself, then without its expensive parts, where it has `cheaper` drafters.
+    """How a drafter can draft: itself, then with a part of its drafters, where it has `cheaper` ones.
 
     They work on the drafter's states, draft chains as it does, and give no distribution.
     """

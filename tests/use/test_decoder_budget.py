@@ -7,6 +7,8 @@ import pytest
 import jax_specdec as sd
 from jax_specdec.tuning.round_costs import CostTables
 
+pytestmark = pytest.mark.usefixtures("budgets")
+
 PROMPTS = ["Once upon a time, there was", "the cat ran", "One day, the girl"]
 OPTIONS = {"max_new_tokens": 40, "temperature": [0.0, 0.8, 0.0], "ignore_eos": True}
 # Rounds that cost nothing more, that pay now and then, and that never do.
