@@ -18,6 +18,7 @@ from jax_specdec.specs.build import LoadedDrafter, load_drafter
 from jax_specdec.tuning import round_costs
 from jax_specdec.tuning.round_costs import CostTables, computed_costs, measure
 
+REAL = {"measure": measure, "computed_costs": computed_costs}
 VERIFY, DRAFT = (
     (5.0, 6.0, 8.0),
     (0.5, 0.25),
@@ -29,6 +30,8 @@ def cache(tmp_path, monkeypatch):
     """The user's cache is a folder of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(round_costs.progress, "_said", set())
+    for name, function in REAL.items():  # which the other tests have not
+        monkeypatch.setattr(round_costs, name, function)
     return tmp_path / "cache"
 
 
@@ -84,13 +87,13 @@ def loop_of(drafter):
 
 @pytest.mark.parametrize("disturbed", (0.0, 0.2))
 def test_measured_costs(monkeypatch, disturbed):
-    """Interleaved, never past the end of a row, and medians: what is slow now and then is not seen."""
+    """Interleaved, never past the end of a row; what is slow now and then is not seen."""
     loop = loop_of(MaxGram(7))
     machine = Machine(monkeypatch, loop, disturbed=disturbed)
     found = measure(loop, machine.arrays, machine.begin, machine.run)
     np.testing.assert_allclose(found.verify, np.asarray(VERIFY) * 1e-3, rtol=1e-4)
     want = [0, *(1e-3 * (DRAFT[0] + DRAFT[1] * d) for d in range(1, 8))]
-    np.testing.assert_allclose(found.draft, [want], rtol=1e-3, atol=2e-4 if disturbed else 1e-7)
+    np.testing.assert_allclose(found.draft, [want], rtol=1e-3, atol=1e-7)
     assert machine.begun > 1
     kinds = [kind[:2] for kind in machine.rounds]
     assert {kinds.index((0, i)) for i in range(3)} == {0, 1, 2}

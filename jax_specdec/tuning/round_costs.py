@@ -195,9 +195,9 @@ def _sizes(params: Mapping[str, Any]) -> str:
 def measure(loop: DecodeLoop, arrays: Any, begin: Begin, run: Run) -> RoundCosts:
     """Times rounds that verify one width and draft nothing, and rounds that draft and verify the root alone.
 
-    Either emits one token a row. All kinds take turns, forwards and backwards, and each value is a median
-    over these passes. Whatever else ran made something slower, never faster: so a wider verification or a
-    longer draft that took less says what the shorter one takes at most.
+    Either emits one token a row. All kinds take turns, forwards and backwards. Whatever else runs makes
+    something slower, never faster: so each value is the lower quartile over these passes, and a wider
+    verification or a longer draft that took less says what the shorter one takes at most.
     """
     rounds, ways = _Rounds(loop, arrays, begin, run), ways_of(loop.drafter)
     verifying = [(0, 0, index) for index in range(len(loop.widths))]
@@ -210,15 +210,13 @@ def measure(loop: DecodeLoop, arrays: Any, begin: Begin, run: Run) -> RoundCosts
     for number in range(passes):
         for kind in kinds[:: -1 if number % 2 else 1]:
             taken[kind].append(rounds.seconds(kind, each))
-    verify = _rising([float(np.median(taken[kind])) for kind in verifying])
-    plain = np.asarray(taken[verifying[0]])
+    usual = {kind: float(np.quantile(times, 0.25)) for kind, times in taken.items()}
+    verify = _rising([usual[kind] for kind in verifying])
     draft = []
     for n, way in enumerate(ways):
         depths = _depths(way.info.depth)
-        # Each draft against the plain round of its own pass.
-        more = [float(np.median(np.asarray(taken[n, d, 0]) - plain)) for d in depths]
-        steps = np.arange(way.info.depth + 1)
-        draft.append(np.interp(steps, [0, *depths], [0.0, *np.maximum(_rising(more), 0.0)]))
+        more = [max(0.0, usual[n, depth, 0] - verify[0]) for depth in depths]
+        draft.append(np.interp(range(way.info.depth + 1), [0, *depths], [0.0, *_rising(more)]))
     return _as_costs(loop, verify, draft)
 
 
