@@ -12,6 +12,7 @@ import pytest
 
 from jax_specdec import DecodeLoop, UserError, make_sampling
 from jax_specdec.checkpoints.targets import Target, load_target
+from jax_specdec.cli import main
 from jax_specdec.core.budget import RoundCosts, usual_widths
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.specs.build import LoadedDrafter, load_drafter
@@ -204,6 +205,16 @@ def test_files_of_something_else(target, monkeypatch, cache, tmp_path):
         tables(target, monkeypatch, given=other)
     with pytest.raises(UserError, match="or 'computed', not 5"):
         tables(target, monkeypatch, given=5)
+
+
+def test_the_command_refuses_such_files(tiny_checkpoints, tmp_path, capsys):
+    args = ["generate", "--model", str(tiny_checkpoints / "target"), "--drafter", "max-gram:7"]
+    args += ["--prompt", "the cat", "--costs", str(tmp_path / "costs.json")]
+    assert main(args) == 2
+    assert "cannot be read: No such file" in capsys.readouterr().err
+    (tmp_path / "costs.json").write_text("{")
+    assert main(args) == 2
+    assert "is damaged, or does not hold what rounds cost" in capsys.readouterr().err
 
 
 def test_given_costs(target, monkeypatch):

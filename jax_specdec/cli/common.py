@@ -89,7 +89,7 @@ def add_drafter(parser: Any) -> None:
 
 
 def add_budget(parser: Any) -> None:
-    """`--budget`."""
+    """`--budget` and `--costs`."""
     parser.add_argument(
         "--budget",
         choices=("on", "off"),
@@ -97,6 +97,17 @@ def add_budget(parser: Any) -> None:
         help="on: each round drafts as deep and verifies as wide as pays, not at all where nothing does; off: "
         "all that the drafter can. The text is the same (default: on)",
     )
+    parser.add_argument(
+        "--costs",
+        metavar="FILE",
+        help="what rounds cost, as it was measured and kept before, or `computed`, from the device's data sheet "
+        "(default: what is kept in the user's cache, else measured on first use, in a few seconds)",
+    )
+
+
+def budget(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_budget` says, for a decoder."""
+    return {"budget": args.budget == "on", "costs": args.costs}
 
 
 def model_source(args: argparse.Namespace) -> str | Path:

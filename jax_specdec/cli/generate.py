@@ -112,8 +112,7 @@ def run(args: argparse.Namespace) -> int:
     target, drafter = common.load(args, mesh)
     sampling.heed(args, target)
     recorded = {"logprobs": args.logprobs, "margins": True}
-    budget = args.budget == "on"
-    decoder = SpeculativeDecoder(target, drafter, rule=rule, **recorded, budget=budget)
+    decoder = SpeculativeDecoder(target, drafter, rule=rule, **recorded, **common.budget(args))
     requests = make_requests(
         [_prompt(record, target, args, form) for record in records],
         [record.id for record in records],
