@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from jax_specdec import DecodeLoop, UserError, make_sampling
-from jax_specdec.checkpoints.targets import Target, load_target
+from jax_specdec.checkpoints.targets import load_target
 from jax_specdec.cli import main
 from jax_specdec.core.budget import RoundCosts, usual_widths
 from jax_specdec.drafters.max_gram import MaxGram
-from jax_specdec.specs.build import LoadedDrafter, load_drafter
+from jax_specdec.specs.build import load_drafter
 from jax_specdec.tuning import round_costs
 from jax_specdec.tuning.round_costs import CostTables, computed_costs, measure
 
@@ -225,11 +225,8 @@ def test_given_costs(target, monkeypatch):
         tables(target, monkeypatch, given=RoundCosts(jnp.ones((2,)), jnp.zeros((1, 8))))
 
 
-def test_a_model_without_files_is_measured_by_each_run(monkeypatch, cache, tmp_path):
-    made = Target(h.TARGET, h.target_params(), None, tmp_path)
-    loop = loop_of(MaxGram(7))
-    machine = Machine(monkeypatch, loop)
-    costs = CostTables(made, loop, LoadedDrafter(MaxGram(7), {}, "max-gram:7"))
+def test_a_model_without_files_is_measured_by_each_run(target, monkeypatch, cache, tmp_path):
+    costs, machine = tables(dataclasses.replace(target, path=tmp_path), monkeypatch)
     get(costs, machine)
     assert machine.rounds and not (cache / "jax_specdec" / "costs").exists()
 
