@@ -93,7 +93,7 @@ def equal_costs(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(round_costs, "measure", lambda *args: equal(None, *args))
+        patch.setattr(round_costs, "measure", lambda *args: (equal(None, *args), True))
         patch.setattr(round_costs, "computed_costs", equal)
         yield
 

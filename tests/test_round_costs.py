@@ -16,7 +16,7 @@ from jax_specdec.cli import main
 from jax_specdec.core.budget import RoundCosts, usual_widths
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.specs.build import load_drafter
-from jax_specdec.tuning import round_costs
+from jax_specdec.tuning import forced_rounds, round_costs
 from jax_specdec.tuning.round_costs import CostTables, computed_costs, measure
 
 REAL = {"measure": measure, "computed_costs": computed_costs}
@@ -50,11 +50,11 @@ class State:
 class Machine:
     """Programs that take a known time by a clock of their own, and are disturbed now and then."""
 
-    def __init__(self, monkeypatch, loop, capacity=64, disturbed=0.0):
-        self.now, self.begun, self.rounds = 0.0, 0, []
+    def __init__(self, monkeypatch, loop, capacity=64, disturbed=0.0, noise=0.0):
+        self.now, self.begun, self.rounds, self.noise = 0.0, 0, [], noise
         self.capacity, self.disturbed, self.loop = capacity, disturbed, loop
         self.rng = np.random.default_rng(0)
-        monkeypatch.setattr(round_costs, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(forced_rounds, "time", SimpleNamespace(perf_counter=lambda: self.now))
         rows = 2
         sampling = make_sampling(rows, max_new_tokens=3, stop_ids=(5,))
         lengths = jnp.asarray([9, 60], jnp.int32)
@@ -75,7 +75,7 @@ class Machine:
         count = int(rounds)
         self.rounds.append((depth, index, count))
         one = VERIFY[index] + (DRAFT[0] + DRAFT[1] * depth if depth else 0)
-        slow = 3.0 if self.rng.uniform() < self.disturbed else 1.0
+        slow = 1 + self.noise * self.rng.uniform() + 2 * (self.rng.uniform() < self.disturbed)
         self.now += count * one * slow * 1e-3
         assert state.length + count <= self.capacity, "a row is full and ends"
         return state.replace(length=state.length + count)
@@ -91,7 +91,8 @@ def test_measured_costs(monkeypatch, disturbed):
     """Interleaved, never past the end of a row; what is slow now and then is not seen."""
     loop = loop_of(MaxGram(7))
     machine = Machine(monkeypatch, loop, disturbed=disturbed)
-    found = measure(loop, machine.arrays, machine.begin, machine.run)
+    found, sure = measure(loop, machine.arrays, machine.begin, machine.run)
+    assert sure
     np.testing.assert_allclose(found.verify, np.asarray(VERIFY) * 1e-3, rtol=1e-4)
     want = [0, *(1e-3 * (DRAFT[0] + DRAFT[1] * d) for d in range(1, 8))]
     np.testing.assert_allclose(found.draft, [want], rtol=1e-3, atol=1e-7)
@@ -101,10 +102,25 @@ def test_measured_costs(monkeypatch, disturbed):
     assert (np.diff(found.verify) >= 0).all() and (np.diff(found.draft[0]) >= 0).all()
 
 
-def tables(target, monkeypatch, spec="max-gram:7", **fields):
+def test_noise_is_measured_for_longer_and_distrusted(monkeypatch):
+    """Even so no draft is free, and what is wider or deeper costs no less."""
+    loop, rounds = loop_of(MaxGram(7)), []
+    monkeypatch.setitem(globals(), "DRAFT", (0.001, 0.0))
+    for noise, wanted in ((0.0, True), (0.1, True), (3.0, False)):
+        machine = Machine(monkeypatch, loop, noise=noise)
+        found, sure = measure(loop, machine.arrays, machine.begin, machine.run)
+        assert sure == wanted
+        verify, draft = np.asarray(found.verify), np.asarray(found.draft[0])
+        assert (np.diff(verify) >= 0).all() and (np.diff(draft) >= 0).all()
+        assert draft[0] == 0 and draft[1] >= 0.0099 * verify[0]
+        rounds.append(len(machine.rounds))
+    assert rounds[0] < rounds[2]
+
+
+def tables(target, monkeypatch, spec="max-gram:7", noise=0.0, **fields):
     loaded = load_drafter(spec, target)
     loop = dataclasses.replace(loop_of(loaded.drafter), target=target.decoder)
-    machine = Machine(monkeypatch, loop)
+    machine = Machine(monkeypatch, loop, noise=noise)
     return CostTables(target, loop, loaded, **fields), machine
 
 
@@ -168,6 +184,14 @@ def test_a_folder_that_cannot_be_written(target, monkeypatch, said, cache):
         get(costs, machine, progress=False)
     (line,) = said
     assert "cannot be written" in line and str(cache) in line
+
+
+def test_what_a_busy_machine_measured_is_used_and_not_kept(target, monkeypatch, said, cache):
+    costs, machine = tables(target, monkeypatch, noise=3.0)
+    first = get(costs, machine, progress=True)
+    assert get(costs, machine) is first and not cache.exists()
+    (line,) = said
+    assert line.endswith("the machine is busy, and so the next run measures them again")
 
 
 def test_files_of_something_else(target, monkeypatch, cache, tmp_path):

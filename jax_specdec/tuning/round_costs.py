@@ -1,22 +1,19 @@
 """What the parts of a round cost: given, kept from before, measured on first use, or computed.
 
-The program that decodes is the one that is measured: its rounds can be forced to draft so deep and to verify
-so wide (`Budget.forced`), so nothing is compiled for it. A table belongs to all that times depend on, and is
-kept as a file of its own in the user's cache.
+A table belongs to all that times depend on, and is kept as a file of its own in the user's cache, unless
+the machine was too busy for it to mean much.
 """
 
 import functools
 import hashlib
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jax_specdec
@@ -25,16 +22,14 @@ from jax_specdec.checkpoints.target_bound import target_fingerprint
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.budget import RoundCosts
 from jax_specdec.core.drafter import ways_of
-from jax_specdec.core.loop import DecodeLoop, LoopState
+from jax_specdec.core.loop import DecodeLoop
 from jax_specdec.errors import UserError, shown, shown_value
 from jax_specdec.specs.build import LoadedDrafter
 from jax_specdec.tuning import hardware, plan
+from jax_specdec.tuning.forced_rounds import Begin, Run, as_costs, measure
 from jax_specdec.user_cache import cache_folder, write_whole
 from pallas_kernels import tuning
 
-# Seconds that measuring may take, unless one pass over all widths and depths takes longer; of one timing.
-SECONDS, SLICE = 2.5, 0.03
-MOST_PASSES = 9
 COMPUTED = "computed"
 # What a table that is given must agree on, and how another one is called; a kept one must agree on everything.
 CHECKED = {
@@ -52,11 +47,6 @@ CHECKED = {
 _DIGESTS = ("model", "parameters")
 
 Given = RoundCosts | str | os.PathLike[str] | None
-Kind = tuple[
-    int, int, int
-]  # a way of drafting, a depth and the index of a width, as `Budget.forced`
-Begin = Callable[[Any, RoundCosts], LoopState]
-Run = Callable[[LoopState, Any], LoopState]
 
 
 class CostTables:
@@ -123,11 +113,14 @@ class CostTables:
         if kept is not None:
             return kept
         began = time.perf_counter()
-        found = measure(self._loop, arrays, begin, run)
+        found, sure = measure(self._loop, arrays, begin, run)
         line = _line(owner, found, self._loop.widths, time.perf_counter() - began)
-        place = keep(owner, found)
+        place = keep(owner, found) if sure else None
+        end = f", kept in {place}" if place else ""
+        if not sure:
+            end = "; the machine is busy, and so the next run measures them again"
         if progress.watched(shown):
-            progress.say(f"{line}{f', kept in {place}' if place else ''}")
+            progress.say(f"{line}{end}")
         return found
 
     def _owner(self, rows: int) -> dict[str, Any]:
@@ -189,99 +182,6 @@ def _sizes(params: Mapping[str, Any]) -> str:
     return hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16]
 
 
-# Measuring
-
-
-def measure(loop: DecodeLoop, arrays: Any, begin: Begin, run: Run) -> RoundCosts:
-    """Times rounds that verify one width and draft nothing, and rounds that draft and verify the root alone.
-
-    Either emits one token a row. All kinds take turns, forwards and backwards. Whatever else runs makes
-    something slower, never faster: so each value is the lower quartile over these passes, and a wider
-    verification or a longer draft that took less says what the shorter one takes at most.
-    """
-    rounds, ways = _Rounds(loop, arrays, begin, run), ways_of(loop.drafter)
-    verifying = [(0, 0, index) for index in range(len(loop.widths))]
-    drafting = [(n, depth, 0) for n, way in enumerate(ways) for depth in _depths(way.info.depth)]
-    kinds = verifying + drafting
-    first = [rounds.seconds(kind, 1) for kind in kinds]  # nothing was in any cache
-    each = max(1, min(16, math.ceil(SLICE / max(first[0], 1e-6))))
-    passes = max(1, min(MOST_PASSES, int(SECONDS / (each * sum(first)))))
-    taken: dict[Kind, list[float]] = {kind: [] for kind in kinds}
-    for number in range(passes):
-        for kind in kinds[:: -1 if number % 2 else 1]:
-            taken[kind].append(rounds.seconds(kind, each))
-    usual = {kind: float(np.quantile(times, 0.25)) for kind, times in taken.items()}
-    verify = _rising([usual[kind] for kind in verifying])
-    draft = []
-    for n, way in enumerate(ways):
-        depths = _depths(way.info.depth)
-        more = [max(0.0, usual[n, depth, 0] - verify[0]) for depth in depths]
-        draft.append(np.interp(range(way.info.depth + 1), [0, *depths], [0.0, *_rising(more)]))
-    return _as_costs(loop, verify, draft)
-
-
-def _depths(most: int) -> list[int]:
-    """The draft lengths that are measured, those between them interpolated."""
-    return sorted({1, (most + 1) // 2, most} - {0})
-
-
-def _rising(values: Sequence[float]) -> list[float]:
-    """The largest values that rise and are nowhere larger.
-
-    >>> _rising([1.0, 4.0, 3.0, 5.0])
-    [1.0, 3.0, 3.0, 5.0]
-    """
-    return np.minimum.accumulate(np.asarray(values)[::-1])[::-1].tolist()
-
-
-class _Rounds:
-    """Forced rounds of one batch, begun anew where its texts are full."""
-
-    def __init__(self, loop: DecodeLoop, arrays: Any, begin: Begin, run: Run):
-        tokens, lengths, sampling, ids = arrays
-        capacity = tokens.shape[1]
-        # Half of the room at least, whatever the prompts are, and nothing ends a row before.
-        lengths = _like(lengths, np.minimum(np.asarray(lengths), max(1, capacity // 2)))
-        sampling = sampling.replace(
-            max_new_tokens=_like(sampling.max_new_tokens, capacity),
-            stop_ids=_like(sampling.stop_ids, -1),
-            stop_state=_like(sampling.stop_state, -1),
-        )
-        self._arrays = (tokens, lengths, sampling, ids)
-        self._begin, self._run = begin, run
-        self._costs = loop.unknown_costs()
-        self._room = capacity - int(np.asarray(lengths).max()) - 1
-        self._state: LoopState | None = None
-        self._left, self._way = 0, None
-
-    def seconds(self, kind: Kind, count: int) -> float:
-        """Of one round of a kind, the mean of `count`."""
-        count = max(1, min(count, self._room - 1))
-        way = kind[0] if kind[1] else None
-        behind = way is not None and way != self._way  # it reads what it has missed
-        if self._state is None or self._left < count + behind:
-            self._state = self._begin(self._arrays, self._costs)
-            self._left, behind = self._room, way is not None
-        budget = self._state.budget
-        assert budget is not None
-        forced = _like(budget.forced, np.asarray(kind))
-        state = self._state.replace(budget=budget.replace(forced=forced))
-        if behind:
-            state = self._run(state, jnp.int32(1))
-        state = jax.block_until_ready(state)
-        began = time.perf_counter()
-        self._state = jax.block_until_ready(self._run(state, jnp.int32(count)))
-        took = time.perf_counter() - began
-        self._left, self._way = self._left - count - behind, way
-        return took / count
-
-
-def _like(old: Any, value: Any) -> Any:
-    """A value in the shape, dtype and place of an array."""
-    new = np.broadcast_to(np.asarray(value, old.dtype), old.shape)
-    return jax.device_put(new, getattr(old, "sharding", None))
-
-
 # Computing
 
 
@@ -316,15 +216,7 @@ def computed_costs(
         used = [loaded.params.get(use.name, ()) for use in way.info.models]
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(used))
         draft.append(np.arange(way.info.depth + 1) * (size / chip.bandwidth))
-    return _as_costs(loop, verify, draft)
-
-
-def _as_costs(loop: DecodeLoop, verify: Sequence[float], draft: Sequence[Any]) -> RoundCosts:
-    """A table from lists; what a way of drafting has no value for, it cannot do."""
-    table = np.full((len(draft), loop.window), np.inf, np.float32)
-    for row, values in zip(table, draft, strict=True):
-        row[: len(values)] = values[: loop.window]
-    return RoundCosts(jnp.asarray(verify, jnp.float32), jnp.asarray(table))
+    return as_costs(loop, verify, draft)
 
 
 # Files
@@ -394,7 +286,7 @@ def _kept(file: Path, of: Mapping[str, Any], loop: DecodeLoop) -> RoundCosts | N
 
 def _costs(loop: DecodeLoop, table: Mapping[str, Any]) -> RoundCosts:
     """The costs in a table of the loop; raises a UserError where they are none."""
-    costs = _as_costs(loop, table["verify_s"], table["draft_s"])
+    costs = as_costs(loop, table["verify_s"], table["draft_s"])
     loop.check_costs(costs)
     return costs
 
