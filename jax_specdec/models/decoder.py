@@ -228,7 +228,9 @@ class Decoder:
         angles = rope_angles(c.rope, c.head_dim, positions)
         block, partition = Block(c, self.dtype, self.sharding), partition_of(self.sharding)
 
-        def layer(weights: Params, x: Array, index: Any, window: int | None) -> Any:
+        def layer(
+            weights: Params, x: Array, index: Any, window: int | None, cache: Any, drafted: Any
+        ) -> Any:
             def attend(q: Array, k: Array, v: Array) -> Array:
                 if cache is None:
                     return causal_attention(q, k, v, window, ancestors)
@@ -260,12 +262,15 @@ class Decoder:
         scan = self.layer_loop == "scan"
         if remat:
             layer = jax.checkpoint(layer, static_argnums=(3,) if scan else (2, 3))
+        # Layers that differ in their arrays alone are traced once.
+        shared = self.sharding is None and not (scan or remat or self.stacked_cache)
+        once = jax.jit(layer, static_argnums=(2, 3)) if shared and between is None else None
         if scan:
 
             def step(carry, item):
                 x, tapped = carry
                 index, weights = item
-                x, new = layer(weights, x, index, c.windows[0])
+                x, new = layer(weights, x, index, c.windows[0], cache, drafted)
                 tapped = {t: jnp.where(index == t, x, old) for t, old in tapped.items()}
                 return (x, tapped), new
 
@@ -274,7 +279,12 @@ class Decoder:
         else:
             collected = []
             for index, weights in enumerate(params["layers"]):
-                x, new = layer(weights, x, index, c.windows[index])
+                if once is None:
+                    x, new = layer(weights, x, index, c.windows[index], cache, drafted)
+                else:
+                    own = None if cache is None else cache.only(index)
+                    nodes = None if drafted is None else tuple((kv[index],) for kv in drafted)
+                    x, new = once(weights, x, 0, c.windows[index], own, nodes)
                 collected.append(new)
                 if index in tapped:
                     tapped[index] = x
