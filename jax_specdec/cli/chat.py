@@ -44,6 +44,7 @@ def register(commands: Any) -> None:
     common.add_model(group)
     common.add_drafter(group)
     common.add_budget(group)
+    common.add_keep_programs(group)
     common.add_int8(group)
     group = parser.add_argument_group("the conversation")
     templates.add_template(group)

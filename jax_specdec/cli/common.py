@@ -105,6 +105,21 @@ def add_budget(parser: Any) -> None:
     )
 
 
+def add_keep_programs(parser: Any) -> None:
+    """`--keep-programs`."""
+    parser.add_argument(
+        "--keep-programs",
+        choices=("on", "off"),
+        default="on",
+        help="keep compiled programs in the user's cache for later runs, or in the folder that "
+        "JAX_COMPILATION_CACHE_DIR names (default: on)",
+    )
+
+
+def keeps_programs(args: argparse.Namespace) -> bool:
+    return getattr(args, "keep_programs", "on") == "on"
+
+
 def budget(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_budget` says, for a decoder."""
     return {"budget": args.budget == "on", "costs": args.costs}
@@ -166,6 +181,7 @@ def load(args: argparse.Namespace, mesh: "Mesh | None" = None) -> "tuple[Target,
             draft_int8=getattr(args, "draft_int8", ()),
             batch_size=getattr(args, "batch_size", 1),
             first="the first --draft",
+            keep_programs=keeps_programs(args),
         )
     if drafter.reason:
         say(loading.chosen(drafter))

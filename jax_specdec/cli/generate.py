@@ -37,6 +37,7 @@ def register(commands: Any) -> None:
     common.add_model(group)
     common.add_drafter(group)
     common.add_budget(group)
+    common.add_keep_programs(group)
     common.add_int8(group)
     prompts = parser.add_argument_group("prompts (default: standard input is one prompt)")
     prompts.add_argument(
