@@ -83,8 +83,8 @@ def test_one_program_serves_a_size_class(tiny_checkpoints):
     decoder = sd.SpeculativeDecoder(target, sd.load_drafter("max-gram:3", target))
     for tokens in (1, 7, 40):
         decoder("the cat", max_new_tokens=tokens)
-    decoder("One day, the girl", max_new_tokens=9, stop_token_ids=[7, 8, 9], temperature=0.7)
+    decoder("One day, the girl", max_new_tokens=9, stop_token_ids=(7, 8, 9), temperature=0.7)
     assert decoder.compilations == 2
-    for stop in (["the end"], ["girl", "a"], ["cat"], ["xyz", "uvw"]):
+    for stop in ("the end", ("girl", "a"), "cat", ("xyz", "uvw")):
         decoder("the cat", max_new_tokens=5, stop=stop)
     assert decoder.compilations == 4
