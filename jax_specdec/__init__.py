@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from jax_specdec.checkpoints.targets import Target, convert, load_target, save_pretrained
     from jax_specdec.conversation import Conversation
     from jax_specdec.core.acceptance import LossyTypical, Match, Reject
+    from jax_specdec.core.budget import RoundCosts
     from jax_specdec.core.context import Context, TargetView
     from jax_specdec.core.draft import Draft, Text
     from jax_specdec.core.drafter import Drafter, Info, ModelUse, Outcome, Verifier
     from jax_specdec.core.generate import make_generate
-    from jax_specdec.core.budget import RoundCosts
     from jax_specdec.core.loop import DecodeLoop
     from jax_specdec.core.model import Model, Output
     from jax_specdec.core.sampling import Sampling, make_sampling

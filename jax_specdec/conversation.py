@@ -208,9 +208,7 @@ class Conversation:
             (kept,) = put_rows((np.asarray([common], np.int32),), decoder.target.sharding)
             shown = progress.watched() and jax.process_index() == 0
             resumed = (caches, kept)
-            resume, run = programs = decoder.programs.get(
-                arrays, capacity, shown, resumed=resumed
-            )
+            resume, run = programs = decoder.programs.get(arrays, capacity, shown, resumed=resumed)
             fresh = functools.partial(_fresh, loop, decoder.params, capacity)
             costs = decoder.programs.costs(arrays, programs, shown, fresh)
             if decoder.target.sharding is not None:  # rounds may have left them elsewhere
@@ -228,7 +226,9 @@ class Conversation:
             new, stats = slice(seen, int(host[1][0])), host[3]
             seen = new.stop
             if new.stop > new.start:
-                yield Chunk(0, host[0][0, new].tolist(), names_of(stats.source[0, new], loop.sources))
+                yield Chunk(
+                    0, host[0][0, new].tolist(), names_of(stats.source[0, new], loop.sources)
+                )
             if stats.finish[0] != RUNNING:
                 break
         times = (time.perf_counter() - began, prefill, compiling)

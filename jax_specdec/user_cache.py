@@ -45,7 +45,9 @@ def programs_folder() -> Path | None:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         lines = [platform.processor()]
-    features = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    features = sorted(
+        {line for line in lines if line.startswith(("flags", "Features", "model name"))}
+    )
     digest = hashlib.sha256("\n".join([platform.machine(), *features]).encode()).hexdigest()
     return folder / "programs" / digest[:16]
 

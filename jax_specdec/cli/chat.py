@@ -79,9 +79,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     if sys.stdin.isatty() and console.is_terminal:
         name = "the demo's model" if args.model is None else args.model
-        _Terminal(chat, console, decoder.loop.sources).run(
-            f"{name}, drafter {drafter.spec}"
-        )
+        _Terminal(chat, console, decoder.loop.sources).run(f"{name}, drafter {drafter.spec}")
         return 0
     try:
         for line in map(str.strip, sys.stdin):

@@ -88,7 +88,9 @@ class DecodeLoop:
     def check_costs(self, costs: RoundCosts) -> None:
         """Raises `UserError` for costs that are not this loop's."""
         if len(self.widths) < 2:
-            raise UserError("All rounds of this decoder are alike, and there is nothing to choose by costs.")
+            raise UserError(
+                "All rounds of this decoder are alike, and there is nothing to choose by costs."
+            )
         costs.check(*self._costs)
 
     @property

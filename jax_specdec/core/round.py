@@ -54,7 +54,9 @@ def decode_round(loop: "DecodeLoop", params: Params, state: LoopState) -> LoopSt
     proposed = draft.valid & (draft.depths() <= ctx.budget[:, None])
     kept = proposed
     if budget is not None:
-        index = budget.width(active, *_size(draft, proposed, plan), plan.way, loop.widths, info.is_chain)
+        index = budget.width(
+            active, *_size(draft, proposed, plan), plan.way, loop.widths, info.is_chain
+        )
         # What `narrow` leaves of it.
         kept = jnp.cumsum(proposed, axis=1, dtype=jnp.int32) <= jnp.asarray(loop.widths)[index]
         kept = proposed & kept
@@ -112,7 +114,9 @@ def _propose(
     def by(way: Drafter, states: States) -> tuple[States, Draft]:
         draft, states = way.draft(weights, states, ctx)
         if way is not loop.drafter:
-            draft = widened(draft, info.nodes, [loop.sources.index(n) + 1 for n in way.info.sources])
+            draft = widened(
+                draft, info.nodes, [loop.sources.index(n) + 1 for n in way.info.sources]
+            )
         return states, draft
 
     arms = [functools.partial(by, way) for way in ways_of(loop.drafter)]

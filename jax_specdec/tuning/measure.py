@@ -21,7 +21,6 @@ from jax_specdec.errors import UserError
 from jax_specdec.generation import Generation
 from jax_specdec.specs.build import LoadedDrafter
 
-
 # Seconds of one timing, as far as so many rounds take so long.
 SLICE, MOST_ROUNDS = 0.25, 32
 
@@ -67,7 +66,9 @@ def _begun(loop: DecodeLoop, params: Any, ids: Sequence[Sequence[int]], steps: i
     args = (params, jnp.asarray(tokens), lengths, sampling, jnp.arange(rows))
     shapes = jax.eval_shape(functools.partial(loop.start, capacity=capacity), *args)
     view, drafts = loop.empty(params, rows, capacity)
-    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes.replace(view=None, drafts=None))
+    state = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes.replace(view=None, drafts=None)
+    )
     text = jax.lax.dynamic_update_slice(state.text.tokens, args[1], (0, 0))
     state = state.replace(
         text=Text(text, lengths),
@@ -184,9 +185,7 @@ def _run(loop: DecodeLoop, params: Any, state: Any, rounds: jax.Array) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _drafts_only(
-    loop: DecodeLoop, params: Any, between: Any, state: Any, rounds: jax.Array
-) -> Any:
+def _drafts_only(loop: DecodeLoop, params: Any, between: Any, state: Any, rounds: jax.Array) -> Any:
     """Rounds without verification that advance by two tokens; `between` is read before each draft."""
     target, drafter = loop.target, loop.drafter
 

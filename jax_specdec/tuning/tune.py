@@ -184,12 +184,16 @@ def tune(
         if found is None:
             accepted = acceptance_by_position(decode(make_drafter(Spec(spec.name, most))))
             length = costs.best_length(accepted)
-            return _Choice(costs.speedup(accepted, length), spec._replace(length=length), accepted, costs)
+            return _Choice(
+                costs.speedup(accepted, length), spec._replace(length=length), accepted, costs
+            )
         accepted = acceptance(rounds_of(found, most), most)
         nodes = usual_widths(1 + most)
         v = [_interpolate(verify, width) for width in nodes]
         c = [costs.round(length) - _interpolate(verify, 1 + length) for length in range(most + 1)]
-        lengths = sorted({costs.best_length(accepted), *(p.length or 0 for p in plans[spec.key])} - {0})
+        lengths = sorted(
+            {costs.best_length(accepted), *(p.length or 0 for p in plans[spec.key])} - {0}
+        )
         best = (1.0, 0)
         for length in lengths:
             draft = np.where(np.arange(most + 1) <= length, c, np.inf)

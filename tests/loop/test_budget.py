@@ -270,7 +270,9 @@ def test_forced_rounds_are_for_measuring():
         state = h.start(loop, params, *args, capacity=48, costs=costs_of(loop))
         state = state.replace(budget=state.budget.force(depth=depth, width=index))
         state = h.run(loop, params, state, 2)
-        assert (state.stats.widths[:, index] == 2).all() and (state.stats.depths[:, depth] == 2).all()
+        assert (state.stats.widths[:, index] == 2).all() and (
+            state.stats.depths[:, depth] == 2
+        ).all()
 
 
 def test_the_rejection_rule_keeps_its_law():
@@ -321,7 +323,10 @@ def test_costs_that_are_not_of_the_loop():
     loop = loop_of(LM)
     good = costs_of(loop)
     for costs, sentence in (
-        (good.replace(verify=good.verify[1:]), r"shapes \(3,\) \(one for each width\) .* got \(2,\)"),
+        (
+            good.replace(verify=good.verify[1:]),
+            r"shapes \(3,\) \(one for each width\) .* got \(2,\)",
+        ),
         (good.replace(draft=good.draft[:, 1:]), "0 to 6 drafted tokens"),
         (good.replace(verify=good.verify * jnp.nan), "above 0 and finite"),
         (good.replace(draft=good.draft - 1), "at least 0"),

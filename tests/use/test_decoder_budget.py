@@ -41,7 +41,9 @@ def decoder(target):
 @pytest.fixture
 def with_costs(decoder, target, monkeypatch):
     def given(verify, draft):
-        tables = CostTables(target, decoder.loop, decoder.loaded, costs_of(decoder.loop, verify, draft))
+        tables = CostTables(
+            target, decoder.loop, decoder.loaded, costs_of(decoder.loop, verify, draft)
+        )
         monkeypatch.setattr(decoder.programs, "_costs", tables)
         return decoder
 
@@ -61,7 +63,7 @@ def test_texts_and_what_was_decided(target, decoder, with_costs):
             assert sum(stats.steps_per_depth) == stats.num_spec_steps
             assert len(stats.steps_per_depth) == 4
         seen.append(sum(a.stats.steps_per_depth[0] for a in got))
-    assert seen[0] == 0 and 0 < seen[2] and seen[1] < seen[2]
+    assert seen[0] == 0 and seen[2] > 0 and seen[1] < seen[2]
     assert decoder.compilations == 2, "costs are no part of a program"
     (html,) = [a._repr_html_() for a in got[:1]]
     assert "passes without a draft" in html
@@ -71,7 +73,9 @@ def test_real_rounds_are_measured_as_they_are_forced(decoder, monkeypatch):
     """Through the programs that decode: each round is of its kind, and emits one token a row."""
     monkeypatch.setattr(forced_rounds, "USUAL", 4)
     monkeypatch.setattr(forced_rounds, "MOST", 4)
-    arrays, capacity = decoder.encoder.arrays(decoder.prepare(make_requests(PROMPTS, None, OPTIONS), 3, 1))
+    arrays, capacity = decoder.encoder.arrays(
+        decoder.prepare(make_requests(PROMPTS, None, OPTIONS), 3, 1)
+    )
     start, run = decoder.programs.get(arrays, capacity)
     kinds = set()
 
@@ -80,11 +84,17 @@ def test_real_rounds_are_measured_as_they_are_forced(decoder, monkeypatch):
 
     def watched(state, rounds):
         _, depth, width = np.asarray(state.budget.forced)
-        before = [np.asarray(x) for x in (state.text.length, state.stats.depths, state.stats.widths)]
+        before = [
+            np.asarray(x) for x in (state.text.length, state.stats.depths, state.stats.widths)
+        ]
         state, count = run(decoder.params, state, rounds), int(rounds)
         after = (state.text.length, state.stats.depths, state.stats.widths)
         length, depths, widths = (np.asarray(x) - y for x, y in zip(after, before, strict=True))
-        assert (length == count).all() and (depths[:, depth] == count).all() and (widths[:, width] == count).all()
+        assert (
+            (length == count).all()
+            and (depths[:, depth] == count).all()
+            and (widths[:, width] == count).all()
+        )
         kinds.add((int(depth), int(width)))
         return state
 
