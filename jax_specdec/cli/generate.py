@@ -191,8 +191,8 @@ def summary(answers: "Sequence[Generation]", batch_size: int) -> str:
     undrafted = sum(sum(a.stats.steps_per_depth[:1]) for a in answers)
     rounds = ""
     if len(answers[0].stats.steps_per_width) > 1:
-        each = ", ".join(f"{widths[width]} of {width}" for width in sorted(widths))
-        rounds = f", rounds by nodes verified {each} ({undrafted} without a draft)"
+        each = ", ".join(f"{width}: {widths[width]}" for width in sorted(widths))
+        rounds = f", rounds by width {each}, without a draft: {undrafted}"
     return (
         f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s, and {compiling:.1f} s of "
         f"compilation), mean acceptance length {tokens / steps:.2f}, near ties {ties}{rounds}"

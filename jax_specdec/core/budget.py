@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from jax_specdec._types import Array, Bool, Float, Int
 from jax_specdec.core.sharding import Sharding
@@ -66,7 +67,7 @@ class RoundCosts(flax.struct.PyTreeNode):
                 f"The costs of a round must have the shapes {wanted[0]} (one for each width) and {wanted[1]} "
                 f"(0 to {depth} drafted tokens in each way), got {got[0]} and {got[1]}."
             )
-        if isinstance(self.verify, jax.core.Tracer) or isinstance(self.draft, jax.core.Tracer):
+        if isinstance(self.verify, Tracer) or isinstance(self.draft, Tracer):
             return
         verify, draft = np.asarray(self.verify), np.asarray(self.draft)
         if not (np.isfinite(verify).all() and (verify > 0).all() and (draft >= 0).all()):

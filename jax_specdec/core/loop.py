@@ -131,9 +131,9 @@ class DecodeLoop:
         Raises:
           UserError: the costs of another loop.
         """
-        caches = self.empty(params, tokens.shape[0], capacity)
+        view, drafts = self.empty(params, tokens.shape[0], capacity)
         args = (tokens, lengths, sampling, request_ids, capacity, chunk)
-        return self._start(params, *args, *caches, costs)
+        return self._start(params, *args, view, drafts, costs)
 
     @on_its_mesh
     def empty(self, params: Params, batch: int, capacity: int) -> tuple[TargetView, States]:

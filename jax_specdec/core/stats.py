@@ -108,7 +108,9 @@ class Stats(flax.struct.PyTreeNode):
             return counts + (here & active[:, None]).astype(jnp.int32)
 
         def written(record: Array | None, values: Array | None) -> Array | None:
-            return record if record is None else write_window(record, values, start)
+            if record is None or values is None:
+                return record
+            return write_window(record, values, start)
 
         return self.replace(
             rounds=self.rounds + active.astype(jnp.int32),

@@ -25,6 +25,8 @@ STATS = {
     "compile_time_s",
     "tokens_per_second",
     "near_ties",
+    "steps_per_width",
+    "steps_per_depth",
 }
 
 
@@ -54,6 +56,25 @@ def test_json_record(model, capsys):
     assert fast["stats"]["mean_acceptance_length"] > 1.5
     assert plain["stats"]["mean_acceptance_length"] == 1
     assert set(fast["stats"]["per_drafter"]) == {"lm"}
+
+
+def test_rounds_are_counted(model, capsys):
+    """By width and by depth; without a budget all are alike."""
+    args = ["generate", "--model", model, "--prompt", PROMPT, "--drafter", "lm:3"]
+    (on,) = records(capsys, *args, "--logprobs", *SHORT)
+    rounds = on["stats"]["num_spec_steps"]
+    assert on["stats"]["steps_per_width"] == {"1": 0, "4": rounds}
+    assert on["stats"]["steps_per_depth"] == [0, 0, 0, rounds]
+    assert main([*args, *SHORT]) == 0
+    assert f", rounds by width 4: {rounds}, without a draft: 0" in capsys.readouterr().err
+    assert "argument --budget: invalid choice: 'maybe'" in fails(capsys, *args, "--budget", "maybe")
+
+
+@pytest.mark.slow
+def test_without_a_budget(model, capsys):
+    args = ["generate", "--model", model, "--prompt", PROMPT, "--drafter", "lm:3", *SHORT]
+    assert main([*args, "--budget", "off"]) == 0
+    assert "rounds by width" not in capsys.readouterr().err
 
 
 def test_several_prompts_in_batches(model, capsys):
