@@ -229,7 +229,12 @@ class Decoder:
         block, partition = Block(c, self.dtype, self.sharding), partition_of(self.sharding)
 
         def layer(
-            weights: Params, x: Array, index: Any, window: int | None, cache: Any, drafted: Any
+            weights: Params,
+            x: Array,
+            index: Any,
+            window: int | None,
+            cache: KVCache | None,
+            drafted: tuple[Any, Any] | None,
         ) -> Any:
             def attend(q: Array, k: Array, v: Array) -> Array:
                 if cache is None:
@@ -283,7 +288,9 @@ class Decoder:
                     x, new = layer(weights, x, index, c.windows[index], cache, drafted)
                 else:
                     own = None if cache is None else cache.only(index)
-                    nodes = None if drafted is None else tuple((kv[index],) for kv in drafted)
+                    nodes = (
+                        None if drafted is None else ((drafted[0][index],), (drafted[1][index],))
+                    )
                     x, new = once(weights, x, 0, c.windows[index], own, nodes)
                 collected.append(new)
                 if index in tapped:

@@ -128,7 +128,9 @@ class _Rounds:
         )
         self._arrays = (tokens, lengths, sampling, ids)
         self._begin, self._run = begin, run
-        self._costs = loop.unknown_costs()
+        self._costs = RoundCosts.unknown(
+            len(loop.widths), len(ways_of(loop.drafter)), loop.window - 1
+        )
         self._room = capacity - int(np.asarray(lengths).max()) - 1
         self._state: LoopState | None = None
         self._left = 0

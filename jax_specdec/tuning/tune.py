@@ -153,8 +153,7 @@ def tune(
 
     def decode(drafter: LoadedDrafter | None = None) -> list[Generation]:
         decoder = SpeculativeDecoder(target, drafter, budget=False)
-        settings = {"max_new_tokens": max_new_tokens, "batch_size": rows}
-        return list(decoder.generate(prompts, **settings))
+        return list(decoder.generate(prompts, max_new_tokens=max_new_tokens, batch_size=rows))
 
     encode = SpeculativeDecoder(target).encode
     answers: list[Generation] = []
