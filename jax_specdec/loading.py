@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jax_specdec import progress
+from jax_specdec import progress, user_cache
 from jax_specdec.checkpoints.embedded import demo_folder
 from jax_specdec.checkpoints.hub import find_checkpoint
 from jax_specdec.checkpoints.int8 import check_parts
@@ -44,6 +44,7 @@ def load(
     margins: bool = False,
     budget: bool = True,
     costs: Given = None,
+    keep_programs: bool = True,
 ) -> SpeculativeDecoder:
     """A decoder for a model.
 
@@ -57,6 +58,8 @@ def load(
       dtype, mesh, rules, int8, context: as in `load_target`. draft_int8: `int8` of the drafter.
       batch_size: that of the measurements which count.
       rule, processors, logprobs, margins, budget, costs: as in `SpeculativeDecoder`.
+      keep_programs: whether JAX keeps compiled programs in the user's cache, where it was not told otherwise
+        (`jax_compilation_cache_dir`, `jax_enable_compilation_cache`). That holds for the whole process.
 
     Raises:
       UserError: no such model or drafter, or they do not fit together.
@@ -72,6 +75,7 @@ def load(
         draft_int8=draft_int8,
         context=context,
         batch_size=batch_size,
+        keep_programs=keep_programs,
     )
     if found.reason:
         progress.say_once(chosen(found))
@@ -100,12 +104,15 @@ def load_pair(
     context: int | None = None,
     batch_size: int = 1,
     first: str = "the first of draft",
+    keep_programs: bool = True,
 ) -> tuple[Target, LoadedDrafter]:
     """The target and the drafter of `load`; cheap mistakes fail first."""
     check_count("batch_size", batch_size)
     draft = folders_by_name(draft)
     check_parts(int8)
     check_parts(draft_int8)
+    if keep_programs:
+        keep_compiled()
     folder, reason = find_checkpoint(model), ""
     if drafter == AUTO:
         name = default_dtype(folder) if dtype is None else getattr(dtype, "__name__", str(dtype))
@@ -114,6 +121,13 @@ def load_pair(
     target = load_target(folder, dtype=dtype, mesh=mesh, rules=rules, int8=int8, context=context)
     found = load_drafter(drafter, target, drafts=draft, batch_size=batch_size, int8=draft_int8)
     return target, dataclasses.replace(found, reason=reason)
+
+
+def keep_compiled() -> None:
+    """`user_cache.keep_programs`, and says where it cannot be."""
+    reason = user_cache.keep_programs()
+    if reason:
+        progress.say_once(reason, always=True)
 
 
 def choose_drafter(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ from jax_specdec.core.budget import RoundCosts
 from jax_specdec.core.loop import DecodeLoop, LoopState
 from jax_specdec.core.sharding import put_whole, shapes_at
 from jax_specdec.errors import UserError
-from jax_specdec.progress import Compilation
+from jax_specdec.progress import Compilation, machine
 from jax_specdec.specs.build import LoadedDrafter
 from jax_specdec.tuning.round_costs import CostTables, Given
 
@@ -131,9 +130,8 @@ class Programs:
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         check_fits(dataclasses.replace(plan, parameters=0, cache=held), available_memory())
 
-        device = jax.devices()[0]
-        machine = (device.device_kind, jax.__version__, os.cpu_count(), os.environ.get("XLA_FLAGS"))
-        compilation = Compilation(device.platform, " ".join(map(str, machine)), what, progress)
+        platform = jax.devices()[0].platform
+        compilation = Compilation(platform, machine(), what, progress)
         prefill = compilation.add(start.lower(*args, capacity=capacity, costs=costs))
         if known is not None:
             return compilation.compile(prefill), known

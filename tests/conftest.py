@@ -103,6 +103,22 @@ def budgets(one_width):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def equal_costs(tmp_path_factory):
+    """What rounds cost is not measured, so that what a test counts does not depend on the machine's load, and
+    nothing is written to the user's cache, which commands that tests start do measure and write."""
+    from jax_specdec.tuning import round_costs
+
+    def equal(_, loop, *rest):
+        return loop.unknown_costs()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(round_costs, "measure", lambda *args: (equal(None, *args), True))
+        patch.setattr(round_costs, "computed_costs", equal)
+        yield
+
+
 @pytest.fixture(scope="module")
 def two_devices():
     """For training, which takes all that there are: small batches do not divide over eight."""

@@ -46,6 +46,7 @@ def register(commands: Any) -> None:
     common.add_model(group)
     common.add_drafter(group)
     common.add_budget(group)
+    common.add_keep_programs(group)
     common.add_int8(group)
     group = parser.add_argument_group("the conversation")
     templates.add_template(group)
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     make_sampling(1, **{name: getattr(args, name) for name in SAMPLED})  # before a model is loaded
     target, drafter = common.load(args)
     sampling.heed(args, target)
-    decoder = SpeculativeDecoder(target, drafter, budget=args.budget == "on")
+    decoder = SpeculativeDecoder(target, drafter, **common.budget(args))
     names = (*args.usual, "stop", "stop_token_ids", "bad_words", "logit_bias", "ignore_eos")
     options = {name: getattr(args, name) for name in names}
     options |= {name: tuple(options[name]) for name in ("stop", "stop_token_ids", "bad_words")}

@@ -37,6 +37,7 @@ def register(commands: Any) -> None:
     common.add_model(group)
     common.add_drafter(group)
     common.add_budget(group)
+    common.add_keep_programs(group)
     common.add_int8(group)
     prompts = parser.add_argument_group("prompts (default: standard input is one prompt)")
     prompts.add_argument(
@@ -119,8 +120,7 @@ def run(args: argparse.Namespace) -> int:
     target, drafter = common.load(args, mesh)
     sampling.heed(args, target)
     recorded = {"logprobs": args.logprobs, "margins": True}
-    budget = args.budget == "on"
-    decoder = SpeculativeDecoder(target, drafter, rule=rule, **recorded, budget=budget)
+    decoder = SpeculativeDecoder(target, drafter, rule=rule, **recorded, **common.budget(args))
     requests = make_requests(
         [_prompt(record, target, args, form) for record in records],
         [record.id for record in records],

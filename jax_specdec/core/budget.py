@@ -79,11 +79,13 @@ class RoundCosts(flax.struct.PyTreeNode):
 def usual_widths(nodes: int) -> tuple[int, ...]:
     """Widths for a drafter whose verification has at most `nodes` nodes, its root included.
 
-    >>> usual_widths(1), usual_widths(8), usual_widths(22)
-    ((1,), (1, 4, 8), (1, 4, 8, 16, 22))
+    Powers of two, without 2 and what is nearly the widest: each width is compiled.
+
+    >>> usual_widths(1), usual_widths(8), usual_widths(9), usual_widths(22)
+    ((1,), (1, 4, 8), (1, 4, 9), (1, 4, 8, 16, 22))
     """
     steps = [1, *(2**i for i in range(2, nodes.bit_length()))]
-    return tuple(dict.fromkeys([*(width for width in steps if width < nodes), nodes]))
+    return tuple(dict.fromkeys([*(width for width in steps if 5 * width < 4 * nodes), nodes]))
 
 
 def check_widths(widths: tuple[int, ...], nodes: int) -> None:

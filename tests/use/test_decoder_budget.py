@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 import jax_specdec as sd
+from jax_specdec.generation import make_requests
+from jax_specdec.tuning import forced_rounds
 from jax_specdec.tuning.round_costs import CostTables
 
 pytestmark = pytest.mark.usefixtures("budgets")
@@ -64,6 +66,43 @@ def test_texts_and_what_was_decided(target, decoder, with_costs):
     assert decoder.compilations == 2, "costs are no part of a program"
     (html,) = [a._repr_html_() for a in got[:1]]
     assert "passes without a draft" in html
+
+
+def test_real_rounds_are_measured_as_they_are_forced(decoder, monkeypatch):
+    """Through the programs that decode: each round is of its kind, and emits one token a row."""
+    monkeypatch.setattr(forced_rounds, "USUAL", 4)
+    monkeypatch.setattr(forced_rounds, "MOST", 4)
+    arrays, capacity = decoder.encoder.arrays(
+        decoder.prepare(make_requests(PROMPTS, None, OPTIONS), 3, 1)
+    )
+    start, run = decoder.programs.get(arrays, capacity)
+    kinds = set()
+
+    def begin(arrays, costs):
+        return start(decoder.params, *arrays, costs=costs)
+
+    def watched(state, rounds):
+        _, depth, width = np.asarray(state.budget.forced)
+        before = [
+            np.asarray(x) for x in (state.text.length, state.stats.depths, state.stats.widths)
+        ]
+        state, count = run(decoder.params, state, rounds), int(rounds)
+        after = (state.text.length, state.stats.depths, state.stats.widths)
+        length, depths, widths = (np.asarray(x) - y for x, y in zip(after, before, strict=True))
+        assert (
+            (length == count).all()
+            and (depths[:, depth] == count).all()
+            and (widths[:, width] == count).all()
+        )
+        kinds.add((int(depth), int(width)))
+        return state
+
+    compiled = decoder.compilations
+    found, _ = forced_rounds.measure(decoder.loop, arrays, begin, watched)
+    decoder.loop.check_costs(found)
+    assert kinds == {(0, 0), (0, 1), (1, 0), (2, 0), (3, 0)} and decoder.compilations == compiled
+    verify, draft = np.asarray(found.verify), np.asarray(found.draft[0])
+    assert 0 < verify[0] <= verify[1] < 1 and 0 < draft[1] <= draft[3] < 1
 
 
 def test_each_turn_begins_without_memory(with_costs):
