@@ -49,19 +49,17 @@ def with_costs(decoder, target, monkeypatch):
     return given
 
 
-def test_texts_and_what_was_decided(target, decoder, with_costs):
-    off = sd.SpeculativeDecoder(target, decoder.loaded, budget=False)
-    want = list(off.generate(PROMPTS, batch_size=3, **OPTIONS))
-    assert [a.stats.steps_per_width for a in want] == [{4: a.stats.num_spec_steps} for a in want]
-    seen = []
+def test_what_was_decided(decoder, with_costs):
+    seen, texts = [], []
     for table in TABLES:
         got = list(with_costs(*table).generate(PROMPTS, batch_size=3, **OPTIONS))
-        assert [a.token_ids for a in got] == [a.token_ids for a in want]
+        texts.append([a.token_ids for a in got])
         for stats in (a.stats for a in got):
             assert sum(stats.steps_per_width.values()) == stats.num_spec_steps
             assert sum(stats.steps_per_depth) == stats.num_spec_steps
             assert len(stats.steps_per_depth) == 4
         seen.append(sum(a.stats.steps_per_depth[0] for a in got))
+    assert texts[0] == texts[1] == texts[2]
     assert seen[0] == 0 and seen[2] > 0 and seen[1] < seen[2]
     assert decoder.compilations == 2, "costs are no part of a program"
     (html,) = [a._repr_html_() for a in got[:1]]
@@ -103,6 +101,14 @@ def test_real_rounds_are_measured_as_they_are_forced(decoder, monkeypatch):
     assert kinds == {(0, 0), (0, 1), (1, 0), (2, 0), (3, 0)} and decoder.compilations == compiled
     verify, draft = np.asarray(found.verify), np.asarray(found.draft[0])
     assert 0 < verify[0] <= verify[1] < 1 and 0 < draft[1] <= draft[3] < 1
+
+
+def test_without_a_budget(target, decoder, with_costs):
+    off = sd.SpeculativeDecoder(target, decoder.loaded, budget=False)
+    want = list(off.generate(PROMPTS, batch_size=3, **OPTIONS))
+    assert [a.stats.steps_per_width for a in want] == [{4: a.stats.num_spec_steps} for a in want]
+    got = list(with_costs(*TABLES[1]).generate(PROMPTS, batch_size=3, **OPTIONS))
+    assert [a.token_ids for a in got] == [a.token_ids for a in want]
 
 
 def test_each_turn_begins_without_memory(with_costs):
