@@ -84,22 +84,25 @@ def forget_programs():
 
 @pytest.fixture(scope="session", autouse=True)
 def one_width():
-    """Rounds have one width, since each further one costs the compilation of another round; see `budgets`."""
-    from jax_specdec import DecodeLoop
+    """Decoders have rounds of one width, since each further one costs another round's compilation; see `budgets`."""
+    from jax_specdec import pipeline
 
-    usual = DecodeLoop.budgeted
+    class OneWidth(pipeline.DecodeLoop):
+        def budgeted(self):
+            return self
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DecodeLoop, "budgeted", lambda self: self)
-        yield usual
+        patch.setattr(pipeline, "DecodeLoop", OneWidth)
+        yield
 
 
 @pytest.fixture(scope="module")
 def budgets(one_width):
-    """In the tests of a module rounds are as deep and wide as pays, which is the default."""
-    from jax_specdec import DecodeLoop
+    """In a module's tests decoders have rounds as deep and wide as pays, which is the default."""
+    from jax_specdec import DecodeLoop, pipeline
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DecodeLoop, "budgeted", one_width)
+        patch.setattr(pipeline, "DecodeLoop", DecodeLoop)
         yield
 
 

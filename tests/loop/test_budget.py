@@ -32,8 +32,6 @@ from jax_specdec.drafters.cascade import Cascade
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("budgets")
-
 
 @pytest.fixture(scope="module")
 def plain():

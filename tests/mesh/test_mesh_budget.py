@@ -9,8 +9,6 @@ import pytest
 from jax_specdec import DecodeLoop
 from jax_specdec.core.sharding import Sharding, put_rows, put_whole
 
-pytestmark = pytest.mark.usefixtures("budgets")
-
 
 @pytest.mark.parametrize(
     ("name", "data", "tensor"),
