@@ -226,7 +226,12 @@ class Decoder:
         scores: dict[str, Any] = {"scale": c.scale, "soft_cap": c.attention_cap}
 
         def layer(
-            weights: Params, x: Array, index: Any, place: int, cache: Any, drafted: Any
+            weights: Params,
+            x: Array,
+            index: Any,
+            place: int,
+            cache: KVCache | None,
+            drafted: tuple[Any, Any] | None,
         ) -> Any:
             """A layer like the one at `place`; `index` is where its keys are."""
             window = c.windows[place]
