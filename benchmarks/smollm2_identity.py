@@ -3,7 +3,8 @@
     python benchmarks/smollm2_identity.py --data DATA --out benchmarks/results/smollm2_identity.json
 
 DATA holds `spec_bench/question.jsonl`, whose questions are asked in the chat template, the second turn behind the
-answer to the first, and the other sets of `checkpoints/demo/prepare.py`, for texts. The arms take turns, prompt by prompt.
+answer to the first, and the other sets of `checkpoints/demo/prepare.py`, for texts. With `--speeds`, on a quiet machine, the
+arms take turns, prompt by prompt, after a run that compiles, and prompt lookup of transformers is one of them.
 """
 
 import argparse
@@ -65,11 +66,11 @@ class Ours:
 
     def __init__(self, target: sd.Target, drafter: str, tokens: int):
         self.decoder = sd.SpeculativeDecoder(target, sd.load_drafter(drafter, target), margins=True)
-        self.tokens, self.margins = tokens, []
+        self.tokens, self.margins = tokens, [0.0]
 
     def run(self, ids: list[int]) -> tuple[list[int], float]:
         (out,) = self.decoder.generate([ids], max_new_tokens=self.tokens)
-        self.margins.append(min(out.margins))
+        self.margins = out.margins
         return out.token_ids, out.stats.wall_time_s
 
 
@@ -112,6 +113,12 @@ def compare_tokens(path: Path, tokenizer: Any, data: Path, count: int) -> dict[s
     }
 
 
+def difference(arm: Ours, ids: list[int], want: list[int]) -> dict[str, Any]:
+    """Where an answer leaves another, and by how much the target's best logit leads there."""
+    place = next(i for i, (a, b) in enumerate(itertools.zip_longest(ids, want)) if a != b)
+    return {"place": place, "margin": arm.margins[place] if place < len(ids) else None}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -122,6 +129,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--speeds", action="store_true")
     parser.add_argument("--out")
     args = parser.parse_args()
 
@@ -148,10 +156,9 @@ def main() -> None:
     }
     print(record["weights"], record["tokenizer"], file=sys.stderr, flush=True)
 
-    arms: dict[str, Any] = {
-        "transformers": Transformers(model, args.max_new_tokens),
-        "transformers prompt lookup": Transformers(model, args.max_new_tokens, 10),
-    }
+    arms: dict[str, Any] = {"transformers": Transformers(model, args.max_new_tokens)}
+    if args.speeds:
+        arms["transformers prompt lookup"] = Transformers(model, args.max_new_tokens, 10)
     ours = args.drafters.split(",")
     arms |= {name: Ours(target, name, args.max_new_tokens) for name in ours}
     questions = lines(args.data / "spec_bench/question.jsonl")
@@ -161,33 +168,40 @@ def main() -> None:
         for turn, text in enumerate(questions[place]["turns"], 1):
             messages.append({"role": "user", "content": text})
             prompt = chat_ids(target.tokenizer, messages)
-            for name in ours:  # compiled, or warm
+            for name in ours if args.speeds else ():
                 arms[name].run(prompt)
             answers = {name: arm.run(prompt) for name, arm in arms.items()}
             want = answers["transformers"][0]
-            rows.append(
-                {
-                    "question": questions[place]["question_id"],
-                    "turn": turn,
-                    "prompt_tokens": len(prompt),
-                    "tokens": len(want),
-                    "equal": {name: ids == want for name, (ids, _) in answers.items()},
-                    "seconds": {name: round(s, 3) for name, (_, s) in answers.items()},
-                    "margin": min(arms[name].margins[-1] for name in ours),
-                }
-            )
+            row = {
+                "question": questions[place]["question_id"],
+                "turn": turn,
+                "prompt_tokens": len(prompt),
+                "tokens": len(want),
+                "equal": {name: ids == want for name, (ids, _) in answers.items()},
+                "smallest_margin": min(arms[ours[0]].margins),
+                "differences": {
+                    name: difference(arms[name], answers[name][0], want)
+                    for name in ours
+                    if answers[name][0] != want
+                },
+            }
+            if args.speeds:
+                row["seconds"] = {name: round(s, 3) for name, (_, s) in answers.items()}
+            rows.append(row)
             print(rows[-1], file=sys.stderr, flush=True)
             said = target.tokenizer.decode(want, skip_special_tokens=True)
             messages.append({"role": "assistant", "content": said})
     record |= {
         "answers": len(rows),
+        "max_new_tokens": args.max_new_tokens,
         "equal": {name: sum(row["equal"][name] for row in rows) for name in arms},
-        "tokens_per_second": {
+    }
+    if args.speeds:
+        record["tokens_per_second"] = {
             name: round(statistics.median(row["tokens"] / row["seconds"][name] for row in rows), 2)
             for name in arms
-        },
-        "rows": rows,
-    }
+        }
+    record["rows"] = rows
     print({key: value for key, value in record.items() if key != "rows"})
     if args.out:
         write_json(args.out, record)
