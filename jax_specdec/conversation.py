@@ -26,12 +26,11 @@ from jax_specdec.core.model import rewinds
 from jax_specdec.core.sharding import put_rows, to_host
 from jax_specdec.core.stats import RUNNING
 from jax_specdec.encoding import Encoded
-from jax_specdec.errors import RunError, UserError, shown
+from jax_specdec.errors import RunError, UserError, a_kind, shown
 from jax_specdec.generation import Chunk, Generation, Options, Request, make_requests
 from jax_specdec.streaming import Pieces, Stream
 from jax_specdec.text.chat import Message, chat_text, check_messages
 from jax_specdec.text.detokenize import TextStream
-from jax_specdec.text.inputs import a_kind
 from jax_specdec.text.transcript import Transcript
 
 if TYPE_CHECKING:
@@ -174,7 +173,9 @@ class Conversation:
         return chat_text(tokenizer, messages, answer_follows=answer_follows, **self._form)
 
     def _request(self, number: int, ids: list[int], options: Mapping[str, Any]) -> Request:
-        return make_requests([ids], [number], {**self._options, **options})[0]
+        options = {**self._options, **options}
+        beside = ("system", "messages", "template", "template_args", "rounds_per_chunk")
+        return make_requests([ids], [number], options, beside=beside)[0]
 
     def _events(self, said: Message, script: Transcript, row: Encoded, per_chunk: int) -> Events:
         """The turn's chunks and answer; what was said counts once that is there."""
@@ -207,9 +208,9 @@ class Conversation:
             caches, common, cached, least = self._caches(row)
             arrays, capacity = decoder.encoder.arrays([row], least)
             (kept,) = put_rows((np.asarray([common], np.int32),), decoder.target.sharding)
-            shown = progress.watched() and jax.process_index() == 0
+            told = progress.told() and jax.process_index() == 0
             resumed = (caches, kept)
-            resume, run = decoder.programs.get(arrays, capacity, shown, resumed=resumed)
+            resume, run = decoder.programs.get(arrays, capacity, told, resumed=resumed)
             if decoder.target.sharding is not None:  # rounds may have left them elsewhere
                 resumed = jax.device_put(resumed, resume.input_shardings[0][5:])
             compiling = decoder.compile_time_s - spent

@@ -67,7 +67,8 @@ def examine(source: str | None, describe: Callable[[], dict[str, Any]]) -> Findi
     about: dict[str, Any] = {}
     if source is not None or shown[0].state == "ok":
         yield from guarded("model", lambda: model(source, describe, about))
-    yield from guarded("kernels", lambda: kernels(about))
+    if source is None or about:  # those of a model that is not there are not known
+        yield from guarded("kernels", lambda: kernels(about))
 
 
 def guarded(part: str, look: Callable[[], Findings]) -> Findings:
@@ -272,7 +273,8 @@ def model(
 ) -> Findings:
     """Whether the model fits, its drafters, and which one `auto` takes; `about` gets what was described."""
     if source is not None and not here(source):
-        yield Finding("model", "warn", f"{source} is not here: its first use downloads it")
+        text = f"{source} is not here: its first use downloads it, if the hub has such a model"
+        yield Finding("model", "warn", text)
         return
     about |= describe()
     gib = f"{about['total_bytes'] / 2**30:.1f} GiB"

@@ -10,9 +10,9 @@ import numpy as np
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.sampling import Sampling, make_sampling
 from jax_specdec.core.sharding import put_rows
-from jax_specdec.errors import UserError
-from jax_specdec.generation import SAMPLED, Request, each
-from jax_specdec.text.chat import chat_ids
+from jax_specdec.errors import UserError, shown_value
+from jax_specdec.generation import SAMPLED, Request, each, no_tuple
+from jax_specdec.text.chat import chat_ids, check_text
 from jax_specdec.text.inputs import as_prompt, is_chat, is_whole
 from jax_specdec.text.stop_strings import special_stops, stop_rows
 from jax_specdec.text.token_bytes import TokenBytes
@@ -107,10 +107,15 @@ class Encoder:
         """The request on token ids, those of its values checked that `make_sampling` does not see."""
         request = dataclasses.replace(request, prompt=as_prompt(request.prompt))
         ids, own = self.encode(request.prompt), self.token_bytes
-        stop = request.stop
-        listed = isinstance(stop, (tuple, list))
-        if not listed or not all(isinstance(item, str) for item in stop):
-            raise UserError("Give stop strings as a tuple, or as a list with one tuple per prompt.")
+        stop, words = request.stop, request.bad_words
+        if not isinstance(stop, (tuple, list)) or not all(isinstance(x, str) for x in stop):
+            raise no_tuple("stop", stop)
+        if not isinstance(words, (tuple, list)):
+            raise no_tuple("bad_words", words)
+        for name in ("own_seed", "ignore_eos"):
+            if not isinstance(getattr(request, name), (bool, np.bool)):
+                value = shown_value(getattr(request, name))
+                raise UserError(f"{name} must be True or False, got {value}.")
         if "" in stop:
             raise UserError("A stop string must not be empty.")
         if stop and own is None:
@@ -118,27 +123,35 @@ class Encoder:
         if stop:
             special_stops(own, stop)
         vocab = self.target.vocab_size
-        given = {"stop token": request.stop_token_ids, "logit bias": request.logit_bias}
+        given: dict[str, Any] = {
+            "stop token": request.stop_token_ids,
+            "logit bias": request.logit_bias,
+        }
         for what, tokens in given.items():
-            if not isinstance(tokens, Collection) or not all(map(is_whole, tokens)):
+            text = isinstance(tokens, (str, bytes))
+            if text or not isinstance(tokens, Collection) or not all(map(is_whole, tokens)):
                 raise UserError(f"A {what} is given by its token id, a whole number.")
             if any(not 0 <= token < vocab for token in tokens):
                 raise UserError(f"A {what} has an id outside the vocabulary of {vocab}.")
         eos = () if request.ignore_eos else self.target.config.eos_ids
-        words = tuple(word for item in request.bad_words for word in self._words(item))
-        return Encoded(request, ids, (*eos, *request.stop_token_ids), words)
+        forbidden = tuple(word for item in words for word in self._words(item))
+        return Encoded(request, ids, (*eos, *request.stop_token_ids), forbidden)
 
     def _words(self, word: str | Sequence[int]) -> list[tuple[int, ...]]:
         """The token sequences of a bad word: as it begins a text, and as it follows a space."""
         vocab = self.target.vocab_size
         if not isinstance(word, str):
-            if not word or any(not 0 <= token < vocab for token in word):
-                raise UserError(f"A bad word must be tokens of the vocabulary of {vocab}.")
-            return [tuple(word)]
+            tokens = list(word) if isinstance(word, (tuple, list)) else []
+            if not tokens or any(not (is_whole(token) and 0 <= token < vocab) for token in tokens):
+                raise UserError(
+                    f"A bad word must be text, or tokens of the vocabulary of {vocab}, got {shown_value(word)}."
+                )
+            return [tuple(tokens)]
         if self.target.tokenizer is None:
             raise UserError("Bad words as text need a tokenizer: load the target with one.")
         if not word:
             raise UserError("A bad word must not be empty.")
+        check_text(word, "A bad word")
         spelled = self.target.tokenizer([word, f" {word}"], add_special_tokens=False)["input_ids"]
         return list(dict.fromkeys(map(tuple, spelled)))
 

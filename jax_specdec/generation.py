@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, TypeVar
 
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ import numpy as np
 
 from jax_specdec import display
 from jax_specdec._types import Int
-from jax_specdec.errors import UserError
-from jax_specdec.text.inputs import Prompt, a_kind
+from jax_specdec.errors import UserError, a_kind, did_you_mean, shown, shown_value
+from jax_specdec.text.inputs import Prompt, is_whole
 
 # Two best scores closer than this may change places between a one-row and a T-row forward.
 _NEAR_TIES = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.03}
@@ -107,7 +107,8 @@ class Options(TypedDict, total=False):
 
 
 # Fields whose value is itself a sequence or mapping: a list of them has one for each prompt.
-_WHOLE = ("stop", "stop_token_ids", "logit_bias", "bad_words")
+_TUPLES = {"stop": "stop strings", "stop_token_ids": "stop tokens", "bad_words": "bad words"}
+_WHOLE = (*_TUPLES, "logit_bias")
 OPTIONS = tuple(f.name for f in dataclasses.fields(Request) if f.name not in ("prompt", "id"))
 
 
@@ -127,8 +128,19 @@ SAMPLED = (
 )
 
 
+def no_tuple(name: str, value: Any) -> UserError:
+    """What is said of `stop`, `stop_token_ids` or `bad_words` in another form."""
+    return UserError(
+        f"Give {_TUPLES[name]} as a tuple, or as a list with one tuple per prompt, got {shown_value(value)}."
+    )
+
+
 def make_requests(
-    prompts: Sequence[Any], ids: Sequence[Any] | None, options: Mapping[str, Any]
+    prompts: Sequence[Any],
+    ids: Sequence[Any] | None,
+    options: Mapping[str, Any],
+    *,
+    beside: Sequence[str] = (),
 ) -> list[Request]:
     """One request for each prompt.
 
@@ -136,6 +148,7 @@ def make_requests(
       prompts: texts, token id lists, or requests, which keep their own options.
       ids: names for the answers; default: the prompt's number.
       options: fields of `Request`, one value for all prompts or a list with one per prompt.
+      beside: other arguments of the caller's, which an unknown option may be misspelt from.
 
     >>> first, second = make_requests(["a", "b"], None, {"temperature": [0.0, 0.7], "seed": 3})
     >>> second.id, second.temperature, second.seed
@@ -149,19 +162,26 @@ def make_requests(
     count = len(prompts)
     if count == 0:
         raise UserError("There are no prompts.")
+    if not (ids is None or (isinstance(ids, Iterable) and not isinstance(ids, (str, bytes)))):
+        raise UserError(f"ids are a list with a name for each prompt, not {a_kind(ids)}.")
     names = list(range(count)) if ids is None else list(ids)
     if len(names) != count:
         raise UserError(f"Got {len(names)} ids for {count} prompts.")
     rows: dict[str, list[Any]] = {}
     for name, value in options.items():
         if name not in OPTIONS:
-            raise UserError(f"There is no option {name!r}; there are {', '.join(OPTIONS)}.")
+            near = did_you_mean(name, (*OPTIONS, *beside))
+            near = near or f"; there are {', '.join(OPTIONS)}."
+            raise UserError(f"There is no option {shown(name)}{near}")
         if name == "stop" and isinstance(value, str):
             value = (value,)
         if isinstance(value, np.ndarray):
             value = value.tolist() if value.ndim else value.item()
         if isinstance(value, tuple) and name not in _WHOLE:
             value = list(value)
+        listed = value if name in _TUPLES and isinstance(value, list) else []
+        if any(isinstance(item, (str, int)) for item in listed):
+            raise no_tuple(name, value)  # for all prompts, or one for each? Neither is guessed
         rows[name] = value if isinstance(value, list) else [value] * count
         if len(rows[name]) != count:
             if name == "stop":
@@ -177,8 +197,8 @@ def make_requests(
             request = Request(prompt, name, **{field: of[row] for field, of in rows.items()})
         filled = {"id": row if request.id is None else request.id}
         filled["key"] = row if request.key is None else request.key
-        if not 0 <= filled["key"] < 2**31:
-            raise UserError(f"A key must be in [0, 2^31), got {filled['key']}.")
+        if not is_whole(filled["key"]) or not 0 <= filled["key"] < 2**31:
+            raise UserError(f"A key must be in [0, 2^31), got {shown_value(filled['key'])}.")
         requests.append(dataclasses.replace(request, **filled))
     return requests
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jax_specdec import progress
 from jax_specdec.checkpoints.embedded import demo_folder
 from jax_specdec.checkpoints.hub import find_checkpoint
+from jax_specdec.checkpoints.int8 import check_parts
 from jax_specdec.checkpoints.targets import Target, default_dtype, load_target
 from jax_specdec.core.acceptance import MATCH, Acceptance
 from jax_specdec.core.processors import Processor
@@ -18,8 +19,9 @@ from jax_specdec.core.sharding import ShardingRules
 from jax_specdec.pipeline import SpeculativeDecoder
 from jax_specdec.specs.build import LoadedDrafter, load_drafter
 from jax_specdec.specs.defaults import USUAL, Setting, measured, measured_on
-from jax_specdec.specs.language import Spec
+from jax_specdec.specs.language import Spec, folders_by_name
 from jax_specdec.specs.whole import parse_drafter
+from jax_specdec.text.inputs import check_count
 
 AUTO = "auto"
 
@@ -59,7 +61,7 @@ def load(
     """
     target, found = load_pair(
         demo_folder() / "target" if model is None else model,
-        drafter if drafter == AUTO else parse_drafter(drafter or "none"),
+        AUTO if drafter == AUTO else parse_drafter("none" if drafter is None else drafter),
         draft=draft,
         dtype=dtype,
         mesh=mesh,
@@ -91,11 +93,15 @@ def load_pair(
     first: str = "the first of draft",
 ) -> tuple[Target, LoadedDrafter]:
     """The target and the drafter of `load`; cheap mistakes fail first."""
+    check_count("batch_size", batch_size)
+    draft = folders_by_name(draft)
+    check_parts(int8)
+    check_parts(draft_int8)
     folder, reason = find_checkpoint(model), ""
     if drafter == AUTO:
         name = default_dtype(folder) if dtype is None else getattr(dtype, "__name__", str(dtype))
         setting = Setting(folder, name, batch_size, int8, draft_int8)
-        drafter, reason = choose_drafter(setting, draft or {}, first)
+        drafter, reason = choose_drafter(setting, draft, first)
     target = load_target(folder, dtype=dtype, mesh=mesh, rules=rules, int8=int8, context=context)
     found = load_drafter(drafter, target, drafts=draft, batch_size=batch_size, int8=draft_int8)
     return target, dataclasses.replace(found, reason=reason)

@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import jax
@@ -20,7 +21,7 @@ from jax_specdec.core.processors import Processor
 from jax_specdec.core.sharding import check_agreement, to_host
 from jax_specdec.core.stats import RUNNING
 from jax_specdec.encoding import Encoded, Encoder
-from jax_specdec.errors import UserError
+from jax_specdec.errors import UserError, a_kind
 from jax_specdec.generation import (
     Chunk,
     Generation,
@@ -30,11 +31,12 @@ from jax_specdec.generation import (
     samples_of,
 )
 from jax_specdec.programs import Programs
+from jax_specdec.progress import check_progress
 from jax_specdec.specs.build import LoadedDrafter
 from jax_specdec.streaming import Pieces, Stream
 from jax_specdec.text.chat import Message
 from jax_specdec.text.detokenize import TextStream
-from jax_specdec.text.inputs import a_kind, is_whole, split
+from jax_specdec.text.inputs import check_count, split
 from jax_specdec.text.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
@@ -83,6 +85,12 @@ class SpeculativeDecoder:
         logprobs: bool = False,
         margins: bool = False,
     ):
+        if not isinstance(target, Target):
+            raise UserError(f"A decoder takes a target of `load_target`, not {a_kind(target)}.")
+        if not isinstance(drafter, (LoadedDrafter, NoneType)):
+            raise UserError(f"A decoder takes a drafter of `load_drafter`, not {a_kind(drafter)}.")
+        if not isinstance(rule, Acceptance):
+            raise UserError(f"rule is an acceptance rule, as in Match(), not {a_kind(rule)}.")
         self.target = target
         self._loaded = drafter or LoadedDrafter(NoDrafter(), {}, "none")
         self._loaded.check_target(target)
@@ -182,7 +190,8 @@ class SpeculativeDecoder:
           UserError, RunError: as `generate`.
         """
         prompts, alone = split(prompt)
-        requests = make_requests(prompts, None, options)
+        beside = ("n", "batch_size", "progress")
+        requests = make_requests(prompts, None, options, beside=beside)
         if n is not None:
             requests = samples_of(requests, n)
         answers = list(self.generate(requests, batch_size=batch_size, progress=progress))
@@ -211,7 +220,9 @@ class SpeculativeDecoder:
         prompts, alone = split(prompt)
         if not alone:
             raise UserError(f"A stream is of one prompt: got {a_kind(prompt)} of several.")
-        encoded = self.prepare(make_requests(prompts, None, options), 1, rounds_per_chunk)
+        check_progress(progress)
+        requests = make_requests(prompts, None, options, beside=("rounds_per_chunk", "progress"))
+        encoded = self.prepare(requests, 1, rounds_per_chunk)
         (row,) = encoded
         text = None
         if self.token_bytes is not None:
@@ -261,7 +272,7 @@ class SpeculativeDecoder:
           ids: names for the answers; default: the prompt's number.
           on_chunk: called with new tokens every `rounds_per_chunk` rounds.
           progress: whether to say what is compiled, and to show a bar; default: on a terminal and in a
-            notebook, of what takes more than a second.
+            notebook, of what takes more than a second. Commands say what is compiled wherever they run.
           options: fields of `Request`, each one value, or a list with one per prompt.
 
         Raises:
@@ -271,7 +282,12 @@ class SpeculativeDecoder:
         items, alone = split(prompts)
         if alone:
             raise UserError(f"Prompts come in a list, one prompt too: got {a_kind(prompts)} alone.")
-        encoded = self.prepare(make_requests(items, ids, options), batch_size, rounds_per_chunk)
+        check_progress(progress)
+        if not (on_chunk is None or callable(on_chunk)):
+            raise UserError(f"on_chunk must be a function of a Chunk, not {a_kind(on_chunk)}.")
+        beside = ("batch_size", "ids", "on_chunk", "rounds_per_chunk", "progress")
+        requests = make_requests(items, ids, options, beside=beside)
+        encoded = self.prepare(requests, batch_size, rounds_per_chunk)
         if self.target.sharding is None and batch_size not in self.programs.batches:
             # Fewer prompts than rows need no copies of themselves.
             batch_size = min(batch_size, len(encoded))
@@ -290,12 +306,8 @@ class SpeculativeDecoder:
         self, requests: Sequence[Request], batch_size: int, per_chunk: int
     ) -> list[Encoded]:
         """The requests on token ids, all that they ask for checked."""
-        if not is_whole(batch_size) or batch_size < 1:
-            raise UserError(
-                f"batch_size must be at least 1, a whole number, got {batch_size!r:.80}."
-            )
-        if per_chunk < 1:
-            raise UserError(f"rounds_per_chunk must be at least 1, got {per_chunk}.")
+        check_count("batch_size", batch_size)
+        check_count("rounds_per_chunk", per_chunk)
         encoded = self.encoder.requests(requests)
         check_agreement((encoded, batch_size))
         sharding = self.target.sharding
@@ -314,7 +326,8 @@ class SpeculativeDecoder:
         Nothing outlives an exception but compiled programs: the state is of one batch, and its buffers,
         which each run of rounds takes over, are never used again.
         """
-        shown = progress.watched(shown) and jax.process_index() == 0
+        speaks = jax.process_index() == 0
+        told, shown = progress.told(shown) and speaks, progress.watched(shown) and speaks
         context, bar = self.target.config.context, None
         room = [min(row.request.max_new_tokens, context - len(row.ids)) for row in encoded]
         about = (self._sources, self.token_bytes, self.target.decoder.dtype)
@@ -327,7 +340,7 @@ class SpeculativeDecoder:
                 with self.lock:
                     spent = self.compile_time_s
                     arrays, capacity = self.encoder.arrays(batch)
-                    start, run = self.programs.get(arrays, capacity, shown)
+                    start, run = self.programs.get(arrays, capacity, told)
                     compiling = self.compile_time_s - spent
                 if bar is None:  # its clock starts behind the first compilation
                     watching = shown and per_chunk is None

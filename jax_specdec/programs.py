@@ -49,7 +49,7 @@ class Programs:
 
         Args:
           arrays: tokens, lengths, sampling and request ids, as `DecodeLoop.start` takes them.
-          capacity: see there. progress: whether to say what is compiled.
+          capacity: see there. progress: whether to say what is compiled, see `progress.told`.
           resumed: `caches` and `kept`, where the prefill is to be `DecodeLoop.resume`.
 
         Raises:

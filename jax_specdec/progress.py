@@ -11,8 +11,12 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from jax_specdec.errors import UserError, shown_value
 
 # Seconds before anything is said of what is running.
 PATIENCE = 1.0
@@ -23,6 +27,7 @@ PER_LINE = {"cpu": 0.002}
 MOST_RECORDS = 64
 
 _said: set[str] = set()
+_always: ContextVar[bool] = ContextVar("told_always", default=False)
 _thread = threading.local()
 
 
@@ -33,11 +38,32 @@ def in_notebook() -> bool:
     return shell is not None and "IPKernelApp" in getattr(shell, "config", {})
 
 
+def check_progress(progress: bool | None) -> None:
+    """Raises a `UserError` for something that says neither yes nor no."""
+    if progress is not None and not isinstance(progress, bool):
+        raise UserError(f"progress must be True, False or None, got {shown_value(progress)}.")
+
+
 def watched(progress: bool | None = None) -> bool:
     """Whether progress is shown: as told, or by default where people look, a terminal or a notebook."""
     if progress is not None:
         return progress
     return in_notebook() or (sys.stderr is not None and sys.stderr.isatty())
+
+
+@contextlib.contextmanager
+def told_always() -> Iterator[None]:
+    """Within, whoever waits is told what for, wherever standard error leads: a command from a pipe has no terminal."""
+    before = _always.set(True)
+    try:
+        yield
+    finally:
+        _always.reset(before)
+
+
+def told(progress: bool | None = None) -> bool:
+    """Whether to say what takes long: where progress is shown, and in commands."""
+    return watched(progress) or (progress is None and _always.get())
 
 
 def say(message: str) -> None:
@@ -102,7 +128,7 @@ class Compilation:
 
     def __init__(self, platform: str, machine: str, what: str, progress: bool | None = None):
         self._platform, self._machine, self._what = platform, machine, what
-        self._shown = watched(progress)
+        self._shown = told(progress)
         self._file = records_file()
         self._records = read_records(self._file).get(machine, [])
         self._waiting: dict[str, tuple[int, Any]] = {}

@@ -67,6 +67,8 @@ def test_documents_of_every_form(target, tmp_path):
         ([[1.5]], "Item 0 of the training data is a list"),
         ([[10**6]], "outside the vocabulary of 300"),
         ([b"a"], "Item 0 of the training data is bytes"),
+        ([""], "Item 0 of the training data is an empty text: leave it out"),
+        (["a", "\ud800"], "Item 1 of the training data is not valid Unicode text"),
     ],
 )
 def test_data_that_is_refused(data, message, target):
@@ -129,6 +131,14 @@ def test_train_medusa(target, tmp_path):
     assert (drafter.spec, drafter.folder) == ("medusa:1", tmp_path / "checkpoint")
 
 
+def test_the_target_of_a_decoder(target, tmp_path):
+    """Is understood as far as the data, which is what is wrong here."""
+    decoder = sd.SpeculativeDecoder(target)
+    for train in (sd.train_glide, sd.train_medusa, sd.train_lm):
+        with pytest.raises(sd.UserError, match="is an empty text"):
+            train(decoder, [""], out=tmp_path, steps=1, **SMALL)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -141,6 +151,11 @@ def test_train_medusa(target, tmp_path):
         ({"sequence_length": 999}, "do not fit the target's context of 256"),
         ({"target": None}, "must be a loaded one, a folder or a hub id, not None"),
         ({"target": "absent/"}, "absent"),
+        ({"target": ""}, "The model's name is empty"),
+        ({"data": [""]}, "is an empty text"),
+        ({"init": 5}, "init must be the folder of a checkpoint, not an int"),
+        ({"resume": "x"}, "resume must be True or False, not a str"),
+        ({"progress": "x"}, "progress must be True, False or None"),
         ({"out": None}, "Say where the run goes"),
         ({"out": ""}, "Say where the run goes"),
         ({"heldout_share": "much"}, "heldout_share must be a number"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from jax_specdec.checkpoints import smollm2
 from jax_specdec.checkpoints.tensor_files import absent_shards
 from jax_specdec.checkpoints.tokenizer_files import TOKENIZER_FILES
-from jax_specdec.errors import UserError
+from jax_specdec.errors import UserError, a_kind, shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 GGUF = ".gguf"
@@ -33,7 +33,7 @@ def find_checkpoint(source: str | os.PathLike[str]) -> Path:
     Raises:
       UserError: neither a folder or GGUF file here nor a model that can be fetched.
     """
-    folder = Path(source).expanduser()
+    folder = local_path(source)
     if folder.is_dir():
         return _gguf_or_folder(folder)
     if folder.is_file():
@@ -44,7 +44,7 @@ def find_checkpoint(source: str | os.PathLike[str]) -> Path:
         return smollm2.find()
     one = HUB_GGUF.fullmatch(str(source))
     if one is None and not HUB_ID.fullmatch(str(source)):
-        raise UserError(f"There is no folder {source}.")
+        raise UserError(f"There is no folder {source!s:.300}.")
     import huggingface_hub
 
     try:
@@ -97,7 +97,7 @@ def fetch_config(source: str | os.PathLike[str]) -> Path:
     Raises:
       UserError: there is none.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if str(source) == smollm2.NAME and not path.exists():
         path = smollm2.find()
     if path.is_file():
@@ -110,7 +110,7 @@ def fetch_config(source: str | os.PathLike[str]) -> Path:
             raise UserError(f"{path} has no config.json.")
         return found
     if not HUB_ID.fullmatch(str(source)):
-        raise UserError(f"There is no folder or file {source}.")
+        raise UserError(f"There is no folder or file {source!s:.300}.")
     import huggingface_hub
 
     try:
@@ -119,8 +119,43 @@ def fetch_config(source: str | os.PathLike[str]) -> Path:
         raise _unfetched(source, error) from error
 
 
+def local_path(source: str | os.PathLike[str]) -> Path:
+    """Where a name would lie here.
+
+    Raises:
+      UserError: no name, an empty one, or one that no file system takes.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        hint = ": SpeculativeDecoder takes one that is loaded" if hasattr(source, "params") else ""
+        raise UserError(f"A model is a folder or a hub id, not {a_kind(source)}{hint}.")
+    if not os.fspath(source):
+        raise UserError("The model's name is empty: give a folder, or a model id of the hub.")
+    try:
+        path = Path(source).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, or of an unknown user
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{shown(source)} names no folder: {reason!s:.100}.") from None
+    return path
+
+
 def _unfetched(source: str | os.PathLike[str], error: Exception) -> UserError:
+    """Why a model of the hub is not here, and what to do."""
+    from huggingface_hub import errors
+
+    absent = f"{source} is no folder here and "
+    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+        return UserError(
+            f"{absent}the Hugging Face hub cannot be reached: look at the connection (and at HF_HUB_OFFLINE), or run "
+            f"`hf download {source}` where there is one and name the folder that it prints."
+        )
+    if isinstance(error, errors.GatedRepoError):
+        return UserError(
+            f"{absent}the hub gives it only to those it knows: ask on its page, then `hf auth login`."
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return UserError(
+            f"{absent}the Hugging Face hub has no such model, or a private one (`hf auth login`)."
+        )
     reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return UserError(
-        f"{source} is no folder here and could not be fetched from the Hugging Face hub: {reason:.300}"
-    )
+    return UserError(f"{absent}could not be fetched from the Hugging Face hub: {reason:.300}")

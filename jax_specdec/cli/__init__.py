@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from jax_specdec import progress
 from jax_specdec.cli import chat, convert, demo, doctor, generate, info, plan, train, tune
 from jax_specdec.cli.parser import Commands, Parser
 from jax_specdec.errors import RunError, UserError
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args.command is None:
             raise UserError("Say which command to run (see `jax-specdec --help`).")
-        return args.run(args) or 0
+        with progress.told_always():
+            return args.run(args) or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader, say `head`, has seen enough

@@ -34,7 +34,9 @@ def register(commands: Any) -> None:
         "chat",
         help="a conversation in the terminal",
         description="A conversation, its answers coloured by the drafter that each token is from. What was read "
-        "stays in the caches, so a turn reads its own tokens only. From a pipe each line is a turn.",
+        "stays in the caches, so a turn reads its own tokens only. From a pipe each line is a message or one of the "
+        "terminal's commands (/reset, /undo, /quit, ...; /help lists them); answers go to standard output, all "
+        "else to standard error, and the first error ends it.",
         examples=(
             "--model DIR --drafter max-gram:6",
             '--model DIR --drafter lm:5 --draft lm=SMALL --system "Be brief." --temperature 0.7',
@@ -80,91 +82,50 @@ def run(args: argparse.Namespace) -> int:
         _Terminal(chat, console, decoder.loaded.drafter.info.sources).run(
             f"{name}, drafter {drafter.spec}"
         )
-        return 0
-    try:
-        for line in map(str.strip, sys.stdin):
-            if line:
-                for piece in (stream := chat.stream(line)):
-                    print(piece, end="", flush=True)
-                print(flush=True)
-                common.say(_figures(stream.generation))
-    except UnicodeDecodeError as error:
-        raise UserError(f"Standard input is not {sys.stdin.encoding} text ({error}).") from None
+    else:
+        _Pipe(chat).run()
     return 0
 
 
-class _Terminal:
-    """Reads messages and commands, and shows answers while they are decoded."""
+class _Session:
+    """Messages and commands of one conversation; how they come and where answers go is left to the others."""
 
-    def __init__(self, chat: "Conversation", console: "Console", sources: tuple[str, ...]):
-        self._chat, self._console = chat, console
-        self._colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(sources)}
+    def __init__(self, chat: "Conversation"):
+        self._chat = chat
 
-    def run(self, title: str) -> None:
-        from rich.text import Text
-
-        self._console.print(Text(title, "bold"))
-        legend = Text("the target itself", "dim")
-        for name, colour in self._colours.items():
-            legend.append(", ").append(name, f"not dim {colour}")
-        self._console.print(legend.append("; /help for commands, Ctrl-D ends"))
-        with contextlib.suppress(ImportError):  # there is none on Windows
-            import readline  # noqa: F401  (`input` edits lines with it)
-        for message in self._inputs():
-            try:
-                if message.startswith("/"):
-                    if self._command(*message[1:].split(maxsplit=1)):
-                        return
-                else:
-                    self._answer(message)
-            except (UserError, RunError) as error:
-                self._console.print(Text(f"error: {error}", "red"))
-
-    def _inputs(self) -> Iterator[str]:
-        """What is typed, until the input ends."""
-        while True:
-            try:
-                message = input("\n> ").strip()
-                if message.startswith(BLOCK):
-                    message = self._block(message.removeprefix(BLOCK))
-            except KeyboardInterrupt:
-                self._console.print()
-                continue
-            except EOFError:
-                self._console.print()
-                return
-            if message:
-                yield message
-
-    def _block(self, line: str) -> str:
-        lines = [line]
-        while not lines[-1].endswith(BLOCK):
-            lines.append(input("... ").rstrip())
-        return "\n".join(lines).removesuffix(BLOCK).strip()
+    def _line(self, prompt: str) -> str:
+        """The next line; raises EOFError at the end."""
+        raise NotImplementedError
 
     def _answer(self, message: str) -> None:
-        from rich.text import Text
+        raise NotImplementedError
 
-        stream = self._chat.stream(message)
-        try:
-            for piece in stream:
-                self._console.print(
-                    Text(piece.text, self._colours.get(piece.source or "", "")), end=""
-                )
-        except KeyboardInterrupt:
-            stream.close()
-            self._console.print(Text("\n(stopped; the turn is taken back)", "dim"))
-            return
-        self._console.print()
-        self._console.print(Text(_figures(stream.generation), "dim"))
+    def _say(self, sentence: str) -> None:
+        raise NotImplementedError
+
+    def _message(self) -> str:
+        """What is written next, maybe over several lines."""
+        message = self._line("\n> ").strip()
+        if not message.startswith(BLOCK):
+            return message
+        lines = [message.removeprefix(BLOCK)]
+        while not lines[-1].endswith(BLOCK):
+            lines.append(self._line("... ").rstrip())
+        return "\n".join(lines).removesuffix(BLOCK).strip()
+
+    def _do(self, message: str) -> bool:
+        """Answers, or does what is asked; whether that is to end."""
+        if message.startswith("/"):
+            return self._command(*message[1:].split(maxsplit=1))
+        self._answer(message)
+        return False
 
     def _command(self, name: str = "", rest: str = "") -> bool:
-        """Does what is asked; whether that is to end."""
         messages = self._chat.messages
         if name == "quit":
             return True
         if name == "help":
-            self._console.print(HELP, markup=False)
+            self._say(HELP)
         elif name == "reset":
             self._chat.reset()
             self._say("The conversation begins anew.")
@@ -191,10 +152,114 @@ class _Terminal:
             raise UserError(f"{known}: /help says which there are.")
         return False
 
+
+class _Pipe(_Session):
+    """Answers lines of standard input on standard output."""
+
+    def run(self) -> None:
+        """Raises the first error, and a `UserError` where no message or command came."""
+        done = 0
+        while (message := self._next()) is not None:
+            if message:
+                done += 1
+                if self._do(message):
+                    return
+        if not done:
+            raise UserError("Standard input is empty: write messages to it, one a line.")
+
+    def _next(self) -> str | None:
+        self._within = False
+        try:
+            return self._message()
+        except EOFError:
+            if self._within:
+                raise UserError(
+                    f"Standard input ends within a message: end it with {BLOCK}."
+                ) from None
+            return None
+        except UnicodeDecodeError as error:
+            raise UserError(f"Standard input is not {sys.stdin.encoding} text ({error}).") from None
+
+    def _line(self, prompt: str) -> str:
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        self._within = True
+        return line
+
+    def _answer(self, message: str) -> None:
+        for piece in (stream := self._chat.stream(message)):
+            print(piece, end="", flush=True)
+        print(flush=True)
+        common.say(_figures(stream.generation))
+
+    def _say(self, sentence: str) -> None:
+        common.say(sentence)
+
+
+class _Terminal(_Session):
+    """Shows answers while they are decoded; errors and Ctrl-C end none but the turn."""
+
+    def __init__(self, chat: "Conversation", console: "Console", sources: tuple[str, ...]):
+        super().__init__(chat)
+        self._console = console
+        self._colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(sources)}
+
+    def run(self, title: str) -> None:
+        from rich.text import Text
+
+        self._console.print(Text(title, "bold"))
+        legend = Text("the target itself", "dim")
+        for name, colour in self._colours.items():
+            legend.append(", ").append(name, f"not dim {colour}")
+        self._console.print(legend.append("; /help for commands, Ctrl-D ends"))
+        with contextlib.suppress(ImportError):  # there is none on Windows
+            import readline  # noqa: F401  (`input` edits lines with it)
+        for message in self._inputs():
+            try:
+                if self._do(message):
+                    return
+            except (UserError, RunError) as error:
+                self._console.print(Text(f"error: {error}", "red"))
+
+    def _inputs(self) -> Iterator[str]:
+        """What is typed, until the input ends."""
+        while True:
+            try:
+                message = self._message()
+            except KeyboardInterrupt:
+                self._console.print()
+                continue
+            except EOFError:
+                self._console.print()
+                return
+            if message:
+                yield message
+
+    def _line(self, prompt: str) -> str:
+        return input(prompt)
+
+    def _answer(self, message: str) -> None:
+        from rich.text import Text
+
+        stream = self._chat.stream(message)
+        try:
+            for piece in stream:
+                self._console.print(
+                    Text(piece.text, self._colours.get(piece.source or "", "")), end=""
+                )
+        except KeyboardInterrupt:
+            stream.close()
+            self._console.print(Text("\n(stopped; the turn is taken back)", "dim"))
+            return
+        self._console.print()
+        self._console.print(Text(_figures(stream.generation), "dim"))
+
     def _say(self, sentence: str) -> None:
         from rich.text import Text
 
-        self._console.print(Text(sentence, "dim"))
+        look = "" if sentence == HELP else "dim"
+        self._console.print(Text(sentence, look))
 
 
 def _figures(answer: "Generation") -> str:

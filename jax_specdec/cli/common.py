@@ -102,8 +102,7 @@ def model_source(args: argparse.Namespace) -> str | Path:
 
 def draft_folders(items: Sequence[str]) -> dict[str, str]:
     """`NAME=DIR` arguments as a dictionary; DIR may be a hub id."""
-    from jax_specdec.drafters import registry
-    from jax_specdec.specs.language import known_name
+    from jax_specdec.specs.language import folders_by_name
 
     folders = {}
     for item in items:
@@ -112,14 +111,8 @@ def draft_folders(items: Sequence[str]) -> dict[str, str]:
             raise UserError(
                 f"--draft takes NAME=DIR, as in lm=checkpoints/demo/lm, not {shown(item)}."
             )
-        kind = registry.find(name)
-        if kind is None:
-            known_name(name, "drafter", registry.names("needs_checkpoint"))
-        elif not kind.needs_checkpoint:
-            able = registry.listed(registry.names("needs_checkpoint"))
-            raise UserError(f"--draft {item[:80]}: {name!r} has no checkpoint; {able} have one.")
         folders[name] = folder
-    return folders
+    return folders_by_name(folders)
 
 
 def given_drafter(args: argparse.Namespace) -> "Spec | None":

@@ -165,6 +165,10 @@ def read_records(args: argparse.Namespace) -> list[PromptRecord]:
         text = sys.stdin.read()
     except UnicodeDecodeError as error:
         raise UserError(f"Standard input is not {sys.stdin.encoding} text ({error}).") from None
+    if not text:
+        raise UserError(
+            "Standard input is empty: write a prompt to it, or give --prompt TEXT or --prompts FILE."
+        )
     return [prompt_of_input(text)]
 
 

@@ -1,12 +1,11 @@
 """Parsers whose help has examples and whose errors are one sentence."""
 
 import argparse
-import difflib
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from jax_specdec.errors import UserError
+from jax_specdec.errors import UserError, did_you_mean
 
 
 class Formatter(argparse.HelpFormatter):
@@ -58,10 +57,18 @@ class Parser(argparse.ArgumentParser):
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
-            close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            hint = f"; did you mean {close[0]}?" if flag.startswith("-") and close else ""
+            known = self._option_string_actions if flag.startswith("-") else ()
+            hint = did_you_mean(flag, known)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return found, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """With the nearest of the choices."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(value, map(str, action.choices or ()))
+            raise
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.rstrip('.')} (see `{self.prog} --help`).")

@@ -29,12 +29,11 @@ def per_row(
         return UserError(f"{name} must be {expected}, got {shown_value(item)}.")
 
     dtype = np.dtype(dtype)
-    try:
-        array = np.asarray(value)
-    except ValueError:  # lists of different lengths
-        raise refuse(value) from None
-    if array.dtype.kind not in "iuf":
-        raise refuse(value if array.ndim == 0 else array.ravel()[:1].tolist())
+    array = _numbers(value)
+    listed = isinstance(value, (list, tuple))
+    if array is None or (array.ndim > 1 and listed):
+        wrong = (item for item in value if _numbers(item, 0) is None) if listed else ()
+        raise refuse(next(iter(wrong), value))
     if array.ndim > 1 or array.shape not in ((), (1,), (batch,)):
         raise UserError(f"Got {array.size} values of {name} for {batch} rows.")
     for item in array.ravel().tolist():
@@ -45,3 +44,12 @@ def per_row(
                 raise refuse(item)
     # jnp.asarray compiles a copy for each shape.
     return jax.device_put(np.broadcast_to(array, (batch,)).astype(dtype))
+
+
+def _numbers(value: Any, most: int | None = None) -> np.ndarray | None:
+    """An array of numbers, of `most` dimensions at most; None where the value is no such thing."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        return None
+    return array if array.dtype.kind in "iuf" and (most is None or array.ndim <= most) else None

@@ -18,6 +18,7 @@ from jax_specdec._types import Array, Bool, Float, Int, UInt
 from jax_specdec.core.numerics import NEG_INF, argmax, largest_threshold, order_key
 from jax_specdec.core.processors import Processing, make_processing
 from jax_specdec.core.rows import PerRow, per_row
+from jax_specdec.errors import UserError
 
 STRING_COMPLETE = -2  # in the stop-string automaton: a stop string is in the text
 
@@ -89,7 +90,7 @@ def make_sampling(
     stops = np.asarray(stop_ids, np.int32)
     stops = np.broadcast_to(stops, (batch, stops.shape[-1]))
     own = np.asarray(own_seed, bool)
-    return Sampling(
+    made = Sampling(
         temperature=rows(
             "temperature", temperature, "f4", lambda t: 0 <= t < np.inf, "finite and at least 0"
         ),
@@ -121,6 +122,14 @@ def make_sampling(
             bad_words=bad_words,
         ),
     )
+    # By the host's values, as `make_processing`.
+    limits = np.broadcast_arrays(*(np.ravel(x) for x in (min_new_tokens, max_new_tokens)))
+    for fewest, most in zip(*(x.tolist() for x in limits), strict=True):
+        if fewest > most:
+            raise UserError(
+                f"min_new_tokens must not be above max_new_tokens, got {fewest} and {most}."
+            )
+    return made
 
 
 def _top_k(scores: Float[Array, "B T V"], top_k: Int[Array, " B"]) -> Float[Array, "B T V"]:

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_specdec._types import Array
-from jax_specdec.errors import RunError, UserError
+from jax_specdec.errors import RunError, UserError, a_kind
 from pallas_kernels import Partition
 
 MeshAxes = str | tuple[str, ...] | None
@@ -99,6 +99,8 @@ class Sharding:
     rules: ShardingRules = ShardingRules()
 
     def __post_init__(self):
+        if not hasattr(self.mesh, "axis_names"):
+            raise UserError(f"mesh must be a mesh of jax.make_mesh, not {a_kind(self.mesh)}.")
         names = self.mesh.axis_names
         for rule in RULES:
             for axis in _as_tuple(getattr(self.rules, rule)):

@@ -66,9 +66,10 @@ class Request:
         Raises:
           UserError: there is none.
         """
+        from jax_specdec.checkpoints.hub import HUB_GGUF, HUB_ID, find_checkpoint, local_path
+
         source = "" if self.source is None else self.source
-        local = Path(source).expanduser()
-        from jax_specdec.checkpoints.hub import HUB_GGUF, HUB_ID, find_checkpoint
+        local = local_path(source) if source else Path()
 
         hub = isinstance(source, str) and (HUB_ID.fullmatch(source) or HUB_GGUF.fullmatch(source))
         if source and (local.exists() or hub):

@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jax_specdec.errors import UserError, shown
+from jax_specdec.errors import UserError, a_kind, shown
 from jax_specdec.plots.look import COLOURS, INK, axes_or_new, colours, legend, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from jax_specdec.generation import Generation
+    from jax_specdec.tuning.costs import Costs
 
 
 def _arms(arms: Any, one: type | tuple[type, ...]) -> dict[str, Any]:
@@ -82,14 +83,38 @@ def _measured(record: Any) -> Mapping[str, Any]:
     if isinstance(record, (str, Path)):
         try:
             record = json.loads(Path(record).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{shown(record)} cannot be read: there is no such file.") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"{record} cannot be read as JSON ({error!s:.200}).") from None
+            raise UserError(f"{shown(record)} cannot be read as JSON ({error!s:.200}).") from None
     if isinstance(record, Mapping) and isinstance(record.get("records"), list):
         record = next(iter(record["records"]), {})
     found = record.get("measured", {}) if isinstance(record, Mapping) else {}
     if not (isinstance(found, Mapping) and found.get("drafters") and found.get("verify_s")):
-        raise UserError("Budgets are plotted from what `tune` measured: its record, or its file.")
+        raise UserError(
+            f"Budgets are plotted from what `tune` measured: its record, or its file, not {a_kind(record)} of "
+            "something else."
+        )
     return {**found, "lengths": record.get("lengths", {})}
+
+
+def _curves(found: Mapping[str, Any]) -> list[tuple[str, list[float], "Costs", int]]:
+    """Of each drafter its name, its shares by place, its costs, and the longest draft that both cover."""
+    from jax_specdec.tuning.costs import Costs
+
+    try:
+        verify = {int(nodes): float(seconds) for nodes, seconds in found["verify_s"].items()}
+        curves = []
+        for name, drafter in found["drafters"].items():
+            # An expansion adds nodes as well as length: its line would not be over lengths alone.
+            if "+" not in name:
+                shares = [float(share) for share in drafter["accepted_per_pos"]]
+                costs = Costs(verify, {int(g): float(s) for g, s in drafter["draft_s"].items()})
+                longest = min(len(shares), max(costs.draft, default=0), max(verify) - 1)
+                curves.append((name, shares, costs, longest))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"The record of `tune` is not whole: {error!r:.100}.") from None
+    return curves
 
 
 def tau(record: Any, ax: "Axes | None" = None, *, speed: bool = False) -> "Axes":
@@ -100,18 +125,11 @@ def tau(record: Any, ax: "Axes | None" = None, *, speed: bool = False) -> "Axes"
       speed: instead of tau the speed against plain decoding that follows from it and from what verifying and
         drafting cost: why longer is not always better.
     """
-    from jax_specdec.tuning.costs import Costs
-
     found = _measured(record)
-    verify = {int(nodes): seconds for nodes, seconds in found["verify_s"].items()}
+    curves = _curves(found)
     ax = axes_or_new(ax)
     ring: dict[str, Any] = {"markersize": 9, "fillstyle": "none", "markeredgewidth": 1.5}
-    # An expansion adds nodes as well as length: its line would not be over lengths alone.
-    drafters = {name: d for name, d in found["drafters"].items() if "+" not in name}
-    for (name, drafter), colour in zip(drafters.items(), colours(len(drafters)), strict=True):
-        shares = drafter["accepted_per_pos"]
-        costs = Costs(verify, {int(g): s for g, s in drafter["draft_s"].items()})
-        longest = min(len(shares), max(costs.draft, default=0), max(verify) - 1)
+    for (name, shares, costs, longest), colour in zip(curves, colours(len(curves)), strict=True):
         lengths = range(0, longest + 1)
         line = [costs.speedup(shares, g) if speed else 1 + sum(shares[:g]) for g in lengths]
         ax.plot(lengths, line, color=colour, marker=".", label=name)

@@ -7,7 +7,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from jax_specdec.errors import UserError
+from jax_specdec.errors import UserError, shown_value
 from jax_specdec.plots.look import (
     COLOURS,
     axes_or_new,
@@ -24,17 +24,23 @@ if TYPE_CHECKING:
 
 
 def training_rows(run: Any) -> list[dict[str, Any]]:
-    """The metrics of a run: its folder, its `metrics.jsonl`, or the rows themselves."""
+    """The metrics of a run: its folder, its `metrics.jsonl`, or the rows themselves.
+
+    Raises:
+      UserError: nothing of these, or no rows.
+    """
     if isinstance(run, (str, Path)):
         from jax_specdec.text.jsonl import read_jsonl
 
         path = Path(run)
         path = path / "metrics.jsonl" if path.is_dir() else path
-        return [row for _, row in read_jsonl(path)]
+        run = [row for _, row in read_jsonl(path)]
     if not isinstance(run, Sequence) or not all(isinstance(row, Mapping) for row in run):
         raise UserError(
             f"A run is its folder, its metrics.jsonl or a list of rows, not of type {type(run).__name__}."
         )
+    if not run:
+        raise UserError("There is nothing to plot: the run has no steps yet.")
     return [dict(row) for row in run]
 
 
@@ -45,20 +51,27 @@ def training(run: Any, ax: "Axes | None" = None) -> "Axes":
       run: a run's folder, its `metrics.jsonl`, or rows such as a callback is given.
     """
     rows = training_rows(run)
+    if not any(_is_number(row.get("loss")) and _is_number(row.get("tokens")) for row in rows):
+        raise UserError("There is nothing to plot: no row of the run has a loss and its tokens.")
     ax = axes_or_new(ax)
     lines = (
         ("loss", "training", {"alpha": 0.8, "linewidth": 1, "color": COLOURS[0]}),
         ("heldout_loss", "held out", {"marker": "o", "markersize": 4, "color": COLOURS[3]}),
     )
     for key, label, look in lines:
-        points = [(row["tokens"], row[key]) for row in rows if key in row]
+        points = [(row.get("tokens"), row.get(key)) for row in rows]
+        points = [point for point in points if all(map(_is_number, point))]
         if points:
             ax.plot(*zip(*points, strict=True), label=label, **look)
-    highest = max((row["loss"] for row in rows if "loss" in row), default=6.0)
+    highest = max(row["loss"] for row in rows if _is_number(row.get("loss")))
     ax.set(xlabel="training tokens", ylabel="loss (nats per token)")
     ax.set_ylim(0, min(6.0, highest) if math.isfinite(highest) else 6.0)
     legend(ax)
     return ax
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def agreement(run: Any, ax: "Axes | None" = None) -> "Axes":
@@ -70,7 +83,11 @@ def agreement(run: Any, ax: "Axes | None" = None) -> "Axes":
     Args:
       run: as in `training`.
     """
-    measured = [row for row in training_rows(run) if "acceptance" in row]
+    names = ("acceptance", "greedy_match", "step")
+    kinds = (list, list, int)
+    measured = [
+        row for row in training_rows(run) if all(map(isinstance, map(row.get, names), kinds))
+    ]
     if not measured:
         raise UserError("Nothing was measured in this run: see eval_every.")
     ax = axes_or_new(ax)
@@ -114,6 +131,8 @@ class Live:
     """
 
     def __init__(self, every: float = 2.0):
+        if not _is_number(every) or not every >= 0:
+            raise UserError(f"every must be a number of seconds, got {shown_value(every)}.")
         self.rows: list[dict[str, Any]] = []
         self._every, self._drawn, self._handle = every, 0.0, None
         self._notebook = in_notebook()

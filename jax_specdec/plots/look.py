@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from jax_specdec.errors import UserError
+from jax_specdec.errors import UserError, a_kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,9 +57,13 @@ def style() -> Iterator[None]:
 
 def axes_or_new(ax: "Axes | None", size: tuple[float, float] = (6.0, 3.4)) -> "Axes":
     """`ax`, or that of a new figure, which a notebook shows by itself."""
-    if ax is not None:
-        return ax
     matplotlib_or_say()
+    if ax is not None:
+        from matplotlib.axes import Axes
+
+        if not isinstance(ax, Axes):
+            raise UserError(f"ax must be Axes of matplotlib, not {a_kind(ax)}.")
+        return ax
     from matplotlib import pyplot as plt
 
     with style():

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jax_specdec.errors import UserError
+from jax_specdec.errors import UserError, a_kind
 from jax_specdec.plots.look import COLOURS, INK, axes_or_new, legend
+from jax_specdec.text.inputs import is_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,10 +27,15 @@ def tree(
       sources: which drafter each node is from, for its colour; None for the root.
       accepted: nodes that became text, drawn bold.
     """
+    for given in (parents, labels, accepted, sources or ()):
+        if not hasattr(given, "__len__"):
+            raise UserError(f"A tree is drawn from a list for each argument, not {a_kind(given)}.")
     count = len(parents)
     if not count or len(labels) != count or (sources is not None and len(sources) != count):
         raise UserError(f"A tree has a parent, a label and a source for each node, got {count}.")
-    if any(not 0 <= parent < max(1, node) for node, parent in enumerate(parents)):
+    if any(
+        not (is_whole(parent) and 0 <= parent < max(1, node)) for node, parent in enumerate(parents)
+    ):
         raise UserError("The parent of a node comes before it, and the root is node 0.")
     depth, heights = layout(parents)
     ax = axes_or_new(ax, (1.1 + 1.25 * (1 + max(depth)), 0.8 + 0.42 * (1 + max(heights))))

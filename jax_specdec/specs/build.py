@@ -18,11 +18,11 @@ from jax_specdec.drafters import registry
 from jax_specdec.drafters.cascade import Cascade, Horizontal
 from jax_specdec.drafters.early_exit import Stop
 from jax_specdec.drafters.registry import Make, Request
-from jax_specdec.errors import UserError
+from jax_specdec.errors import UserError, a_kind
 from jax_specdec.expansions.expand import Expand
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.specs.defaults import setting_of
-from jax_specdec.specs.language import CASCADE, Spec
+from jax_specdec.specs.language import CASCADE, Spec, folders_by_name
 from jax_specdec.specs.whole import complete, expand, parse_drafter
 
 
@@ -81,9 +81,13 @@ class Drafters:
         int8: Collection[str] = (),
         rules: ShardingRules | None = None,
     ):
+        if not isinstance(target, Target):
+            raise UserError(
+                f"A drafter is loaded for a target of `load_target`, not {a_kind(target)}."
+            )
         self.target = target
         self.home = Path(folder) if folder is not None else target.path.parent
-        self.drafts = dict(drafts or {})
+        self.drafts = folders_by_name(drafts)
         self.dtype = dtype or target.decoder.dtype
         check_parts(int8)
         self.setting = setting_of(target, batch_size, int8)
@@ -121,7 +125,7 @@ class Drafters:
 
     def complete(self, spec: Spec | str) -> Spec:
         """`complete`, for this target."""
-        parsed = parse_drafter(spec) if isinstance(spec, str) else spec
+        parsed = spec if isinstance(spec, Spec) else parse_drafter(spec)
         return complete(parsed, self.home, lambda name: self.request(name).longest, self.setting)
 
     def outline(self, spec: Spec | str) -> tuple[Spec, Drafter]:

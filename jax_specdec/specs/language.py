@@ -12,13 +12,14 @@ cascade                                       the one that `jax-specdec tune` ch
 
 import difflib
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import lark
 
 from jax_specdec.drafters import registry
-from jax_specdec.errors import UserError, shown
+from jax_specdec.errors import UserError, a_kind, shown, shown_value
 from jax_specdec.specs.presets import PRESETS
 
 OPTIONS = ("lenience", "copies", "cut")
@@ -113,9 +114,12 @@ def parse(text: str) -> Spec:
     """The specification that a text stands for, a preset's name included.
 
     Raises:
-      UserError: wrong syntax, with the place, or an unknown drafter or option, with the nearest ones.
-        Whether lengths and budgets make sense is not looked at.
+      UserError: no text, wrong syntax, with the place, or an unknown drafter or option, with the nearest
+        ones. Whether lengths and budgets make sense is not looked at.
     """
+    if not isinstance(text, str):
+        hint = ": SpeculativeDecoder takes one that is loaded" if hasattr(text, "spec") else ""
+        raise UserError(f"A drafter is named by a text, as in 'lm:4', not {a_kind(text)}{hint}.")
     _check_size(text)
     chain, plus, rule = text.partition("+")
     if chain.strip() in PRESETS:
@@ -168,6 +172,29 @@ def split(text: str) -> list[str]:
         else:
             parts[-1] += character
     return [part.strip() for part in parts]
+
+
+def folders_by_name(drafts: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`{name: folder or hub id}` of drafters' checkpoints, none where None is given.
+
+    Raises:
+      UserError: another form, or the name of no drafter that has a checkpoint.
+    """
+    if drafts is None:
+        return {}
+    form = 'Checkpoints of drafters are given by name, as in {"lm": "FOLDER"}'
+    if not isinstance(drafts, Mapping):
+        raise UserError(f"{form}, not as {a_kind(drafts)}.")
+    for name, folder in drafts.items():
+        if not isinstance(name, str) or not isinstance(folder, (str, os.PathLike)) or not folder:
+            raise UserError(f"{form}, got {shown_value(name)}: {shown_value(folder)}.")
+        kind = registry.find(name)
+        if kind is None:
+            known_name(name, "drafter", registry.names("needs_checkpoint"))
+        elif not kind.needs_checkpoint:
+            able = registry.listed(registry.names("needs_checkpoint"))
+            raise UserError(f"The drafter {name!r} has no checkpoint; {able} have one.")
+    return dict(drafts)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax_specdec.errors import UserError, shown, shown_value
+from jax_specdec.errors import UserError, a_kind, shown, shown_value
 
 # `{"role": ..., "content": ...}`, and what else a template reads of a message.
 Message = Mapping[str, Any]
@@ -20,6 +20,16 @@ def is_message(value: Any) -> bool:
     (True, False)
     """
     return isinstance(value, Mapping) and "role" in value
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises a `UserError` for a text that has no bytes: one with half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} is not valid Unicode text: character {error.start + 1} is half of a surrogate pair."
+        ) from None
 
 
 def chat_text(
@@ -52,6 +62,13 @@ def chat_text(
         raise UserError(
             f"The tokenizer has no chat template: {instead}, or give a template (--template FILE)."
         )
+    if not (template is None or isinstance(template, str)):
+        raise UserError(f"A template is Jinja as text, not {a_kind(template)}.")
+    if not (template_args is None or isinstance(template_args, Mapping)):
+        raise UserError(
+            'template_args are a dictionary, as in {"enable_thinking": False}, '
+            f"not {a_kind(template_args)}."
+        )
     options: dict[str, Any] = dict(template_args or {})
     _check_args(tokenizer, template, options)
     if template:
@@ -75,6 +92,7 @@ def chat_text(
             raise UserError(f"The chat template leaves out what the user says: {instead}.")
         reason = " ".join(str(failure).split()) or type(failure).__name__
         raise UserError(f"The chat template fails: {reason:.300}") from failure
+    check_text(text, "The chat")
     system = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
     if isinstance(system, str) and system.strip() not in text:
         raise UserError("The chat template leaves out the system message: leave it out, too.")
@@ -91,8 +109,10 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """The messages as dictionaries.
 
     Raises:
-      UserError: what is no message, or has no role or no content.
+      UserError: no list, what is no message, or has no role or no content.
     """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise UserError(f"A chat is a list of messages, not {a_kind(messages)}.")
     for number, message in enumerate(messages, 1):
         if not is_message(message):
             raise UserError(
@@ -107,6 +127,8 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
             raise UserError(
                 f'Message {number} of the chat: "content" must be a text, got {shown_value(content)}.'
             )
+        if isinstance(content, str):
+            check_text(content, f"Message {number} of the chat")
     return [dict(message) for message in messages]
 
 

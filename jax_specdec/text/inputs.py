@@ -7,8 +7,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from jax_specdec.errors import UserError, shown_value
-from jax_specdec.text.chat import check_messages, is_message
+from jax_specdec.errors import UserError, a_kind, shown_value
+from jax_specdec.text.chat import check_messages, check_text, is_message
 
 # What a prompt is once it is understood.
 Prompt = str | list[int] | list[dict[str, Any]]
@@ -55,6 +55,7 @@ def as_prompt(given: Any) -> Prompt:
       UserError: something else, named by its type.
     """
     if isinstance(given, str):
+        check_text(given, "The prompt")
         return given
     if is_encoding(given):
         rows, alone = _rows(given)
@@ -83,20 +84,6 @@ def is_encoding(value: Any) -> bool:
     if isinstance(value, Mapping):
         return "input_ids" in value
     return hasattr(value, "ids") and hasattr(value, "attention_mask")
-
-
-def a_kind(value: Any) -> str:
-    """What this is, for a message.
-
-    >>> a_kind(None), a_kind(b""), a_kind(1.5)
-    ('None', 'bytes', 'a float')
-    """
-    if value is None:
-        return "None"
-    name = type(value).__name__
-    if isinstance(value, (bytes, set, frozenset)):
-        return {"bytes": "bytes"}.get(name, f"a {name}")
-    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def _is_number(value: Any) -> bool:
@@ -138,6 +125,12 @@ def is_whole(value: Any) -> bool:
     return whole and not isinstance(value, bool) and abs(int(value)) < 2**63
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raises a `UserError` for anything but a whole number of at least 1."""
+    if not is_whole(value) or value < 1:
+        raise UserError(f"{name} must be at least 1, a whole number, got {shown_value(value)}.")
+
+
 _WHOLE = [np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
 
 
@@ -147,11 +140,15 @@ def _rows(encoding: Any) -> tuple[list[list[int]], bool]:
         ids, mask = encoding["input_ids"], encoding.get("attention_mask")
     else:
         ids, mask = encoding.ids, encoding.attention_mask
+    if not (hasattr(ids, "__array__") or isinstance(ids, (list, tuple, range))):
+        raise UserError(f"What the tokenizer returned has no token ids: they are {a_kind(ids)}.")
     rows, alone = split(ids)
-    if alone and rows and not isinstance(rows[0], str):
+    if alone:
         return [_masked(ids, mask)], True
-    if isinstance(ids, str) or not len(ids):
+    if not rows:
         raise UserError("What the tokenizer returned has no token ids.")
+    if mask is not None and not (isinstance(mask, (list, tuple)) or np.ndim(mask)):
+        raise UserError("The attention mask has another shape than the token ids.")
     masks = [None] * len(rows) if mask is None else list(mask)
     if len(masks) != len(rows):
         raise UserError(
@@ -164,7 +161,10 @@ def _masked(ids: Any, mask: Any) -> list[int]:
     tokens = _ids(ids)
     if mask is None:
         return tokens
-    kept = np.asarray(mask)
+    try:
+        kept = np.asarray(mask)
+    except ValueError:  # lists of different lengths
+        kept = np.asarray(None)
     if kept.shape != (len(tokens),):
         raise UserError("The attention mask has another shape than the token ids.")
     (places,) = np.nonzero(kept)

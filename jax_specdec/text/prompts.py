@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_specdec.errors import UserError
-from jax_specdec.text.chat import check_messages, is_message
+from jax_specdec.text.chat import check_messages, check_text, is_message
 from jax_specdec.text.jsonl import read_jsonl
 
 # Sampling parameters that a record may carry, and what they must be.
@@ -61,11 +61,7 @@ class PromptRecord:
         start = f"{self.where}: the" if self.where else "The"
         if not self.prompt and not self.messages:
             raise UserError(f"{start} prompt is empty.")
-        try:
-            for text in (self.prompt, *(message["content"] for message in self.messages)):
-                str(text).encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, or bytes of a terminal
-            raise UserError(f"{start} prompt is not valid Unicode text.") from None
+        check_text(self.prompt, f"{start} prompt")  # bytes of a terminal may be none
 
 
 def read_prompts(path: str | Path, *, chats: bool = False) -> list[PromptRecord]:

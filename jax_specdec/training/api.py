@@ -9,14 +9,15 @@ from typing import Any
 from jax_specdec.checkpoints.hub import find_checkpoint
 from jax_specdec.checkpoints.targets import Target, load_target
 from jax_specdec.drafters import registry
-from jax_specdec.errors import UserError
+from jax_specdec.errors import UserError, a_kind
 from jax_specdec.generation import Generation
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.models.medusa import MedusaConfig
+from jax_specdec.pipeline import SpeculativeDecoder
+from jax_specdec.progress import check_progress
 from jax_specdec.specs.build import LoadedDrafter, load_drafter
 from jax_specdec.specs.language import Spec
-from jax_specdec.text.inputs import a_kind
 from jax_specdec.training import runs
 from jax_specdec.training.config import GliDeRecipe, MedusaRecipe, TrainConfig, divide
 from jax_specdec.training.corpus import as_sources
@@ -34,7 +35,7 @@ Callback = Callable[[int, dict[str, Any]], None]
 
 
 def train_glide(
-    target: Target | Folder,
+    target: Target | SpeculativeDecoder | Folder,
     data: Data,
     *,
     out: Folder,
@@ -56,7 +57,7 @@ def train_glide(
     (Du et al., arXiv 2402.02082). `jax-specdec train glide` is the same from a shell.
 
     Args:
-      target: a loaded one, a folder, or a model id of the Hugging Face hub.
+      target: a loaded one, a decoder that has it, a folder, or a model id of the Hugging Face hub.
       data: a list of texts, of token ids, of answers of a decoder, or of JSONL files; one JSONL file; or
         `{file: weight}`. What the target itself writes teaches most.
       out: a folder: `checkpoint/` is the drafter, beside it the state to resume from, `metrics.jsonl` and
@@ -89,7 +90,7 @@ def train_glide(
 
 
 def train_medusa(
-    target: Target | Folder,
+    target: Target | SpeculativeDecoder | Folder,
     data: Data,
     *,
     out: Folder,
@@ -121,7 +122,7 @@ def train_medusa(
 
 
 def train_lm(
-    target: Target | Folder,
+    target: Target | SpeculativeDecoder | Folder,
     data: Data,
     *,
     out: Folder,
@@ -157,6 +158,8 @@ def train_lm(
 
 
 def _named(target: Any) -> Target | str | Path:
+    if isinstance(target, SpeculativeDecoder):
+        return target.target
     if isinstance(target, (Target, str, Path)):
         return target
     if isinstance(target, os.PathLike):
@@ -177,6 +180,11 @@ def _run(
 ) -> runs.Run:
     if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
         raise UserError("Say where the run goes, with out: a folder.")
+    check_progress(progress)
+    if init is not None and not isinstance(init, (str, os.PathLike)):
+        raise UserError(f"init must be the folder of a checkpoint, not {a_kind(init)}.")
+    if not isinstance(resume, bool):
+        raise UserError(f"resume must be True or False, not {a_kind(resume)}.")
     share = heldout_share
     if not isinstance(share, (int, float)) or isinstance(share, bool):
         raise UserError(f"heldout_share must be a number, not {a_kind(share)}.")

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_specdec.errors import UserError, shown
+from jax_specdec.errors import UserError, a_kind, shown
 from jax_specdec.generation import Generation
-from jax_specdec.text.chat import chat_ids
-from jax_specdec.text.inputs import a_kind, is_chat
+from jax_specdec.text.chat import chat_ids, check_text
+from jax_specdec.text.inputs import is_chat
 from jax_specdec.text.token_bytes import id_bound
 from jax_specdec.training.data import Documents, Mixed, encode_items, read_documents
 
@@ -79,6 +79,11 @@ def documents_of(sources: Sequence[Source], tokenizer: Any) -> list[np.ndarray]:
         if _is_file(item):
             items += read_documents([item], tokenizer)
         elif isinstance(item, str):
+            if not item:
+                raise UserError(
+                    f"Item {place} of the training data is an empty text: leave it out."
+                )
+            check_text(item, f"Item {place} of the training data")
             items.append(item)
         else:
             items.append(_ids(item, place, tokenizer, bound))

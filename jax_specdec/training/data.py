@@ -12,6 +12,7 @@ import grain
 import numpy as np
 
 from jax_specdec.errors import UserError
+from jax_specdec.text.chat import check_text
 from jax_specdec.text.jsonl import read_jsonl
 from jax_specdec.text.token_bytes import id_bound
 
@@ -49,6 +50,7 @@ def read_texts(path: str | Path) -> list[str]:
     for number, record in read_jsonl(path):
         if not isinstance(record.get("text"), str):
             raise UserError(f'{path}, line {number}: expected a string in "text".')
+        check_text(record["text"], f"{path}, line {number}: the text")
         texts.append(record["text"])
     if not texts:
         raise UserError(f"{path} holds no records.")
@@ -86,6 +88,7 @@ def read_documents(paths: Sequence[str | Path], tokenizer) -> list[np.ndarray]:
             if ids is None:
                 if not isinstance(record.get("text"), str):
                     raise UserError(f'{path}, line {number}: expected a string in "text".')
+                check_text(record["text"], f"{path}, line {number}: the text")
                 items.append(record["text"])
                 continue
             good = isinstance(ids, list) and all(type(i) is int for i in ids)

@@ -7,7 +7,7 @@ import pytest
 from small_checkpoint import CONFIG, random_params, rewrite
 
 from jax_specdec.checkpoints import targets as checkpoints
-from jax_specdec.checkpoints.hub import HUB_PATTERNS
+from jax_specdec.checkpoints.hub import HUB_PATTERNS, fetch_config
 from jax_specdec.checkpoints.targets import load_params, load_target, save_pretrained
 from jax_specdec.errors import UserError
 from jax_specdec.models import config_to_hf
@@ -42,6 +42,35 @@ def test_hub(folder, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=r"someone/x is no folder here and .* not known$"):
         load_target("someone/x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        (
+            "LocalEntryNotFoundError",
+            "the Hugging Face hub cannot be reached: .*`hf download org/x`",
+        ),
+        ("OfflineModeIsEnabled", "the Hugging Face hub cannot be reached: .*HF_HUB_OFFLINE"),
+        ("RepositoryNotFoundError", "the Hugging Face hub has no such model, or a private one"),
+        ("GatedRepoError", "the hub gives it only to those it knows: ask on its page"),
+    ],
+)
+def test_why_a_model_of_the_hub_is_not_here(kind, sentence, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def fail(name, *args, **kwargs):
+        raise getattr(errors, kind).__new__(getattr(errors, kind), "long explanation")
+
+    for function, load in (
+        ("snapshot_download", load_target),
+        ("hf_hub_download", fetch_config),
+    ):
+        monkeypatch.setattr(huggingface_hub, function, fail)
+        with pytest.raises(UserError, match=f"org/x is no folder here and {sentence}") as caught:
+            load("org/x")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 def test_no_config(folder):

@@ -58,6 +58,43 @@ def test_turns_of_a_pipe(model, template, capsys, monkeypatch, tmp_path):
         assert out.count("\n") >= 2
 
 
+def lines_in(monkeypatch, capsys, chat, text):
+    """What a pipe of these lines leaves on standard output and on standard error."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    command._Pipe(chat).run()
+    return capsys.readouterr()
+
+
+def test_commands_of_a_pipe(capsys, monkeypatch, tmp_path):
+    """As in the terminal; what they say is not mixed with the answers."""
+    file = tmp_path / "saved.json"
+    chat = Chat(ANSWER, ANSWER)
+    text = f'Hello\n/system Be kind.\n\n"""two\nlines"""\n/save {file}\n/help\n/quit\nnever said\n'
+    out, err = lines_in(monkeypatch, capsys, chat, text)
+    assert out == "Paris is [b]it\n" * 2 and chat.system == "Be kind."
+    assert [message["content"] for message in chat.messages] == ["Hello", "two\nlines"]
+    assert json.loads(file.read_text())["messages"] == chat.messages
+    assert "The system message is 'Be kind.'." in err and command.HELP in err
+    assert err.count(" tokens/s, tau ") == 2
+    lines_in(monkeypatch, capsys, chat, "/reset\n")
+    assert chat.messages == []
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "Standard input is empty: write messages to it, one a line"),
+        ("\n \n", "Standard input is empty"),
+        ("/undo\nHello\n", "There is no turn to undo"),
+        ("/x\nHello\n", "There is no command /x: /help says which there are"),
+        ('"""never\nended\n', 'ends within a message: end it with """'),
+    ],
+)
+def test_the_first_error_ends_a_pipe(text, sentence, capsys, monkeypatch):
+    with pytest.raises(UserError, match=sentence):
+        lines_in(monkeypatch, capsys, Chat(ANSWER), text)
+
+
 def test_generate_with_templates(model, template, capsys):
     args = ("--model", model, *SHORT, "--prompt", "Hi", "--chat", "--template", template)
     (plain,) = records(capsys, "generate", *args)

@@ -61,7 +61,16 @@ def test_drafters_that_do_not_go_with_the_model(copy, capsys, monkeypatch):
     (copy / "target/config.json").write_text("{")
     found = diagnosis(capsys, "--model", copy / "target", status=1)
     assert lines_of("model", found)[0].startswith("model fail")
-    assert "is not here" in lines_of("model", diagnosis(capsys, "--model", "nobody/nothing"))[0]
+    found = diagnosis(capsys, "--model", "nobody/nothing")
+    assert "is not here" in lines_of("model", found)[0] and not lines_of("kernels", found)
+
+
+@pytest.mark.usefixtures("one_cpu")
+def test_a_model_that_is_missing(capsys):
+    """Nothing is said of another one."""
+    found = diagnosis(capsys, "--model", "MISSING", status=1)
+    assert lines_of("model", found) == ["model fail There is no folder MISSING. -> "]
+    assert not lines_of("kernels", found)
 
 
 @pytest.mark.usefixtures("one_cpu")

@@ -21,6 +21,9 @@ def test_arguments(model, capsys, monkeypatch, tmp_path):
     file = lines(tmp_path / "p.jsonl", {"prompt": PROMPT})
     assert "not both" in fails(capsys, *prompt, "--prompts", file)
     assert "invalid choice: 'gnerate'" in fails(capsys, "gnerate")
+    assert "; did you mean generate?" in fails(capsys, "gnerate")
+    assert "; did you mean match?" in fails(capsys, *prompt, "--rule", "mach")
+    assert "; did you mean --temperature?" in fails(capsys, *prompt, "--temprature", "1")
     assert "Say which command" in fails(capsys)
     assert "unrecognized arguments: --temp" in fails(capsys, *prompt, "--temp", "1")
     assert "--seed" in fails(capsys, *prompt, "--seed", "x")
@@ -46,6 +49,10 @@ def test_arguments(model, capsys, monkeypatch, tmp_path):
     assert "Give a prompt" in fails(capsys, *args)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     assert "The prompt is empty" in fails(capsys, *args)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert "Standard input is empty: write a prompt to it" in fails(capsys, *args)
+    assert "has no checkpoint; " in fails(capsys, *prompt, "--draft", "max-gram=x")
+    assert "The model's name is empty" in fails(capsys, "info", "--model", "")
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,21 @@ def test_pieces_are_the_text_however_it_is_cut(seed):
         ({"logit_bias": 5}, "A logit bias is given by its token id"),
         ({"logit_bias": {"the": 1.0}}, "A logit bias is given by its token id"),
         ({"stop_token_ids": 5}, "A stop token is given by its token id"),
+        ({"stop_token_ids": ""}, "A stop token is given by its token id"),
+        ({"bad_words": ""}, "Give bad words as a tuple"),
+        ({"bad_words": "the"}, "Give bad words as a tuple, .*, got 'the'"),
+        ({"bad_words": None}, "Give bad words as a tuple"),
+        ({"bad_words": ("",)}, "A bad word must not be empty"),
+        ({"bad_words": ("\ud800",)}, "A bad word is not valid Unicode text"),
+        ({"bad_words": (5,)}, "A bad word must be text, or tokens of the vocabulary of 300, got 5"),
+        ({"bad_words": (("a",),)}, r"A bad word must be text, or tokens .*, got \('a',\)"),
+        ({"own_seed": None}, "own_seed must be True or False, got None"),
+        ({"ignore_eos": "no"}, "ignore_eos must be True or False, got 'no'"),
+        (
+            {"min_new_tokens": 200},
+            "min_new_tokens must not be above max_new_tokens, got 200 and 128",
+        ),
+        ({"progress": "x"}, "progress must be True, False or None, got 'x'"),
         ({"batch_size": "a"}, "batch_size must be at least 1, a whole number"),
         ({"batch_size": 1.0}, "batch_size must be at least 1, a whole number"),
     ],
@@ -261,3 +276,60 @@ def test_pieces_are_the_text_however_it_is_cut(seed):
 def test_options_of_another_type(decoder, option, says):
     with pytest.raises(sd.UserError, match=says):
         decoder("A text", **option)
+
+
+def test_streams_and_chats_of_another_type(decoder):
+    for call, says in (
+        (lambda: decoder.stream("A text", progress="x"), "progress must be True, False or None"),
+        (lambda: decoder.stream("A text", rounds_per_chunk="a"), "rounds_per_chunk must be at"),
+        (lambda: decoder.generate(["A text"], on_chunk=5), "on_chunk must be a function"),
+        (lambda: decoder.stream("\ud800"), "The prompt is not valid Unicode text"),
+        (lambda: decoder.chat("\ud800"), "Message 1 of the chat is not valid Unicode"),
+        (lambda: decoder.chat(template_args=5), "template_args are a dictionary"),
+        (lambda: decoder.chat(messages=5), "A chat is a list of messages, not an int"),
+        (lambda: decoder.chat(sytem="Be brief."), "no option 'sytem'; did you mean system?"),
+        (lambda: decoder.chat().stream("\ud800"), "is not valid Unicode text"),
+    ):
+        with pytest.raises(sd.UserError, match=says):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "says"),
+    [
+        ((5,), {}, "A model is a folder or a hub id, not an int"),
+        (("",), {}, "The model's name is empty"),
+        ((b"x",), {}, "not bytes"),
+        (("x" * 5000,), {}, "names no folder: .*File name too long"),
+        ((None, 5), {}, "A drafter is named by a text, as in 'lm:4', not an int"),
+        ((None, ""), {}, "Unknown drafter ''"),
+        ((None,), {"draft": "DIR"}, "given by name, as in .*, not as a str"),
+        ((None,), {"draft": {"lm": 5}}, "given by name, as in .*, got 'lm': 5"),
+        ((None,), {"draft": {"max-gram": "x"}}, "'max-gram' has no checkpoint; .*lm"),
+        ((None,), {"draft": {"ml": "x"}}, "Unknown drafter 'ml': did you mean lm"),
+        ((None,), {"batch_size": "a"}, "batch_size must be at least 1"),
+        ((None,), {"int8": "weights"}, "int8 is of weights and cache, as a tuple"),
+        ((None,), {"int8": 5}, "int8 is of weights and cache, as a tuple, not of 5"),
+        ((None, "lm:3"), {"draft": {"lm": "x" * 5000}}, "names no folder: File name too long"),
+        ((None,), {"rule": "match"}, "rule is an acceptance rule, .*, not a str"),
+    ],
+)
+def test_load_refuses(tiny_checkpoints, args, options, says):
+    model, *rest = args
+    with pytest.raises(sd.UserError, match=says) as caught:
+        sd.load(tiny_checkpoints / "target" if model is None else model, *rest, **options)
+    assert len(str(caught.value)) < 300
+
+
+def test_parts_in_another_place(decoder):
+    target, loaded = decoder.target, decoder.loaded
+    for call, says in (
+        (lambda: sd.load(target), "not a Target: SpeculativeDecoder takes one that is loaded"),
+        (lambda: sd.load(target.path, loaded), "not a LoadedDrafter: SpeculativeDecoder takes"),
+        (lambda: sd.load_drafter("lm:3", decoder), "a target of `load_target`, not a SpeculativeD"),
+        (lambda: sd.load_drafter(5, target), "A drafter is named by a text"),
+        (lambda: sd.SpeculativeDecoder(target, "lm:3"), "a drafter of `load_drafter`, not a str"),
+        (lambda: sd.SpeculativeDecoder("target"), "a target of `load_target`, not a str"),
+    ):
+        with pytest.raises(sd.UserError, match=says):
+            call()

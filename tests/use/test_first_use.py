@@ -118,6 +118,15 @@ def test_a_folder_that_cannot_be_written_is_left_alone(tmp_path):
     add_record(tmp_path / "file" / "seconds.json", "b", Compiled(10, 1.0, "name", False))
 
 
+def test_commands_always_say_what_is_compiled(said):
+    """A pipe of a command has no terminal, and whoever reads it waits as long."""
+    assert not progress.told()
+    with progress.told_always():
+        assert progress.told() and not progress.watched() and not progress.told(False)
+        compile_all(Lowered(1000, 0.2), shown=None)
+    assert len(said) == 1 and not progress.told()
+
+
 def test_progress_is_for_people(monkeypatch):
     """By default on a terminal, which the tests have not; as told otherwise."""
     assert not progress.watched() and progress.watched(True) and not progress.watched(False)

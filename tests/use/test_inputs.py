@@ -3,13 +3,15 @@
 import decimal
 from collections import UserDict
 from pathlib import Path
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
 
-from jax_specdec import Request, UserError
+from jax_specdec import Request, UserError, make_sampling
+from jax_specdec.core.rows import per_row
 from jax_specdec.generation import OPTIONS, Options, make_requests, sample_key, samples_of
 from jax_specdec.text.chat import chat_text
 from jax_specdec.text.inputs import as_prompt, split
@@ -105,6 +107,12 @@ def test_an_encoding_of_tokenizers():
         ([np.zeros((2, 1), int)], "one dimension, and not 2"),
         ({"input_ids": []}, "has no token ids"),
         ({"input_ids": "Hi"}, "has no token ids"),
+        ({"input_ids": None}, "has no token ids: they are None"),
+        ({"input_ids": 5}, "has no token ids: they are an int"),
+        ({"input_ids": [5, 6], "attention_mask": [1, [1]]}, "another shape"),
+        ({"input_ids": [[5], [6]], "attention_mask": 1}, "another shape"),
+        ("Hi \ud800", "character 4 is half of a surrogate pair"),
+        ([{"role": "user", "content": "\udfff"}], "Message 1 of the chat is not valid Unicode"),
         ([{"input_ids": [[5], [6]]}], "has 2 rows: give it by itself"),
         ({"input_ids": [5, 6], "attention_mask": [1]}, "another shape"),
         ({"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]}, "leaves out tokens within"),
@@ -139,6 +147,87 @@ def test_a_chat_becomes_the_templates_text():
     Tokenizer.chat_template = ""
     with pytest.raises(UserError, match="no chat template: give the prompt as text"):
         chat_text(Tokenizer(), chat)
+
+
+class Echo:
+    """A tokenizer whose template is what was said."""
+
+    chat_template = "given {{ loud }}"
+    special_tokens_map: ClassVar = {}
+
+    def apply_chat_template(self, messages, add_generation_prompt, tokenize, **options):
+        said = (message["content"] for message in messages)
+        return "".join(text if isinstance(text, str) else text[0]["text"] for text in said)
+
+
+@pytest.mark.parametrize(
+    ("chat", "options", "sentence"),
+    [
+        ("Hi", {"template_args": 5}, "template_args are a dictionary, .* not an int"),
+        ("Hi", {"template_args": {"lowd": 1}}, "no argument 'lowd'; its arguments: loud"),
+        ("Hi", {"template": 5}, "A template is Jinja as text, not an int"),
+        (5, {}, "A chat is a list of messages, not an int"),
+        (HELLO[0], {}, "A chat is a list of messages, not a dict"),
+        ("\ud800", {}, "The chat is not valid Unicode text"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}],
+            {},
+            "The chat is not valid Unicode text",
+        ),
+    ],
+)
+def test_templates_refuse(chat, options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        chat_text(Echo(), chat, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"temprature": 1.0}, "There is no option 'temprature'; did you mean temperature?"),
+        ({"batchsize": 1}, "There is no option 'batchsize'; did you mean batch_size?"),
+        ({"x" * 500: 1}, "; there are key, max_new_tokens"),
+        ({"stop": [""]}, r"Give stop strings as a tuple, .* one tuple per prompt, got \[''\]"),
+        ({"stop": ["a", "b"]}, r"Give stop strings as a tuple, .*, got \['a', 'b'\]"),
+        ({"stop_token_ids": [5]}, r"Give stop tokens as a tuple, .*, got \[5\]"),
+        ({"bad_words": ["a"]}, r"Give bad words as a tuple, .*, got \['a'\]"),
+        ({"key": "a"}, r"A key must be in \[0, 2\^31\), got 'a'"),
+        ({"key": None, "seed": [1, 2]}, "Got 2 values for 1 prompts: seed"),
+    ],
+)
+def test_options_refused(options, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        make_requests(["a"], None, options, beside=("batch_size",))
+    assert len(str(caught.value)) < 500
+
+
+def test_ids_refused():
+    for ids in (5, "names"):
+        with pytest.raises(UserError, match="ids are a list with a name for each prompt, not a"):
+            make_requests(["a"], ids, {})
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        ([None], "got None"),
+        ([1.0, "hot"], "got 'hot'"),
+        ([True, False], "got True"),
+        ([[1, 2], [3]], r"got \[1, 2\]"),
+        ([[0.5, 0.7]], r"got \[0.5, 0.7\]"),
+        (None, "got None"),
+        ({}, r"got \{\}"),
+    ],
+)
+def test_a_setting_is_echoed_as_it_was_given(value, got):
+    with pytest.raises(UserError, match=rf"temperature must be below 5, {got}\.$"):
+        per_row("temperature", value, 2, "f4", lambda t: t < 5, "below 5")
+
+
+def test_fewest_and_most_tokens():
+    make_sampling(2, max_new_tokens=[4, 9], min_new_tokens=[4, 5])
+    with pytest.raises(UserError, match=r"min_new_tokens must not be above .*, got 5 and 4"):
+        make_sampling(2, max_new_tokens=[9, 4], min_new_tokens=5)
 
 
 def test_options_are_the_fields_of_a_request():
