@@ -16,9 +16,9 @@ from _common import machine, read_prompts, write_json
 from tabulate import tabulate
 
 import jax_specdec as sd
-from jax_specdec.specs.build import parse_drafter
 from jax_specdec.specs.language import CASCADE, Spec
 from jax_specdec.specs.sizes import depth_of
+from jax_specdec.specs.whole import parse_drafter
 from jax_specdec.tuning.cascades import candidates, play
 from jax_specdec.tuning.replay import record
 

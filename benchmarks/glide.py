@@ -32,7 +32,7 @@ from jax_specdec.checkpoints.glide import make_glide, save_glide, target_fingerp
 from jax_specdec.drafters import registry
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.specs import language as specs
-from jax_specdec.specs.build import expansions_of
+from jax_specdec.specs.whole import expansions_of
 from jax_specdec.training import data, glide, trainer
 from jax_specdec.training.config import GliDeRecipe, TrainConfig
 from jax_specdec.tuning.measure import acceptance_by_position

@@ -26,7 +26,7 @@ import jax_specdec as sd
 from jax_specdec.drafters import registry
 from jax_specdec.generation import near_tie
 from jax_specdec.specs import language as specs
-from jax_specdec.specs.build import expansions_of
+from jax_specdec.specs.whole import expansions_of
 
 NEAR_TIE = near_tie("float32")
 TEMPERATURES = (0.3, 1.0, 1.7)

@@ -21,7 +21,7 @@ from jax_specdec.checkpoints.tensor_files import read_json
 from jax_specdec.cli.plan import ShapedDrafter
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.hf import config_from_hf
-from jax_specdec.specs.build import parse_drafter
+from jax_specdec.specs.whole import parse_drafter
 from jax_specdec.tuning import plan
 from jax_specdec.tuning.hardware import CPU, TPUS, Topology
 

@@ -3,7 +3,8 @@
     python benchmarks/smollm2_identity.py --data DATA --out benchmarks/results/smollm2_identity.json
 
 DATA holds `spec_bench/question.jsonl`, whose questions are asked in the chat template, the second turn behind the
-answer to the first, and the other sets of `checkpoints/demo/prepare.py`, for texts. The arms take turns, prompt by prompt.
+answer to the first, and the other sets of `checkpoints/demo/prepare.py`, for texts. With `--speeds`, on a quiet machine,
+the arms take turns, prompt by prompt, after a run that compiles, and prompt lookup of transformers is one of them.
 """
 
 import argparse
@@ -40,37 +41,49 @@ def lines(path: Path) -> list[dict[str, Any]]:
 class Transformers:
     """`generate` of transformers on PyTorch, on the dequantized file; with prompt lookup where `lookup` is not 0."""
 
-    def __init__(self, model: Any, tokens: int, lookup: int = 0):
-        self.model, self.tokens = model, tokens
+    def __init__(self, model: Any, target: sd.Target, tokens: int, lookup: int = 0):
+        self.model, self.ends, self.tokens = model, target.config.eos_ids, tokens
         self.options = {"prompt_lookup_num_tokens": lookup} if lookup else {}
 
-    def run(self, ids: list[int]) -> tuple[list[int], float]:
+    def run(self, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
         import torch
 
-        inputs = torch.tensor([ids])
+        width = max(map(len, prompts))
+        inputs = torch.full((len(prompts), width), self.ends[0])
+        mask = torch.zeros_like(inputs)
+        for row, ids in enumerate(prompts):
+            inputs[row, width - len(ids) :], mask[row, width - len(ids) :] = torch.tensor(ids), 1
         began = time.perf_counter()
         with torch.inference_mode():
             out = self.model.generate(
                 inputs,
-                attention_mask=torch.ones_like(inputs),
+                attention_mask=mask,
                 max_new_tokens=self.tokens,
                 do_sample=False,
+                pad_token_id=self.ends[0],
                 **self.options,
             )
-        return out[0, len(ids) :].tolist(), time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        return [self.whole(row) for row in out[:, width:].tolist()], seconds
+
+    def whole(self, ids: list[int]) -> list[int]:
+        """Without what stands behind the end of the text."""
+        ends = [i for i, token in enumerate(ids) if token in self.ends]
+        return ids[: ends[0] + 1] if ends else ids
 
 
 class Ours:
-    """Speculative or plain decoding."""
+    """Speculative or plain decoding; `margins` are those of the last run, by row."""
 
     def __init__(self, target: sd.Target, drafter: str, tokens: int):
         self.decoder = sd.SpeculativeDecoder(target, sd.load_drafter(drafter, target), margins=True)
-        self.tokens, self.margins = tokens, []
+        self.tokens, self.margins = tokens, [[0.0]]
 
-    def run(self, ids: list[int]) -> tuple[list[int], float]:
-        (out,) = self.decoder.generate([ids], max_new_tokens=self.tokens)
-        self.margins.append(min(out.margins))
-        return out.token_ids, out.stats.wall_time_s
+    def run(self, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
+        began = time.perf_counter()
+        out = self.decoder(prompts, batch_size=len(prompts), max_new_tokens=self.tokens)
+        self.margins = [answer.margins for answer in out]
+        return [answer.token_ids for answer in out], time.perf_counter() - began
 
 
 def compare_weights(path: Path, model: Any) -> dict[str, Any]:
@@ -112,6 +125,47 @@ def compare_tokens(path: Path, tokenizer: Any, data: Path, count: int) -> dict[s
     }
 
 
+def difference(margins: list[float], ids: list[int], want: list[int]) -> dict[str, Any]:
+    """Where an answer leaves another, and by how much the target's best logit leads there."""
+    place = next(i for i, (a, b) in enumerate(itertools.zip_longest(ids, want)) if a != b)
+    return {"place": place, "margin": margins[place] if place < len(ids) else None}
+
+
+def compare_answers(
+    arms: dict[str, Any], jobs: list[dict[str, Any]], warm: bool
+) -> list[dict[str, Any]]:
+    """Some prompts at once through every arm; one record a prompt, the first arm's answer in it."""
+    prompts = [job["prompt"] for job in jobs]
+    ours = [name for name, arm in arms.items() if isinstance(arm, Ours)]
+    for name in ours if warm else ():
+        arms[name].run(prompts)
+    answers = {name: arm.run(prompts) for name, arm in arms.items()}
+    rows = []
+    for i, job in enumerate(jobs):
+        want = answers["transformers"][0][i]
+        got = {name: answers[name][0][i] for name in arms}
+        margins = {name: arms[name].margins[i] for name in ours}
+        rows.append(
+            {
+                "question": job["question"],
+                "turn": job["turn"],
+                "prompt_tokens": len(job["prompt"]),
+                "tokens": len(want),
+                "equal": {name: ids == want for name, ids in got.items()},
+                "smallest_margin": min(margins[ours[0]]),
+                "differences": {
+                    name: difference(margins[name], got[name], want)
+                    for name in ours
+                    if got[name] != want
+                },
+                "answer": want,
+            }
+        )
+        if warm:
+            rows[-1]["seconds"] = {name: round(s, 3) for name, (_, s) in answers.items()}
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -121,7 +175,9 @@ def main() -> None:
     parser.add_argument("--drafters", default="none,max-gram:6")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=8, help="prompts decoded at once")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--speeds", action="store_true")
     parser.add_argument("--out")
     args = parser.parse_args()
 
@@ -148,49 +204,50 @@ def main() -> None:
     }
     print(record["weights"], record["tokenizer"], file=sys.stderr, flush=True)
 
-    arms: dict[str, Any] = {
-        "transformers": Transformers(model, args.max_new_tokens),
-        "transformers prompt lookup": Transformers(model, args.max_new_tokens, 10),
-    }
-    ours = args.drafters.split(",")
-    arms |= {name: Ours(target, name, args.max_new_tokens) for name in ours}
+    arms: dict[str, Any] = {"transformers": Transformers(model, target, args.max_new_tokens)}
+    if args.speeds:
+        arms["transformers prompt lookup"] = Transformers(model, target, args.max_new_tokens, 10)
+    arms |= {name: Ours(target, name, args.max_new_tokens) for name in args.drafters.split(",")}
     questions = lines(args.data / "spec_bench/question.jsonl")
-    rows = []
-    for place in np.linspace(0, len(questions) - 1, args.prompts).astype(int):
-        messages: list[dict[str, str]] = []
-        for turn, text in enumerate(questions[place]["turns"], 1):
-            messages.append({"role": "user", "content": text})
-            prompt = chat_ids(target.tokenizer, messages)
-            for name in ours:  # compiled, or warm
-                arms[name].run(prompt)
-            answers = {name: arm.run(prompt) for name, arm in arms.items()}
-            want = answers["transformers"][0]
-            rows.append(
-                {
-                    "question": questions[place]["question_id"],
-                    "turn": turn,
-                    "prompt_tokens": len(prompt),
-                    "tokens": len(want),
-                    "equal": {name: ids == want for name, (ids, _) in answers.items()},
-                    "seconds": {name: round(s, 3) for name, (_, s) in answers.items()},
-                    "margin": min(arms[name].margins[-1] for name in ours),
-                }
-            )
-            print(rows[-1], file=sys.stderr, flush=True)
-            said = target.tokenizer.decode(want, skip_special_tokens=True)
-            messages.append({"role": "assistant", "content": said})
-    record |= {
+    asked = [questions[i] for i in np.linspace(0, len(questions) - 1, args.prompts).astype(int)]
+    rows: list[dict[str, Any]] = []
+    chats = {question["question_id"]: [] for question in asked}
+    for turn in (1, 2):
+        jobs = []
+        for question in asked:
+            if len(question["turns"]) >= turn:
+                chat = chats[question["question_id"]]
+                chat.append({"role": "user", "content": question["turns"][turn - 1]})
+                job = {"question": question["question_id"], "turn": turn}
+                jobs.append({**job, "prompt": chat_ids(target.tokenizer, chat)})
+        jobs.sort(key=lambda job: len(job["prompt"]))
+        size = 1 if args.speeds else args.batch
+        for start in range(0, len(jobs), size):
+            for row in compare_answers(arms, jobs[start : start + size], args.speeds):
+                said = target.tokenizer.decode(row.pop("answer"), skip_special_tokens=True)
+                chats[row["question"]].append({"role": "assistant", "content": said})
+                rows.append(row)
+                print(row, file=sys.stderr, flush=True)
+            whole = {**record, **summary(arms, rows, args), "rows": rows}
+            if args.out:
+                write_json(args.out, whole, quiet=True)
+    print({key: value for key, value in whole.items() if key != "rows"})
+
+
+def summary(
+    arms: dict[str, Any], rows: list[dict[str, Any]], args: argparse.Namespace
+) -> dict[str, Any]:
+    found: dict[str, Any] = {
         "answers": len(rows),
+        "max_new_tokens": args.max_new_tokens,
         "equal": {name: sum(row["equal"][name] for row in rows) for name in arms},
-        "tokens_per_second": {
+    }
+    if args.speeds:
+        found["tokens_per_second"] = {
             name: round(statistics.median(row["tokens"] / row["seconds"][name] for row in rows), 2)
             for name in arms
-        },
-        "rows": rows,
-    }
-    print({key: value for key, value in record.items() if key != "rows"})
-    if args.out:
-        write_json(args.out, record)
+        }
+    return found
 
 
 if __name__ == "__main__":

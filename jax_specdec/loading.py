@@ -17,9 +17,10 @@ from jax_specdec.core.acceptance import MATCH, Acceptance
 from jax_specdec.core.processors import Processor
 from jax_specdec.core.sharding import ShardingRules
 from jax_specdec.pipeline import SpeculativeDecoder
-from jax_specdec.specs.build import LoadedDrafter, load_drafter, parse_drafter
+from jax_specdec.specs.build import LoadedDrafter, load_drafter
 from jax_specdec.specs.defaults import USUAL, Setting, measured, measured_on
 from jax_specdec.specs.language import Spec, folders_by_name
+from jax_specdec.specs.whole import parse_drafter
 from jax_specdec.text.inputs import check_count
 from jax_specdec.tuning.round_costs import Given
 

@@ -16,8 +16,8 @@ from jax_specdec.expansions.select import select
 from jax_specdec.expansions.siblings import Fixed, PathProbability
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
-from jax_specdec.specs.build import parse_drafter
 from jax_specdec.specs.sizes import depth_of
+from jax_specdec.specs.whole import parse_drafter
 from jax_specdec.tuning import measure, replay
 from jax_specdec.tuning import tune as tuning
 from jax_specdec.tuning.budgeted import budgeted_speedup

@@ -23,8 +23,9 @@ from jax_specdec.models.fitted import Fitted, fit_vocabulary
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.specs import defaults
-from jax_specdec.specs.build import Drafters, complete, load_drafter, parse_drafter
+from jax_specdec.specs.build import Drafters, load_drafter
 from jax_specdec.specs.defaults import Setting, add_record, lengths_file, measured
+from jax_specdec.specs.whole import complete, parse_drafter
 from jax_specdec.tuning.tune import check_names
 
 TARGET_ROWS = h.VOCAB

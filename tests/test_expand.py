@@ -23,8 +23,10 @@ from jax_specdec.expansions.cape import Cape
 from jax_specdec.expansions.expand import Expand
 from jax_specdec.expansions.select import select
 from jax_specdec.expansions.siblings import Fixed, PathProbability
-from jax_specdec.specs.build import Spec, complete, load_drafter, parse_drafter
+from jax_specdec.specs.build import load_drafter
 from jax_specdec.specs.defaults import LENGTHS_FILE
+from jax_specdec.specs.language import Spec
+from jax_specdec.specs.whole import complete, parse_drafter
 from jax_specdec.testing import check_drafter
 
 RULES = {"cape": Cape, "fixed": Fixed, "path": PathProbability}

@@ -16,8 +16,9 @@ from jax_specdec.drafters import registry
 from jax_specdec.errors import UserError
 from jax_specdec.expansions.grown import Grower
 from jax_specdec.expansions.static_tree import Independent
-from jax_specdec.specs.build import Drafters, expansions_of, parse_drafter
+from jax_specdec.specs.build import Drafters
 from jax_specdec.specs.sizes import depth_of
+from jax_specdec.specs.whole import expansions_of, parse_drafter
 from jax_specdec.tuning import tune as tuning
 
 PROMPT = "Once upon a time, there was"

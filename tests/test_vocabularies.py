@@ -105,22 +105,31 @@ def test_an_overlap_of_nothing():
         match_vocabulary(ours, 16, None, 2)
 
 
-def test_decoding_with_another_vocabulary_is_plain_decoding():
-    """Half of the tokens translated to others, the rest never drafted; greedy and sampled, ragged rows."""
-    rows = 12
+@pytest.fixture(scope="module")
+def translated():
+    """A draft model of 12 tokens for half of the target's, the rest never drafted; its parameters."""
+    rows, rng = 12, np.random.default_rng(0)
     small = sd.Decoder(dataclasses.replace(h.SMALL_CONFIG, vocab_size=rows))
-    body = Translated(small, h.VOCAB)
-    assert isinstance(body, sd.Model)
-    rng = np.random.default_rng(0)
     ids = jnp.asarray(rng.integers(0, rows, h.VOCAB), jnp.int32)
     shared = jnp.asarray(np.arange(h.VOCAB) % 2 == 0)
-    own = {"model": h.weights(small, 3), "ids": ids, "shared": shared}
+    return Translated(small, h.VOCAB), {"model": h.weights(small, 3), "ids": ids, "shared": shared}
+
+
+def test_logits_are_those_of_the_shared_tokens(translated):
+    body, own = translated
+    assert isinstance(body, sd.Model)
     tokens = jnp.asarray([[1, 5, h.VOCAB - 1]], jnp.int32)
     places = jnp.arange(3, dtype=jnp.int32)[None]
     got = body.apply(own, tokens, places, body.init_cache(1, 8)).logits
+    small, ids = body.model, own["ids"]
     plain = small.apply(own["model"], ids[tokens], places, small.init_cache(1, 8)).logits
-    want = np.where(shared, np.asarray(plain)[..., np.asarray(ids)], -np.inf)
+    want = np.where(own["shared"], np.asarray(plain)[..., np.asarray(ids)], -np.inf)
     np.testing.assert_array_equal(got, want)
+
+
+def test_decoding_with_another_vocabulary_is_plain_decoding(translated):
+    """Greedy and sampled, ragged rows."""
+    body, own = translated
     prompts, sampling = h.prompts_of((5, 9)), h.sampling_of(2, temperature=np.array([0.0, 0.9]))
     params = h.all_params(lm=own)
     loop = sd.DecodeLoop(h.TARGET, LmDrafter(body, 3))

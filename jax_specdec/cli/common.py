@@ -154,7 +154,7 @@ def draft_folders(items: Sequence[str]) -> dict[str, str]:
 
 def given_drafter(args: argparse.Namespace) -> "Spec | None":
     """What `--drafter` says, checked as far as it goes; None for `auto`."""
-    from jax_specdec.specs.build import parse_drafter
+    from jax_specdec.specs.whole import parse_drafter
 
     return None if args.drafter == "auto" else parse_drafter(args.drafter)
 

@@ -158,7 +158,7 @@ def describe(
 def _kinds() -> list[str]:
     """A line for each kind of drafter."""
     from jax_specdec.drafters import registry
-    from jax_specdec.specs.build import expansions_of
+    from jax_specdec.specs.whole import expansions_of
 
     lines = []
     for kind in registry.kinds():

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 def answer(args: argparse.Namespace) -> dict[str, Any]:
     """The plan as a JSON object."""
-    from jax_specdec.specs.build import parse_drafter
+    from jax_specdec.specs.whole import parse_drafter
     from jax_specdec.tuning import hardware
 
     topology = hardware.parse_topology(args.topology)

@@ -16,29 +16,14 @@ from jax_specdec.core.sharding import ShardingRules
 from jax_specdec.display import short
 from jax_specdec.drafters import registry
 from jax_specdec.drafters.cascade import Cascade, Horizontal
-from jax_specdec.drafters.cascade_sizes import check_budget, check_depth, check_lenience
 from jax_specdec.drafters.early_exit import Stop
 from jax_specdec.drafters.registry import Make, Request
 from jax_specdec.errors import UserError, a_kind
-from jax_specdec.expansions.beam_search import BeamSearch
-from jax_specdec.expansions.cape import Cape
-from jax_specdec.expansions.dynamic_tree import DynamicTree
-from jax_specdec.expansions.expand import Expand, Rule
-from jax_specdec.expansions.siblings import Fixed, PathProbability
-from jax_specdec.expansions.static_tree import StaticTree
+from jax_specdec.expansions.expand import Expand
 from jax_specdec.models.config import ModelConfig
-from jax_specdec.specs.defaults import Setting, measured, measured_on, setting_of
-from jax_specdec.specs.language import CASCADE, EXAMPLE, Spec, folders_by_name, known_name, parse
-from jax_specdec.specs.sizes import depth_of
-
-RULES: dict[str, type[Rule]] = {
-    "cape": Cape,
-    "fixed": Fixed,
-    "path": PathProbability,
-    "tree": DynamicTree,
-    "beam": BeamSearch,
-    "static": StaticTree,
-}
+from jax_specdec.specs.defaults import setting_of
+from jax_specdec.specs.language import CASCADE, Spec, folders_by_name
+from jax_specdec.specs.whole import complete, expand, parse_drafter
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -73,150 +58,6 @@ class LoadedDrafter:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         held = f", {short(count)} parameters" if count else ""
         return f"LoadedDrafter({self.spec}{held}{', ' if self.reason else ''}{self.reason})"
-
-
-def parse_drafter(text: str) -> Spec:
-    """A specification in the language of `specs.language`, checked as far as it goes without checkpoints.
-
-    Raises:
-      UserError: an unknown name (the nearest ones are named), a length outside 1..63, a drafter that has
-        nothing to expand, a cascade whose drafts could be too long, a budget that does not fit the
-        length, or any length.
-    """
-    spec = parse(text)
-    _check_numbers(spec)
-    length = None if _has_unset_length(spec) else depth_of(spec)
-    if length is not None:
-        check_depth(length)
-    if spec.rule is None:
-        return spec
-    known_name(spec.rule, "expansion", tuple(RULES))
-    if not spec.has_distribution:
-        raise UserError(
-            f"The drafter {spec.name!r} has no distribution to expand: leave out +{spec.rule}."
-        )
-    if not spec.inner and spec.name != CASCADE and spec.rule not in expansions_of(spec.kind):
-        able = registry.listed([f"+{name}" for name in expansions_of(spec.kind)], "or")
-        raise UserError(f"The drafter {spec.name!r} takes no +{spec.rule}: {able} expand it.")
-    if length is not None:
-        expand(spec.rule, length, spec.nodes)
-    elif spec.nodes is not None and not 3 <= spec.nodes <= MAX_NODES:
-        raise UserError(
-            f"An expansion takes 3 to {MAX_NODES} nodes, the root and the chain included, got "
-            f"{spec.nodes}."
-        )
-    return spec
-
-
-def expansions_of(kind: registry.Kind) -> tuple[str, ...]:
-    """The expansions that drafters of a kind take, none where they have no distribution."""
-    if not kind.distribution:
-        return ()
-    return tuple(name for name, rule in RULES.items() if getattr(kind, rule.needs))
-
-
-def _check_numbers(spec: Spec) -> None:
-    length = spec.length
-    if spec.inner:
-        check_lenience(spec.lenience)
-        if length is not None:
-            check_budget(length)
-    elif length is not None and not spec.kind.usual_length:
-        raise UserError(f"The drafter {spec.name!r} drafts nothing and takes no length.")
-    if length is not None and not 1 <= length < MAX_NODES:
-        raise UserError(f"A draft length must be in 1..{MAX_NODES - 1}, got {length}.")
-    if spec.stop is not None:
-        Stop(*spec.stop)
-    for inner in spec.inner:
-        _check_numbers(inner)
-
-
-def _has_unset_length(spec: Spec) -> bool:
-    """Whether a length was left out that decides how long drafts are."""
-    if spec.inner:
-        return any(map(_has_unset_length, spec.inner))
-    return spec.length is None
-
-
-def expand(rule: str, length: int, nodes: int | None) -> Rule:
-    """The expansion of a chain of `length`; by default to three more nodes a chain token.
-
-    Raises:
-      UserError: the budget does not fit the chain.
-    """
-    made = RULES[rule](min(1 + 4 * length, MAX_NODES) if nodes is None else nodes)
-    made.fit(length)
-    return made
-
-
-def complete(
-    spec: Spec,
-    folder: Path,
-    longest: Callable[[str], int] | None = None,
-    setting: Setting | None = None,
-) -> Spec:
-    """The specification with nothing left out: as measured for a checkpoint folder, or as usual.
-
-    A length that was measured not to pay is warned of, and the usual one taken.
-
-    Args:
-      folder: as in `load_drafter`. longest: the longest draft of a drafter by its name, by default as its
-        checkpoint in the folder says; a length that was left out is at most that.
-      setting: which measurements count, see `defaults.measured`.
-    """
-    if spec.name == CASCADE and not spec.inner:
-        chosen = measured(folder, setting).get(CASCADE)
-        if chosen is None:
-            raise UserError(
-                f"No cascade was chosen for the checkpoints in {folder}: name one, as in {EXAMPLE}, or run "
-                "`jax-specdec tune --drafters lm,max-gram,cascade`."
-            )
-        spec = parse_drafter(chosen)._replace(rule=spec.rule, nodes=spec.nodes)
-    if spec.inner:
-        spec = _filled(spec)
-        if spec.rule is not None:
-            spec = spec._replace(nodes=expand(spec.rule, depth_of(spec), spec.nodes).nodes)
-        return spec
-    if not spec.kind.usual_length:
-        return spec
-    length, nodes = spec.length, spec.nodes
-    if length is None:
-        found = measured(folder, setting)
-        best = _usual_length(spec, found)
-        most = (
-            registry.longest(spec.name, folder / spec.name)
-            if longest is None
-            else longest(spec.name)
-        )
-        length = min(best, most)
-        if nodes is None and length == best:
-            nodes = found.get("nodes", {}).get(spec.key)
-    if spec.rule is not None:
-        nodes = expand(spec.rule, length, nodes).nodes
-    return spec._replace(length=length, nodes=nodes)
-
-
-def _usual_length(spec: Spec, found: dict[str, Any]) -> int:
-    """The measured length, where it pays, or what is usual for the kind."""
-    lengths = found.get("lengths", {})
-    own, plain = lengths.get(spec.key), lengths.get(spec.name)
-    best = int(own or plain or spec.kind.usual_length)
-    if own == 0 or (own is None and plain == 0):
-        warnings.warn(
-            f"The drafter {spec.key} was {measured_on(found)} not to pay: plain decoding is faster. It "
-            f"drafts {best} tokens all the same, since it was named.",
-            stacklevel=4,
-        )
-    return best
-
-
-def _filled(spec: Spec) -> Spec:
-    """With a budget of 1 for what verifies, and the usual length for what does not."""
-    if spec.name == CASCADE:
-        return spec._replace(inner=tuple(map(_filled, spec.inner)))
-    usual = 1 if spec.inner else spec.kind.usual_length
-    length = usual if spec.length is None else spec.length
-    return spec._replace(length=length, inner=tuple(map(_filled, spec.inner)))
 
 
 class Drafters:

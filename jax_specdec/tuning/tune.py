@@ -22,9 +22,10 @@ from jax_specdec.errors import UserError
 from jax_specdec.expansions.siblings import LeafSiblings
 from jax_specdec.generation import Generation
 from jax_specdec.pipeline import SpeculativeDecoder
-from jax_specdec.specs.build import RULES, LoadedDrafter, parse_drafter
+from jax_specdec.specs.build import LoadedDrafter
 from jax_specdec.specs.language import CASCADE, Spec
 from jax_specdec.specs.sizes import depth_of
+from jax_specdec.specs.whole import RULES, parse_drafter
 from jax_specdec.tuning.budgeted import budgeted_speedup
 from jax_specdec.tuning.cascades import BEHIND, PROPOSED, STATISTICAL, Played, candidates, play
 from jax_specdec.tuning.costs import Costs, _interpolate

@@ -16,10 +16,10 @@ from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.expansions.cape import Cape
 from jax_specdec.expansions.expand import Expand
-from jax_specdec.specs.build import parse_drafter
 from jax_specdec.specs.language import split
 from jax_specdec.specs.presets import PRESETS
 from jax_specdec.specs.sizes import depth_of
+from jax_specdec.specs.whole import parse_drafter
 
 # Sizes and mistakes
 

@@ -79,10 +79,17 @@ def test_quantized_matrices_that_lie_otherwise(case, tmp_path):
 @needs_torch
 @pytest.mark.parametrize("case", ["gemma2", "gemma3", "phi3", "gpt2", "qwen3_moe"])
 def test_transformers_reads_the_same(case, tmp_path):
-    from transformers import AutoModelForCausalLM
+    """Given the configuration: of a file without a tokenizer it takes sizes from its defaults."""
+    pytest.importorskip("accelerate")
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-    _, path, _ = written(case, tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
+    folder, path, _ = written(case, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        gguf_file=path.name,
+        config=AutoConfig.from_pretrained(folder),
+        quantization_config=GgufConfig(dequantize=True),
+    )
     model.save_pretrained(tmp_path / "torch")
     want = tensors_of(tmp_path / "torch")
     for name, stored in open_target(path, load_config(path)).items():

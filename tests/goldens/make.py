@@ -251,18 +251,17 @@ def torch_names(model) -> dict[str, tuple[int, ...]]:
 def torch_logits(model, ids: np.ndarray) -> np.ndarray:
     """`float32[B, T, V]` of one causal pass; where rotations depend on a text's length, token by token."""
     import torch
+    from transformers import DynamicCache
 
     ids = torch.from_numpy(ids).long()
     rope = getattr(model.config, "rope_parameters", None) or {}
     with torch.no_grad():
         if rope.get("rope_type") != "dynamic":
             return model(ids, use_cache=False).logits.numpy()
-        cache, found = None, []
-        for i in range(ids.shape[1]):
-            out = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            found.append(out.logits)
-        return torch.cat(found, 1).numpy()
+        cache = DynamicCache(config=model.config)
+        # The cache is the fourth argument; versions differ in its name.
+        steps = [model(ids[:, i : i + 1], None, None, cache) for i in range(ids.shape[1])]
+        return torch.cat([step.logits for step in steps], 1).numpy()
 
 
 def torch_text(model, prompt: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from jax_specdec.drafters.medusa import MedusaDrafter
 from jax_specdec.expansions.cape import Cape
 from jax_specdec.expansions.expand import Expand
 from jax_specdec.expansions.static_tree import StaticTree, choose_tree
-from jax_specdec.specs.build import parse_drafter
+from jax_specdec.specs.whole import parse_drafter
 from jax_specdec.testing import check_drafter
 
 # Drafts
