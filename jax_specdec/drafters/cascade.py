@@ -41,7 +41,6 @@ from jax_specdec.drafters.cascade_sizes import (
     verified,
 )
 from jax_specdec.drafters.composed import Composed, larger
-from jax_specdec.drafters.neural import NeuralDrafter
 from jax_specdec.errors import UserError
 
 
@@ -86,21 +85,11 @@ class Horizontal(Composed):
 
     @functools.cached_property
     def cheaper(self) -> "tuple[Horizontal, ...]":
-        """The drafters behind the first one, where that has a model, and a verifier among them alone.
-
-        See `core.drafter.ways_of`.
-        """
-        first, ways = self.drafters[0], []
-        if not first.info.models:
+        """The drafters behind the first one, which has a model; see `core.drafter.ways_of`."""
+        if len(self.drafters) == 1 or not self.drafters[0].info.models:
             return ()
-        if len(self.drafters) > 1:
-            rest = Horizontal(self.drafters[1:], self.budgets[1:], self.cut)
-            ways = [rest, *rest.cheaper]
-        elif isinstance(first, Cascade):
-            ways = [first.inner, *first.inner.cheaper]
-        if isinstance(first, Cascade):
-            ways.append(first.alone)
-        return tuple(dict.fromkeys(ways))
+        rest = Horizontal(self.drafters[1:], self.budgets[1:], self.cut)
+        return (rest, *rest.cheaper)
 
     @property
     def info(self) -> Info:
@@ -260,18 +249,10 @@ class Cascade(Composed):
         """The draft that is verified."""
         return Horizontal(self.drafters, self.budgets, self.cut)
 
-    @functools.cached_property
-    def alone(self) -> Horizontal:
-        """A draft as long, of the verifier's own tokens."""
-        depth, own = self.info.depth, self.verifier
-        if isinstance(own, NeuralDrafter):  # rather than called for each token
-            own = dataclasses.replace(own, length=depth)  # type: ignore[type-var]
-        return Horizontal((own,), (depth,), cut=True)
-
     @property
     def cheaper(self) -> tuple[Horizontal, ...]:
-        """What it verifies, as it was proposed; and its verifier without that."""
-        return tuple(dict.fromkeys((self.inner, *self.inner.cheaper, self.alone)))
+        """What it verifies, as it was proposed."""
+        return (self.inner, *self.inner.cheaper)
 
     @property
     def parts(self):
@@ -301,7 +282,7 @@ class Cascade(Composed):
         )
 
     def init(self, batch, capacity):
-        states = larger(self.inner.init(batch, capacity), self.alone.init(batch, capacity))
+        states = self.inner.init(batch, capacity)
         return larger(states, self.verifier.init(batch, capacity + self.inner.info.depth))
 
     def draft(self, params, states, ctx):
