@@ -23,7 +23,7 @@ from jax_specdec.checkpoints.generation_config import (
     read_generation,
     write_generation,
 )
-from jax_specdec.checkpoints.gguf_model import is_gguf
+from jax_specdec.checkpoints.gguf_file import is_gguf
 from jax_specdec.checkpoints.hub import find_checkpoint
 from jax_specdec.checkpoints.int8 import PARTS, check_parts
 from jax_specdec.checkpoints.memory import (

@@ -46,6 +46,8 @@ def config_from_hf(hf: Json, generation: Json | None = None) -> ModelConfig:
     name = hf.get("model_type")
     if name == "mistral" and "layer_types" in hf:  # transformers reads it as this, too
         name = "ministral"
+    if name is None:
+        raise UserError("config.json does not say what model it is of (model_type).")
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(
             f"Models of type {name!r:.80} are not supported; supported are {', '.join(FAMILIES)}."
@@ -87,7 +89,7 @@ def config_from_hf(hf: Json, generation: Json | None = None) -> ModelConfig:
             "num_kv_heads": heads if kv_heads is None else size(hf, "num_key_value_heads"),
             "head_dim": head_dim,
             "family": name,
-            "norm_eps": float(hf.get("rms_norm_eps", 1e-6)),
+            "norm_eps": hf_read.number(hf, "rms_norm_eps", 1e-6),
             "tied_head": bool(hf.get("tie_word_embeddings", False)),
             "activation": hf_read.activation(hf),
             "bos_id": hf_read.token_id(hf, "bos_token_id"),

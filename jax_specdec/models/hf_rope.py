@@ -32,6 +32,9 @@ def read_ropes(hf: Json, family: str, partial: bool) -> Json:
     Raises:
       UserError: a kind that is not supported, or one that lacks a parameter.
     """
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(hf.get(key) or {}, dict):
+            raise UserError(f"config.json must give {key} as an object, not {hf[key]!r:.80}.")
     if family == "gemma3_text":
         given = hf.get("rope_parameters") or {}
         full = {**(given.get("full_attention") or {}), **(hf.get("rope_scaling") or {})}

@@ -87,6 +87,28 @@ def test_broken_json(folder, name, text, message):
         load_target(folder)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": None}, "does not say what model it is of"),
+        ({"rms_norm_eps": "1e-5"}, "must give rms_norm_eps as a number"),
+        ({"rope_parameters": "x"}, "must give rope_parameters as an object"),
+    ],
+)
+def test_values_of_another_type(folder, values, message):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    with pytest.raises(UserError, match=message):
+        load_target(folder)
+
+
+def test_out_is_a_file(folder, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match="out is a file: name a folder"):
+        checkpoints.convert(folder, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == ""
+
+
 def test_no_weights(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"there is no model.safetensors"):
@@ -170,7 +192,7 @@ def test_missing_and_broken_tokenizer(folder):
     ):
         load_target(folder)
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"The tokenizer in .* cannot be loaded"):
+    with pytest.raises(UserError, match=r"The tokenizer in .* cannot be loaded: its files are not"):
         load_target(folder)
 
 
