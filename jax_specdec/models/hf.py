@@ -89,7 +89,7 @@ def config_from_hf(hf: Json, generation: Json | None = None) -> ModelConfig:
             "num_kv_heads": heads if kv_heads is None else size(hf, "num_key_value_heads"),
             "head_dim": head_dim,
             "family": name,
-            "norm_eps": hf_read.number(hf, "rms_norm_eps", 1e-6),
+            "norm_eps": hf_read.number({"rms_norm_eps": 1e-6, **hf}, "rms_norm_eps"),
             "tied_head": bool(hf.get("tie_word_embeddings", False)),
             "activation": hf_read.activation(hf),
             "bos_id": hf_read.token_id(hf, "bos_token_id"),

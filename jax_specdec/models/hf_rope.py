@@ -92,10 +92,10 @@ def _read(rope: Json, hf: Json, theta: float, partial: bool) -> RopeConfig:
         fields["beta_slow"] = float(rope.get("beta_slow") or 1)
         fields["truncate"] = bool(rope.get("truncate", True))
     if kind in ("yarn", "longrope"):
-        given = rope.get("attention_factor")
-        fields["attention_factor"] = float(
-            _attention_factor(fields, rope) if given is None else given
-        )
+        given, usual = rope.get("attention_factor"), _attention_factor(fields, rope)
+        if given is None or math.isclose(given, usual, rel_tol=1e-7):  # a GGUF file has float32
+            given = usual
+        fields["attention_factor"] = float(given)
     return RopeConfig(**fields)
 
 

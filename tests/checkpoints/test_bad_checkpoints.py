@@ -20,7 +20,9 @@ def test_no_such_folder(tmp_path):
 
 
 def test_a_file_is_no_folder(folder):
-    with pytest.raises(UserError, match=r"model.safetensors is a file; name the folder"):
+    with pytest.raises(
+        UserError, match=r"model.safetensors is a file and no GGUF; name the folder"
+    ):
         load_target(folder / "model.safetensors")
 
 

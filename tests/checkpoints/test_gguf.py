@@ -181,7 +181,7 @@ def test_a_file_of_another_name(tmp_path):
     _, path = model(tmp_path)
     other = path.rename(tmp_path / "sha256-abc")
     assert load_target(other, tokenizer=False).config == CONFIG
-    with pytest.raises(UserError, match=r"There is no file .*x.gguf"):
+    with pytest.raises(UserError, match=r"There is no file .*model.gguf"):
         load_target(path)
 
 
