@@ -145,7 +145,7 @@ def load_target(
     """
     sharding = make_sharding(mesh, rules)
     check_parts(int8)
-    dtype = None if dtype is None else check_dtype(dtype)
+    dtype = None if dtype is None else check_dtype(dtype, "The model cannot be loaded so: dtype")
     folder = find_checkpoint(source)
     config, generation = load_config(folder, context), read_generation(folder)
     tensors = open_target(folder, config)

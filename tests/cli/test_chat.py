@@ -269,9 +269,7 @@ def test_settings_of_the_checkpoint(capsys):
     assert settled("--temperature", "1", max_length=100)[1] == ""
     asked = {"bad_words_ids": ((5, 6),), "stop_strings": ("\n",)}
     args, said = settled(**asked)
-    assert (args.stop, args.bad_words) == (
-        [],
-        [],
-    ) and "left out bad_words_ids, stop_strings (" in said
+    assert (args.stop, args.bad_words) == ([], [])
+    assert "left out bad_words_ids, stop_strings (--generation-config" in said
     args, said = settled("--generation-config", "model", "--stop", "x", **asked)
     assert (args.stop, args.bad_words, said) == (["x", "\n"], [(5, 6)], "")

@@ -260,7 +260,6 @@ def test_pieces_are_the_text_however_it_is_cut(seed):
         ({"bad_words": [[5, 600]]}, r"tokens of the vocabulary of 300, got \[5, 600\]\.$"),
         ({"stop_token_ids": [99999]}, "an id outside the vocabulary of 300: 99999"),
         ({"stop": [5]}, r"Give stop strings as a tuple, as in stop=\(\"\\n\",\), .*, got \(5,\)"),
-        ({"temperature": None}, "temperature must be finite and at least 0, got None"),
         ({"bad_words": ("",)}, "A bad word must not be empty"),
         ({"bad_words": ("\ud800",)}, "A bad word is not valid Unicode text"),
         ({"bad_words": (5,)}, "A bad word must be text, or tokens of the vocabulary of 300, got 5"),
