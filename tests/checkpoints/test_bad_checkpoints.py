@@ -8,7 +8,7 @@ from small_checkpoint import CONFIG, random_params, rewrite
 
 from jax_specdec.checkpoints import targets as checkpoints
 from jax_specdec.checkpoints.hub import HUB_PATTERNS, fetch_config
-from jax_specdec.checkpoints.targets import load_params, load_target, save_pretrained
+from jax_specdec.checkpoints.targets import convert, load_params, load_target, save_pretrained
 from jax_specdec.errors import UserError
 from jax_specdec.models import config_to_hf
 
@@ -73,6 +73,19 @@ def test_why_a_model_of_the_hub_is_not_here(kind, sentence, monkeypatch):
         with pytest.raises(UserError, match=f"org/x is no folder here and {sentence}") as caught:
             load("org/x")
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int4", "float8_e4m3fn", "float64", bool, 5, "x" * 500])
+def test_other_dtypes(folder, dtype, tmp_path):
+    """Before anything is read, and before anything is written."""
+    for use in (
+        lambda: load_target(folder, dtype=dtype),
+        lambda: convert(folder, tmp_path / "out", dtype=dtype),
+        lambda: save_pretrained(tmp_path / "out", CONFIG, {}, dtype=dtype),
+    ):
+        with pytest.raises(UserError, match="dtype must be float32, bfloat16 or flo") as caught:
+            use()
+        assert len(str(caught.value)) < 200 and not (tmp_path / "out").exists()
 
 
 def test_no_config(folder):
