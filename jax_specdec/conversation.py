@@ -27,7 +27,8 @@ from jax_specdec.core.sharding import put_rows, to_host
 from jax_specdec.core.stats import RUNNING
 from jax_specdec.encoding import Encoded
 from jax_specdec.errors import RunError, UserError, a_kind, shown
-from jax_specdec.generation import Chunk, Generation, Options, Request, make_requests
+from jax_specdec.generation import Chunk, Generation, Request, make_requests
+from jax_specdec.options import Options
 from jax_specdec.streaming import Pieces, Stream
 from jax_specdec.text.chat import Message, chat_text, check_messages
 from jax_specdec.text.detokenize import TextStream
@@ -170,12 +171,13 @@ class Conversation:
     def _rendered(self, more: Sequence[Message], answer_follows: bool = True) -> str:
         messages = [*self.messages, *more]
         tokenizer = self._decoder.target.tokenizer
-        return chat_text(tokenizer, messages, answer_follows=answer_follows, **self._form)
+        form = {**self._form, "answer_follows": answer_follows, "instead": "use generate"}
+        return chat_text(tokenizer, messages, **form)
 
     def _request(self, number: int, ids: list[int], options: Mapping[str, Any]) -> Request:
         options = {**self._options, **options}
         beside = ("system", "messages", "template", "template_args", "rounds_per_chunk")
-        return make_requests([ids], [number], options, beside=beside)[0]
+        return make_requests([ids], [number], options, alone=True, beside=beside)[0]
 
     def _events(self, said: Message, script: Transcript, row: Encoded, per_chunk: int) -> Events:
         """The turn's chunks and answer; what was said counts once that is there."""

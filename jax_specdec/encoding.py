@@ -11,7 +11,8 @@ from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.sampling import Sampling, make_sampling
 from jax_specdec.core.sharding import put_rows
 from jax_specdec.errors import UserError, shown_value
-from jax_specdec.generation import SAMPLED, Request, each, no_tuple
+from jax_specdec.generation import SAMPLED, Request, each
+from jax_specdec.options import no_tuple
 from jax_specdec.text.chat import chat_ids, check_text
 from jax_specdec.text.inputs import as_prompt, is_chat, is_whole
 from jax_specdec.text.stop_strings import special_stops, stop_rows
@@ -123,16 +124,20 @@ class Encoder:
         if stop:
             special_stops(own, stop)
         vocab = self.target.vocab_size
-        given: dict[str, Any] = {
-            "stop token": request.stop_token_ids,
-            "logit bias": request.logit_bias,
-        }
-        for what, tokens in given.items():
+        for what, tokens, example in (
+            ("stop token", request.stop_token_ids, "stop_token_ids=(2,)"),
+            ("logit bias", request.logit_bias, "logit_bias={2: -1.0}"),
+        ):
             text = isinstance(tokens, (str, bytes))
             if text or not isinstance(tokens, Collection) or not all(map(is_whole, tokens)):
-                raise UserError(f"A {what} is given by its token id, a whole number.")
-            if any(not 0 <= token < vocab for token in tokens):
-                raise UserError(f"A {what} has an id outside the vocabulary of {vocab}.")
+                raise UserError(
+                    f"A {what} is given by its token id, a whole number, as in {example}, "
+                    f"got {shown_value(tokens)}."
+                )
+            if outside := [token for token in tokens if not 0 <= token < vocab]:
+                raise UserError(
+                    f"A {what} has an id outside the vocabulary of {vocab}: {outside[0]}."
+                )
         eos = () if request.ignore_eos else self.target.config.eos_ids
         forbidden = tuple(word for item in words for word in self._words(item))
         return Encoded(request, ids, (*eos, *request.stop_token_ids), forbidden)
@@ -143,8 +148,9 @@ class Encoder:
         if not isinstance(word, str):
             tokens = list(word) if isinstance(word, (tuple, list)) else []
             if not tokens or any(not (is_whole(token) and 0 <= token < vocab) for token in tokens):
+                hint = ": give its ids as a tuple, as in bad_words=((5, 6),)" * is_whole(word)
                 raise UserError(
-                    f"A bad word must be text, or tokens of the vocabulary of {vocab}, got {shown_value(word)}."
+                    f"A bad word must be text, or tokens of the vocabulary of {vocab}, got {shown_value(word)}{hint}."
                 )
             return [tuple(tokens)]
         if self.target.tokenizer is None:

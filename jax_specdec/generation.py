@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from jax_specdec import display
 from jax_specdec._types import Int
 from jax_specdec.errors import UserError, a_kind, did_you_mean, shown, shown_value
+from jax_specdec.options import TUPLES, are_items, no_tuple
 from jax_specdec.text.inputs import Prompt, is_whole
 
 # Two best scores closer than this may change places between a one-row and a T-row forward.
@@ -45,6 +46,8 @@ class Request:
         own end-of-text tokens, which `ignore_eos` leaves out.
       repetition_penalty, presence_penalty, frequency_penalty, logit_bias: as in `processors.Processing`.
       bad_words: texts, with and without a space before them, or token sequences, that must not occur.
+
+    None for a filter, a penalty, `logit_bias`, a stop or `bad_words` is off.
     """
 
     prompt: Any
@@ -80,35 +83,8 @@ def id_key(name: Any) -> int:
     return int.from_bytes(digest, "little") % 2**31
 
 
-T = TypeVar("T")
-_Each = T | Sequence[T]  # one value for all prompts, or a list with one for each
-
-
-class Options(TypedDict, total=False):
-    """The fields of `Request` as keyword arguments, each one value or a list with one per prompt."""
-
-    key: _Each[int | None]
-    max_new_tokens: _Each[int]
-    min_new_tokens: _Each[int]
-    temperature: _Each[float]
-    top_k: _Each[int]
-    top_p: _Each[float]
-    min_p: _Each[float]
-    seed: _Each[int]
-    own_seed: _Each[bool]
-    stop: str | tuple[str, ...] | list[tuple[str, ...]]
-    stop_token_ids: tuple[int, ...] | list[tuple[int, ...]]
-    ignore_eos: _Each[bool]
-    repetition_penalty: _Each[float]
-    presence_penalty: _Each[float]
-    frequency_penalty: _Each[float]
-    logit_bias: Mapping[int, float] | list[Mapping[int, float]]
-    bad_words: tuple[str | tuple[int, ...], ...] | list[tuple[str | tuple[int, ...], ...]]
-
-
-# Fields whose value is itself a sequence or mapping: a list of them has one for each prompt.
-_TUPLES = {"stop": "stop strings", "stop_token_ids": "stop tokens", "bad_words": "bad words"}
-_WHOLE = (*_TUPLES, "logit_bias")
+# Fields whose value is itself a sequence or mapping.
+_WHOLE = (*TUPLES, "logit_bias")
 OPTIONS = tuple(f.name for f in dataclasses.fields(Request) if f.name not in ("prompt", "id"))
 
 
@@ -127,12 +103,12 @@ SAMPLED = (
     "logit_bias",
 )
 
-
-def no_tuple(name: str, value: Any) -> UserError:
-    """What is said of `stop`, `stop_token_ids` or `bad_words` in another form."""
-    return UserError(
-        f"Give {_TUPLES[name]} as a tuple, or as a list with one tuple per prompt, got {shown_value(value)}."
-    )
+# Those that are off where nothing is given, and None says so.
+_OFF = {
+    f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    for f in dataclasses.fields(Request)
+    if f.name in (*_WHOLE, "top_k", "top_p", "min_p") or f.name.endswith("_penalty")
+}
 
 
 def make_requests(
@@ -140,6 +116,7 @@ def make_requests(
     ids: Sequence[Any] | None,
     options: Mapping[str, Any],
     *,
+    alone: bool = False,
     beside: Sequence[str] = (),
 ) -> list[Request]:
     """One request for each prompt.
@@ -148,6 +125,7 @@ def make_requests(
       prompts: texts, token id lists, or requests, which keep their own options.
       ids: names for the answers; default: the prompt's number.
       options: fields of `Request`, one value for all prompts or a list with one per prompt.
+      alone: the one prompt was given by itself, so that a list of stops or bad words can only be its own.
       beside: other arguments of the caller's, which an unknown option may be misspelt from.
 
     >>> first, second = make_requests(["a", "b"], None, {"temperature": [0.0, 0.7], "seed": 3})
@@ -169,19 +147,24 @@ def make_requests(
         raise UserError(f"Got {len(names)} ids for {count} prompts.")
     rows: dict[str, list[Any]] = {}
     for name, value in options.items():
+        if name == "n":
+            raise UserError(
+                "n is for a call, decoder(prompt, n=2): a stream is of one sample, as is each answer of "
+                "generate and of a chat."
+            )
         if name not in OPTIONS:
             near = did_you_mean(name, (*OPTIONS, *beside))
             near = near or f"; there are {', '.join(OPTIONS)}."
             raise UserError(f"There is no option {shown(name)}{near}")
-        if name == "stop" and isinstance(value, str):
-            value = (value,)
         if isinstance(value, np.ndarray):
             value = value.tolist() if value.ndim else value.item()
         if isinstance(value, tuple) and name not in _WHOLE:
             value = list(value)
-        listed = value if name in _TUPLES and isinstance(value, list) else []
-        if any(isinstance(item, (str, int)) for item in listed):
-            raise no_tuple(name, value)  # for all prompts, or one for each? Neither is guessed
+        if name in TUPLES and isinstance(value, list):
+            if alone and are_items(name, value):
+                value = tuple(value)
+            elif any(isinstance(item, (str, int)) for item in value):
+                raise no_tuple(name, value)  # for all prompts, or one for each? Neither is guessed
         rows[name] = value if isinstance(value, list) else [value] * count
         if len(rows[name]) != count:
             if name == "stop":
@@ -195,7 +178,10 @@ def make_requests(
             request = prompt if ids is None else dataclasses.replace(prompt, id=name)
         else:
             request = Request(prompt, name, **{field: of[row] for field, of in rows.items()})
-        filled = {"id": row if request.id is None else request.id}
+        filled = {key: off for key, off in _OFF.items() if getattr(request, key) is None}
+        if isinstance(request.stop, str):
+            filled["stop"] = (request.stop,)
+        filled["id"] = row if request.id is None else request.id
         filled["key"] = row if request.key is None else request.key
         if not is_whole(filled["key"]) or not 0 <= filled["key"] < 2**31:
             raise UserError(f"A key must be in [0, 2^31), got {shown_value(filled['key'])}.")

@@ -9,6 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jax_specdec import progress, user_cache
+from jax_specdec.checkpoints.dtypes import check_dtype
 from jax_specdec.checkpoints.embedded import demo_folder
 from jax_specdec.checkpoints.hub import find_checkpoint
 from jax_specdec.checkpoints.int8 import check_parts
@@ -112,12 +113,12 @@ def load_pair(
     draft = folders_by_name(draft)
     check_parts(int8)
     check_parts(draft_int8)
+    dtype = None if dtype is None else check_dtype(dtype)
     if keep_programs:
         keep_compiled()
     folder, reason = find_checkpoint(model), ""
     if drafter == AUTO:
-        name = default_dtype(folder) if dtype is None else getattr(dtype, "__name__", str(dtype))
-        setting = Setting(folder, name, batch_size, int8, draft_int8)
+        setting = Setting(folder, dtype or default_dtype(folder), batch_size, int8, draft_int8)
         drafter, reason = choose_drafter(setting, draft, first)
     target = load_target(folder, dtype=dtype, mesh=mesh, rules=rules, int8=int8, context=context)
     found = load_drafter(drafter, target, drafts=draft, batch_size=batch_size, int8=draft_int8)

@@ -22,14 +22,8 @@ from jax_specdec.core.sharding import check_agreement, to_host
 from jax_specdec.core.stats import RUNNING
 from jax_specdec.encoding import Encoded, Encoder
 from jax_specdec.errors import UserError, a_kind
-from jax_specdec.generation import (
-    Chunk,
-    Generation,
-    Options,
-    Request,
-    make_requests,
-    samples_of,
-)
+from jax_specdec.generation import Chunk, Generation, Request, make_requests, samples_of
+from jax_specdec.options import Options
 from jax_specdec.programs import Programs
 from jax_specdec.progress import check_progress
 from jax_specdec.specs.build import LoadedDrafter
@@ -192,7 +186,7 @@ class SpeculativeDecoder:
         """
         prompts, alone = split(prompt)
         beside = ("n", "batch_size", "progress")
-        requests = make_requests(prompts, None, options, beside=beside)
+        requests = make_requests(prompts, None, options, alone=alone, beside=beside)
         if n is not None:
             requests = samples_of(requests, n)
         answers = list(self.generate(requests, batch_size=batch_size, progress=progress))
@@ -222,9 +216,9 @@ class SpeculativeDecoder:
         if not alone:
             raise UserError(f"A stream is of one prompt: got {a_kind(prompt)} of several.")
         check_progress(progress)
-        requests = make_requests(prompts, None, options, beside=("rounds_per_chunk", "progress"))
-        encoded = self.prepare(requests, 1, rounds_per_chunk)
-        (row,) = encoded
+        beside = ("rounds_per_chunk", "progress")
+        requests = make_requests(prompts, None, options, alone=True, beside=beside)
+        (row,) = encoded = self.prepare(requests, 1, rounds_per_chunk)
         text = None
         if self.token_bytes is not None:
             text = TextStream(self.token_bytes, row.request.stop, row.ids)

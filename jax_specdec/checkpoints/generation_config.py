@@ -27,7 +27,6 @@ _KINDS: dict[str, tuple[type, ...]] = {
 _TOKEN_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 # Further settings that change a text, and the value at which they do not.
 _OTHERS: dict[str, Any] = {
-    "bad_words_ids": None,
     "dola_layers": None,
     "encoder_no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1.0,
@@ -41,11 +40,11 @@ _OTHERS: dict[str, Any] = {
     "penalty_alpha": None,
     "remove_invalid_values": False,
     "sequence_bias": None,
-    "stop_strings": None,
     "top_h": None,
     "typical_p": 1.0,
     "watermarking_config": None,
 }
+_WORDS = ("bad_words_ids", "stop_strings")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -60,6 +59,7 @@ class GenerationDefaults:
       repetition_penalty: of prompt and answer, 1 is off. no_repeat_ngram_size: 0 is off.
       min_length, max_length: of prompt and answer together, in tokens.
       suppress_tokens: ids that are never emitted. begin_suppress_tokens: never as the first token.
+      bad_words_ids: token sequences that are never emitted. stop_strings: texts with which an answer ends.
       others: names of settings that change a text and are not among these fields, such as `num_beams`.
       file: all of `generation_config.json`; where there is none, what `config.json` has of it.
     """
@@ -77,6 +77,8 @@ class GenerationDefaults:
     max_length: int | None = None
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    stop_strings: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     file: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
@@ -84,7 +86,7 @@ class GenerationDefaults:
         """What of these settings a `generation.Request` has, as its fields.
 
         As in transformers, temperature and filters count where `do_sample` is true, and top-k is 50 there unless
-        it is named.
+        it is named. An answer ends before a stop string, and in transformers behind it.
 
         >>> GenerationDefaults(do_sample=True, temperature=0.7, suppress_tokens=(5,)).options()
         {'temperature': 0.7, 'top_k': 50, 'bad_words': ((5,),)}
@@ -95,8 +97,11 @@ class GenerationDefaults:
             named["temperature"] = 1.0 if self.temperature is None else self.temperature
             named["top_k"] = 50 if self.top_k is None else self.top_k
             named |= {"top_p": self.top_p, "min_p": self.min_p}
-        if self.suppress_tokens:
-            named["bad_words"] = tuple((token,) for token in self.suppress_tokens)
+        named["bad_words"] = (
+            *((token,) for token in self.suppress_tokens),
+            *self.bad_words_ids,
+        ) or None
+        named["stop"] = self.stop_strings or None
         return {name: value for name, value in named.items() if value is not None}
 
     def unheeded(self, context: int) -> tuple[str, ...]:
@@ -124,7 +129,7 @@ def read_generation(folder: Path) -> GenerationDefaults:
     path = folder / "config.json"
     if not path.is_file():
         return GenerationDefaults()
-    names = {*_KINDS, *_TOKEN_LISTS, *_OTHERS, *_IDS}
+    names = {*_KINDS, *_TOKEN_LISTS, *_WORDS, *_OTHERS, *_IDS}
     found = {k: v for k, v in read_json(path).items() if k in names and v is not None}
     return _read(found, path.name)
 
@@ -160,5 +165,21 @@ def _read(found: Json, file: str) -> GenerationDefaults:
         if not isinstance(value, list) or not all(type(i) is int for i in value):
             raise UserError(f"{file} must give {name} as a list of token ids, not {value!r:.80}.")
         fields[name] = tuple(value)
+    words, stops = found.get("bad_words_ids"), found.get("stop_strings")
+    if words is not None:
+        if not isinstance(words, list) or not all(map(_is_word, words)):
+            raise UserError(
+                f"{file} must give bad_words_ids as lists of token ids, not {words!r:.80}."
+            )
+        fields["bad_words_ids"] = tuple(map(tuple, words))
+    if stops is not None:
+        stops = [stops] if isinstance(stops, str) else stops
+        if not isinstance(stops, list) or not all(isinstance(x, str) and x for x in stops):
+            raise UserError(f"{file} must give stop_strings as a list of texts, not {stops!r:.80}.")
+        fields["stop_strings"] = tuple(stops)
     others = [n for n, off in _OTHERS.items() if found.get(n) is not None and found[n] != off]
     return GenerationDefaults(**fields, others=tuple(others), file=found)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)

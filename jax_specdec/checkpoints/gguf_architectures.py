@@ -19,6 +19,13 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# Of `rope.scaling.`: what is read with these values alone, for which Hugging Face has no names.
+_USUAL = {
+    "attn_factor": (1.0,),
+    "yarn_attn_factor": (1.0,),
+    "yarn_ext_factor": (1.0, -1.0),  # -1: what the kind says
+    "yarn_log_multiplier": (0.0,),
+}
 
 
 class Keys:
@@ -58,7 +65,10 @@ class Keys:
         return [float(str(x)) for x in found]
 
     def _wrong(self, key: str, what: str, found: Any) -> UserError:
-        return UserError(f"{self.file.path} must give {key} as {what}, not {shown(found)}.")
+        name = f"{self._architecture}.{key}"
+        if found is None:
+            return UserError(f"{self.file.path} lacks {name}, {what}.")
+        return UserError(f"{self.file.path} must give {name} as {what}, not {shown(found)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,8 +254,20 @@ def read_rope(keys: Keys) -> Json:
     if all(name in tensors for name in LONG_ROPE):
         short, long = map(keys.vector, LONG_ROPE)
         out |= {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+        if keys.get("rope.scaling.attn_factor") is not None:  # of cosines and sines
+            out["attention_factor"] = keys.number("rope.scaling.attn_factor")
+    if out["rope_type"] == "yarn":
+        for name in ("beta_fast", "beta_slow"):
+            if keys.get(f"rope.scaling.yarn_{name}") is not None:
+                out[name] = keys.number(f"rope.scaling.yarn_{name}")
     if ROPE_FREQS in tensors:
         out |= {"rope_type": "llama3", "factor": _llama3_factor(keys), **_LLAMA3}
+    for name, usual in _USUAL.items():
+        found = keys.get(f"rope.scaling.{name}", usual[0])
+        if found not in usual and "attention_factor" not in out:
+            raise UserError(
+                f"{keys.file.path} has rope.scaling.{name} {shown(found)}, which is not supported."
+            )
     return out
 
 

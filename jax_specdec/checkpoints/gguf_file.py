@@ -20,6 +20,7 @@ import numpy as np
 from jax_specdec.checkpoints.tensor_files import DTYPES, RowView
 from jax_specdec.errors import UserError, shown
 
+SUFFIX, _MAGIC = ".gguf", b"GGUF"
 VERSIONS = (2, 3)
 _SCALARS = {
     0: "B",
@@ -81,6 +82,19 @@ class GgufFile:
         if tensor.kind in DTYPES:
             return found.view(jnp.dtype(DTYPES[tensor.kind]))
         return _package().dequantize(found, _type(tensor.kind))
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is that of a GGUF file: called so, or beginning so under another name."""
+    if not path.is_file():
+        return False
+    if path.suffix == SUFFIX:
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
 
 
 def open_gguf(path: Path) -> GgufFile:
@@ -188,7 +202,7 @@ class _Cursor:
 
 
 def _read(data: mmap.mmap, size: int, path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
-    if data[:4] != b"GGUF":
+    if data[: len(_MAGIC)] != _MAGIC:
         raise UserError(f"{path} is no GGUF file: it does not begin with GGUF.")
     cursor = _Cursor(data, size)
     cursor.room(4)

@@ -24,11 +24,6 @@ from jax_specdec.models.hf_tensors import Weight, weight_names
 _EXPERT = re.compile(r"(?<=\.experts)\.\d+")
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether a path is that of a GGUF file and not of a folder."""
-    return path.suffix == ".gguf" and path.is_file()
-
-
 def read_config(path: Path) -> Json:
     """The config.json that a file stands for.
 

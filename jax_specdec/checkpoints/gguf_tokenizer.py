@@ -130,9 +130,11 @@ def _byte_level(
     del kinds
     name = metadata.get(f"{KEY}pre")
     if not isinstance(name, str) or name not in SPLITS:
+        how = "does not say how it splits words (tokenizer.ggml.pre), as older files"
+        if name is not None:
+            how = f"splits words in a way that is not known, {shown(name)} (tokenizer.ggml.pre)"
         raise UserError(
-            f"{path} splits words in a way, {shown(name)} (tokenizer.ggml.pre), that is not known; known are "
-            f"{', '.join(SPLITS)}: load the target without a tokenizer, or convert the original."
+            f"{path} {how}: take a newer file, or the original; known are {', '.join(SPLITS)}."
         )
     split = SPLITS[name]
     pairs = [tuple(merge.split(" ")) for merge in _strings(path, metadata, "merges")]

@@ -5,12 +5,13 @@ import re
 from pathlib import Path
 
 from jax_specdec.checkpoints import smollm2
+from jax_specdec.checkpoints.gguf_file import SUFFIX as GGUF
+from jax_specdec.checkpoints.gguf_file import is_gguf
 from jax_specdec.checkpoints.tensor_files import absent_shards
 from jax_specdec.checkpoints.tokenizer_files import TOKENIZER_FILES
 from jax_specdec.errors import UserError, a_kind, shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-GGUF = ".gguf"
 HUB_GGUF = re.compile(rf"({HUB_ID.pattern})/([\w./-]+\{GGUF})")
 # Names, not endings: hub patterns match across folders, and many models lie there in several forms.
 HUB_PATTERNS = (
@@ -37,14 +38,17 @@ def find_checkpoint(source: str | os.PathLike[str]) -> Path:
     if folder.is_dir():
         return _gguf_or_folder(folder)
     if folder.is_file():
-        if folder.suffix == GGUF:
+        if is_gguf(folder):
             return folder
-        raise UserError(f"{source} is a file; name the folder that holds it and config.json.")
+        raise UserError(
+            f"{source} is a file and no GGUF; name the folder that holds config.json and the weights."
+        )
     if str(source) == smollm2.NAME:
         return smollm2.find()
     one = HUB_GGUF.fullmatch(str(source))
     if one is None and not HUB_ID.fullmatch(str(source)):
-        raise UserError(f"There is no folder {source!s:.300}.")
+        what = "file" if folder.suffix == GGUF else "folder"
+        raise UserError(f"There is no {what} {source!s:.300}.")
     import huggingface_hub
 
     try:

@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from jax_specdec._types import Params
+from jax_specdec.checkpoints.dtypes import check_dtype
+from jax_specdec.checkpoints.int8 import check_parts
 from jax_specdec.core.sharding import held_per_device, shapes_at
-from jax_specdec.errors import UserError
+from jax_specdec.errors import UserError, a_kind
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import Decoder
 from jax_specdec.models.quantized import quantize
+from jax_specdec.text.inputs import check_count
 from pallas_kernels import tuning
 
 
@@ -43,10 +46,20 @@ def memory_plan(
     """What a model takes, before anything is allocated.
 
     Args:
-      batch: rows. slots: cache slots of each row. width: new tokens or tree nodes of a row in one
-        forward.
+      dtype: as in `load_target`.
+      batch: rows. slots: cache slots of each row; 0 of either leaves the cache out. width: new tokens or tree
+        nodes of a row in one forward.
       int8: of which parts, as in `load_target`.
+
+    Raises:
+      UserError: a value that is none of these.
     """
+    if not isinstance(config, ModelConfig):
+        raise UserError(f"A memory plan is of a ModelConfig, not {a_kind(config)}.")
+    dtype = check_dtype(dtype)
+    check_parts(int8)
+    for name, value, least in (("batch", batch, 0), ("slots", slots, 0), ("width", width, 1)):
+        check_count(name, value, least)
     size = jnp.dtype(dtype).itemsize
     values = 2 * config.num_layers * batch * config.num_kv_heads * slots * config.head_dim
     parameters = config.parameter_count() * size

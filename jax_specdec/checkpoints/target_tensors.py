@@ -6,12 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_specdec.checkpoints.gguf_model import (
-    is_gguf,
-    open_gguf_tensors,
-    read_config,
-    tensor_types,
-)
+from jax_specdec.checkpoints.gguf_file import is_gguf
+from jax_specdec.checkpoints.gguf_model import open_gguf_tensors, read_config, tensor_types
 from jax_specdec.checkpoints.packed import read_packing
 from jax_specdec.checkpoints.tensor_files import (
     DTYPES,
@@ -75,7 +71,7 @@ def _read_configs(folder: Path) -> tuple[Json, Json | None]:
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.")
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no checkpoint: it has no config.json.")
+        raise UserError(f"{folder} is no checkpoint: it has no config.json, and no GGUF file.")
     generation = folder / "generation_config.json"
     return read_hf_config(folder / "config.json"), (
         read_json(generation) if generation.is_file() else None

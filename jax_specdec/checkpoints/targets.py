@@ -18,12 +18,13 @@ from jax.sharding import Mesh
 
 from jax_specdec._types import Array, Params
 from jax_specdec.checkpoints import layouts, sharded
+from jax_specdec.checkpoints.dtypes import check_dtype
 from jax_specdec.checkpoints.generation_config import (
     GenerationDefaults,
     read_generation,
     write_generation,
 )
-from jax_specdec.checkpoints.gguf_model import is_gguf
+from jax_specdec.checkpoints.gguf_file import is_gguf
 from jax_specdec.checkpoints.hub import find_checkpoint
 from jax_specdec.checkpoints.int8 import PARTS, check_parts
 from jax_specdec.checkpoints.memory import (
@@ -126,8 +127,8 @@ def load_target(
 
     Args:
       source: a folder, a GGUF file or a folder with one, or a model id of the Hugging Face hub.
-      dtype: of parameters and computation; None is the checkpoint's on accelerators, see
-        `default_dtype`, and float32 on CPU.
+      dtype: of parameters and computation, float32, bfloat16 or float16; None is the checkpoint's on
+        accelerators, see `default_dtype`, and float32 on CPU.
       layer_loop: see `Decoder`; None is `unroll`, the faster one for decoding.
       tokenizer: False leaves it out.
       mesh: divides the model, by default over its axis `tensor`, and batches over `data`. Each process
@@ -144,6 +145,7 @@ def load_target(
     """
     sharding = make_sharding(mesh, rules)
     check_parts(int8)
+    dtype = None if dtype is None else check_dtype(dtype, "The model cannot be loaded so: dtype")
     folder = find_checkpoint(source)
     config, generation = load_config(folder, context), read_generation(folder)
     tensors = open_target(folder, config)
@@ -264,9 +266,10 @@ def save_pretrained(
       load_dtype: what config.json tells readers to compute in; default `dtype`.
 
     Raises:
-      UserError: the family cannot express `config`. RunError: the disk is full or read-only.
+      UserError: the family cannot express `config`, or another dtype than float32, bfloat16 and float16.
+      RunError: the disk is full or read-only.
     """
-    dtype = jnp.dtype(dtype)
+    dtype = jnp.dtype(check_dtype(dtype, of_files=True))
     hf = config_to_hf(config, dtype if load_dtype is None else jnp.dtype(load_dtype))
     from transformers import __version__
 
@@ -298,6 +301,7 @@ def convert(
     Raises:
       UserError: as `load_target`. RunError: as `save_pretrained`.
     """
+    dtype = None if dtype is None else check_dtype(dtype, of_files=True)
     folder = find_checkpoint(source)
     config, generation = stored_config(folder), read_generation(folder)
     tensors = open_target(folder, config)

@@ -189,7 +189,8 @@ def check_tensors(folder: Path, tensors: dict[str, Stored], weights: dict[str, W
     listed = "; ".join(shown) + (f"; and {more} more" if more else "")
     if cause:
         raise UserError(f"{folder} {cause} ({listed}).")
-    raise UserError(f"{folder} does not hold what its config.json describes: {listed}.")
+    described = "its config.json describes" if folder.is_dir() else "its header describes"
+    raise UserError(f"{folder} does not hold what {described}: {listed}.")
 
 
 def _cause(folder: Path, tensors: dict[str, Stored], weights: dict[str, Weight]) -> str | None:
@@ -336,6 +337,8 @@ def new_folder(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
     folder = folder.expanduser().resolve()  # "." has no name
     if not folder.name:
         raise UserError(f"{folder} cannot be written as a checkpoint: name a folder in it.")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: name a folder to write to.")
     new = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         new.mkdir(parents=True)

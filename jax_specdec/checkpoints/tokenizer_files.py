@@ -7,7 +7,7 @@ from typing import Any
 
 from jax_specdec import progress
 from jax_specdec.checkpoints import gguf_tokenizer
-from jax_specdec.checkpoints.gguf_model import is_gguf
+from jax_specdec.checkpoints.gguf_file import is_gguf
 from jax_specdec.errors import UserError
 
 TOKENIZER_FILES = (
@@ -54,7 +54,9 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise bare Exception for a bad file
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = str(error).strip().split("\n")[0]
+        if not reason or isinstance(error, (AttributeError, LookupError, TypeError)):
+            reason = "its files are not what transformers writes"
         raise UserError(f"The tokenizer in {folder} cannot be loaded: {reason:.300}") from error
 
 

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from jax_specdec import progress
-from jax_specdec.cli import chat, convert, demo, doctor, generate, info, plan, train, tune
+from jax_specdec.cli import chat, common, convert, demo, doctor, generate, info, plan, train, tune
 from jax_specdec.cli.parser import Commands, Parser
 from jax_specdec.errors import RunError, UserError
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args.command is None:
             raise UserError("Say which command to run (see `jax-specdec --help`).")
-        with progress.told_always():
+        with progress.told_always(), common.warnings_said():
             return args.run(args) or 0
     except KeyboardInterrupt:
         return 130

@@ -21,9 +21,10 @@ BLOCK = '"""'
 HELP = f"""/help          these lines
 /reset         begin anew
 /undo          take back the last turn
-/system TEXT   set the system message, or show it
+/system TEXT   set the system message; /system alone shows it, /system - takes it away
 /save FILE     write the messages, for `chat --messages` or `generate --prompts`
 /quit          end, as Ctrl-D does
+//TEXT         the message /TEXT
 {BLOCK} begins and ends a message of several lines; Ctrl-C stops an answer, and the turn is taken back."""
 # Of sources in their order; what the target itself says has the terminal's own colour.
 COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
@@ -104,24 +105,27 @@ class _Session:
         raise NotImplementedError
 
     def _message(self) -> str:
-        """What is written next, maybe over several lines."""
+        """What is written next, maybe over several lines, which are never a command."""
         message = self._line("\n> ").strip()
         if not message.startswith(BLOCK):
             return message
         lines = [message.removeprefix(BLOCK)]
         while not lines[-1].endswith(BLOCK):
             lines.append(self._line("... ").rstrip())
-        return "\n".join(lines).removesuffix(BLOCK).strip()
+        text = "\n".join(lines).removesuffix(BLOCK).strip()
+        return f"/{text}" if text.startswith("/") else text
 
     def _do(self, message: str) -> bool:
         """Answers, or does what is asked; whether that is to end."""
-        if message.startswith("/"):
+        if message.startswith("/") and not message.startswith("//"):
             return self._command(*message[1:].split(maxsplit=1))
-        self._answer(message)
+        self._answer(message.removeprefix("/"))
         return False
 
     def _command(self, name: str = "", rest: str = "") -> bool:
         messages = self._chat.messages
+        if rest and name in ("quit", "help", "reset", "undo"):
+            raise UserError(f"/{name} has nothing behind it: /help says what there is.")
         if name == "quit":
             return True
         if name == "help":
@@ -134,7 +138,7 @@ class _Session:
             self._say(f"The last turn is taken back; {len(messages)} messages are left.")
         elif name == "system":
             if rest:
-                self._chat.system = rest
+                self._chat.system = None if rest == "-" else rest
             self._say(
                 f"The system message is {shown(self._chat.system, 300)}."
                 if self._chat.system

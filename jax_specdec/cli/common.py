@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jax_specdec.checkpoints.dtypes import DTYPES
 from jax_specdec.checkpoints.int8 import PARTS
 from jax_specdec.errors import UserError, shown
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from jax_specdec.checkpoints.targets import Target
     from jax_specdec.specs.build import LoadedDrafter
     from jax_specdec.specs.language import Spec
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def model_group(parser: argparse.ArgumentParser) -> Any:
@@ -164,20 +163,19 @@ def load(args: argparse.Namespace, mesh: "Mesh | None" = None) -> "tuple[Target,
     from jax_specdec import loading
 
     folders, spec = draft_folders(args.draft), given_drafter(args)
-    with warnings_said():
-        target, drafter = loading.load_pair(
-            model_source(args),
-            loading.AUTO if spec is None else spec,
-            draft=folders,
-            dtype=args.dtype,
-            mesh=mesh,
-            int8=getattr(args, "int8", ()),
-            draft_int8=getattr(args, "draft_int8", ()),
-            context=getattr(args, "context", None),
-            batch_size=getattr(args, "batch_size", 1),
-            first="the first --draft",
-            keep_programs=keeps_programs(args),
-        )
+    target, drafter = loading.load_pair(
+        model_source(args),
+        loading.AUTO if spec is None else spec,
+        draft=folders,
+        dtype=args.dtype,
+        mesh=mesh,
+        int8=getattr(args, "int8", ()),
+        draft_int8=getattr(args, "draft_int8", ()),
+        context=getattr(args, "context", None),
+        batch_size=getattr(args, "batch_size", 1),
+        first="the first --draft",
+        keep_programs=keeps_programs(args),
+    )
     if drafter.reason:
         say(loading.chosen(drafter))
     return target, drafter

@@ -17,7 +17,9 @@ def register(commands: Any) -> None:
         examples=("DIR OUT --dtype bfloat16", "HEADS OUT --target DIR"),
     )
     parser.add_argument("source", metavar="SRC", help="checkpoint folder, GGUF file or hub id")
-    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "out", metavar="OUT", help="folder to write; SRC itself is replaced once all is written"
+    )
     parser.add_argument(
         "--dtype", choices=common.DTYPES, help="of what is written (default: as it is)"
     )

@@ -107,8 +107,7 @@ def describe(
         )
     if given is None:
         given, _ = choose_drafter(drafters.setting, folders)
-    with common.warnings_said():
-        spec, outline = drafters.outline(given)
+    spec, outline = drafters.outline(given)
     check_taken(spec.names, args.draft_int8)
     name = str(spec._replace(rule=None, nodes=None)) if spec.inner else spec.name
     length, width = outline.info.depth, outline.info.nodes + 1

@@ -102,7 +102,7 @@ def answer(args: argparse.Namespace) -> dict[str, Any]:
 
     from jax_specdec.tuning import plan
 
-    sizes = meshes.parse_mesh(args.mesh) if args.mesh else _usual_mesh(config, topology.devices)
+    sizes = _mesh(args, config, topology.devices)
     sized = (config, topology, sizes, args.batch_size, args.context, args.dtype)
     question = plan.Question(*sized, args.int8)
     builder = ShapedDrafter(spec, folders, home, config)
@@ -163,12 +163,22 @@ def _config(source: str) -> "tuple[ModelConfig, Path]":
     return config_from_hf(read_hf_config(path)), path.parent
 
 
-def _usual_mesh(config: "ModelConfig", devices: int) -> dict[str, int]:
+def _mesh(args: argparse.Namespace, config: "ModelConfig", devices: int) -> dict[str, int]:
+    """What was asked for, or as much of `tensor` as the model divides over."""
+    if args.mesh:
+        return meshes.parse_mesh(args.mesh)
     sizes = (config.num_heads, config.vocab_size, *config.mlp_sizes)
     tensor = max(
         n for n in range(1, devices + 1) if devices % n == 0 and not any(s % n for s in sizes)
     )
-    return {"data": devices // tensor, "tensor": tensor}
+    data = devices // tensor
+    if args.batch_size % data:
+        raise UserError(
+            f"This model divides over {tensor} of {devices} devices ({config.num_heads} heads), and a batch of "
+            f"{args.batch_size} not over the {data} groups that are left: choose a --batch-size that is a multiple of "
+            f"{data}, or fewer devices."
+        )
+    return {"data": data, "tensor": tensor}
 
 
 def _cpu_devices(count: int) -> None:

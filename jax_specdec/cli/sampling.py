@@ -111,7 +111,8 @@ def heed(args: argparse.Namespace, target: "Target") -> None:
     if args.generation_config == "none":
         named = [name for name in args.open if getattr(defaults, name, None) is not None]
         named = [f"{name} {getattr(defaults, name):g}" for name in named if name in asked]
-        left = [*named, *(["suppress_tokens"] if defaults.suppress_tokens else []), *left]
+        lists = ("suppress_tokens", "bad_words_ids", "stop_strings")
+        left = [*named, *(name for name in lists if getattr(defaults, name)), *left]
         asked = {}
     if left:
         hint = (
@@ -122,7 +123,8 @@ def heed(args: argparse.Namespace, target: "Target") -> None:
         common.say(f"generation_config.json: left out {', '.join(left)}{hint}")
     for name in args.open:
         setattr(args, name, asked.get(name, getattr(args, name)))
-    args.bad_words = [*args.bad_words, *asked.get("bad_words", ())]
+    for name in ("stop", "bad_words"):
+        setattr(args, name, [*getattr(args, name), *asked.get(name, ())])
 
 
 def _number(group: Any, name: str, kind: type, text: str, usual: Mapping[str, Any]) -> None:

@@ -1,9 +1,10 @@
 """Hugging Face's `config.json`, in both directions, by the table of `families`."""
 
 import dataclasses
+import warnings
 from typing import Any
 
-from jax_specdec.errors import UserError
+from jax_specdec.errors import UserError, shown_value
 from jax_specdec.models import hf_read
 from jax_specdec.models.config import MAX_LAYERS, ModelConfig
 from jax_specdec.models.families import FAMILIES
@@ -46,6 +47,8 @@ def config_from_hf(hf: Json, generation: Json | None = None) -> ModelConfig:
     name = hf.get("model_type")
     if name == "mistral" and "layer_types" in hf:  # transformers reads it as this, too
         name = "ministral"
+    if name is None:
+        raise UserError("config.json does not say what model it is of (model_type).")
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(
             f"Models of type {name!r:.80} are not supported; supported are {', '.join(FAMILIES)}."
@@ -79,19 +82,20 @@ def config_from_hf(hf: Json, generation: Json | None = None) -> ModelConfig:
         )
     head_dim = size(hf, "head_dim") if hf.get("head_dim") is not None else hidden // heads
     kv_heads = hf.get("num_key_value_heads")
-    named = hf_read.token_ids(generation or {}, "generation_config.json", "eos_token_id")
-    eos = hf_read.token_ids(hf, "config.json", "eos_token_id") if named is None else named
+    vocab = sizes["vocab_size"]
+    ends = _ends(generation or {}, "generation_config.json", vocab)
+    ends = ends or _ends(hf, "config.json", vocab)
     try:
         fields = {
             **sizes,
             "num_kv_heads": heads if kv_heads is None else size(hf, "num_key_value_heads"),
             "head_dim": head_dim,
             "family": name,
-            "norm_eps": float(hf.get("rms_norm_eps", 1e-6)),
+            "norm_eps": hf_read.number({"rms_norm_eps": 1e-6, **hf}, "rms_norm_eps"),
             "tied_head": bool(hf.get("tie_word_embeddings", False)),
             "activation": hf_read.activation(hf),
             "bos_id": hf_read.token_id(hf, "bos_token_id"),
-            "eos_ids": eos or (),
+            "eos_ids": ends,
             "pad_id": hf_read.token_id(hf, "pad_token_id"),
             **({} if "rope" in family.fields else read_ropes(hf, name, family.partial)),
             **family.fields,
@@ -163,6 +167,19 @@ def token_ids(config: ModelConfig) -> Json:
         "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
         "pad_token_id": config.pad_id,
     }
+
+
+def _ends(hf: Json, file: str, vocab_size: int) -> tuple[int, ...]:
+    """End-of-text ids. Those outside of the vocabulary, which no text can come to, are left out with a warning."""
+    ids = hf_read.token_ids(hf, file, "eos_token_id") or ()
+    outside = [i for i in ids if not 0 <= i < vocab_size]
+    if outside:
+        warnings.warn(
+            f"The end-of-text ids {shown_value(outside)} of {file} are outside of the vocabulary of "
+            f"{vocab_size} and left out.",
+            stacklevel=2,
+        )
+    return tuple(i for i in ids if i not in outside)
 
 
 def _refuse_quantized(hf: Json) -> None:

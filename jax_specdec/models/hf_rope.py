@@ -32,6 +32,9 @@ def read_ropes(hf: Json, family: str, partial: bool) -> Json:
     Raises:
       UserError: a kind that is not supported, or one that lacks a parameter.
     """
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(hf.get(key) or {}, dict):
+            raise UserError(f"config.json must give {key} as an object, not {hf[key]!r:.80}.")
     if family == "gemma3_text":
         given = hf.get("rope_parameters") or {}
         full = {**(given.get("full_attention") or {}), **(hf.get("rope_scaling") or {})}
@@ -89,10 +92,10 @@ def _read(rope: Json, hf: Json, theta: float, partial: bool) -> RopeConfig:
         fields["beta_slow"] = float(rope.get("beta_slow") or 1)
         fields["truncate"] = bool(rope.get("truncate", True))
     if kind in ("yarn", "longrope"):
-        given = rope.get("attention_factor")
-        fields["attention_factor"] = float(
-            _attention_factor(fields, rope) if given is None else given
-        )
+        given, usual = rope.get("attention_factor"), _attention_factor(fields, rope)
+        if given is None or math.isclose(given, usual, rel_tol=1e-7):  # a GGUF file has float32
+            given = usual
+        fields["attention_factor"] = float(given)
     return RopeConfig(**fields)
 
 

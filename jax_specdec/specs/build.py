@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jax_specdec.checkpoints.dtypes import check_dtype
 from jax_specdec.checkpoints.int8 import check_parts
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.draft import MAX_NODES
@@ -88,7 +89,7 @@ class Drafters:
         self.target = target
         self.home = Path(folder) if folder is not None else target.path.parent
         self.drafts = folders_by_name(drafts)
-        self.dtype = dtype or target.decoder.dtype
+        self.dtype = target.decoder.dtype if dtype is None else check_dtype(dtype)
         check_parts(int8)
         self.setting = setting_of(target, batch_size, int8)
         self.int8, self.rules = int8, rules

@@ -39,6 +39,7 @@ def chat_text(
     template: str | None = None,
     template_args: Mapping[str, Any] | None = None,
     answer_follows: bool = True,
+    instead: str = "",
 ) -> str:
     """A chat as text, and what the template puts before the answer.
 
@@ -50,13 +51,14 @@ def chat_text(
       template: Jinja, in place of the tokenizer's own.
       template_args: what else the template is given, such as `enable_thinking`.
       answer_follows: False leaves out what stands before an answer.
+      instead: what can be done without a template, for messages; default: to give the prompt as text.
 
     Raises:
       UserError: no template, one that fails or leaves something out, an argument that it does not know, or
         messages that are none.
     """
     alone = isinstance(prompt, str)
-    instead = "leave out --chat" if alone else "give the prompt as text"
+    instead = instead or ("leave out --chat" if alone else "give the prompt as text")
     messages = [{"role": "user", "content": prompt}] if alone else check_messages(prompt)
     if not (template or tokenizer.chat_template):
         raise UserError(
@@ -89,7 +91,9 @@ def chat_text(
             failure = failure or error
     else:
         if failure is None:
-            raise UserError(f"The chat template leaves out what the user says: {instead}.")
+            raise UserError(
+                f"The chat template leaves out what the user says: {instead}, or give another template."
+            )
         reason = " ".join(str(failure).split()) or type(failure).__name__
         raise UserError(f"The chat template fails: {reason:.300}") from failure
     check_text(text, "The chat")

@@ -125,10 +125,12 @@ def is_whole(value: Any) -> bool:
     return whole and not isinstance(value, bool) and abs(int(value)) < 2**63
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raises a `UserError` for anything but a whole number of at least 1."""
-    if not is_whole(value) or value < 1:
-        raise UserError(f"{name} must be at least 1, a whole number, got {shown_value(value)}.")
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises a `UserError` for anything but a whole number of at least `least`."""
+    if not is_whole(value) or value < least:
+        raise UserError(
+            f"{name} must be at least {least}, a whole number, got {shown_value(value)}."
+        )
 
 
 _WHOLE = [np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_specdec.checkpoints.dtypes import check_dtype
 from jax_specdec.checkpoints.hub import find_checkpoint
 from jax_specdec.checkpoints.targets import Target, load_target
 from jax_specdec.drafters import registry
@@ -188,8 +189,7 @@ def _run(
     share = heldout_share
     if not isinstance(share, (int, float)) or isinstance(share, bool):
         raise UserError(f"heldout_share must be a number, not {a_kind(share)}.")
-    if save_dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError("save_dtype must be float32, bfloat16 or float16.")
+    save_dtype = check_dtype(save_dtype, "save_dtype", of_files=True)
     if callback is not None and not callable(callback):
         raise UserError("callback must be a function of a step's number and its metrics.")
     return runs.Run(

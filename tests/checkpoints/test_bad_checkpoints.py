@@ -8,7 +8,7 @@ from small_checkpoint import CONFIG, random_params, rewrite
 
 from jax_specdec.checkpoints import targets as checkpoints
 from jax_specdec.checkpoints.hub import HUB_PATTERNS, fetch_config
-from jax_specdec.checkpoints.targets import load_params, load_target, save_pretrained
+from jax_specdec.checkpoints.targets import convert, load_params, load_target, save_pretrained
 from jax_specdec.errors import UserError
 from jax_specdec.models import config_to_hf
 
@@ -20,7 +20,9 @@ def test_no_such_folder(tmp_path):
 
 
 def test_a_file_is_no_folder(folder):
-    with pytest.raises(UserError, match=r"model.safetensors is a file; name the folder"):
+    with pytest.raises(
+        UserError, match=r"model.safetensors is a file and no GGUF; name the folder"
+    ):
         load_target(folder / "model.safetensors")
 
 
@@ -73,6 +75,19 @@ def test_why_a_model_of_the_hub_is_not_here(kind, sentence, monkeypatch):
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int4", "float8_e4m3fn", "float64", bool, 5, "x" * 500])
+def test_other_dtypes(folder, dtype, tmp_path):
+    """Before anything is read, and before anything is written."""
+    for use in (
+        lambda: load_target(folder, dtype=dtype),
+        lambda: convert(folder, tmp_path / "out", dtype=dtype),
+        lambda: save_pretrained(tmp_path / "out", CONFIG, {}, dtype=dtype),
+    ):
+        with pytest.raises(UserError, match="dtype must be float32, bfloat16 or flo") as caught:
+            use()
+        assert len(str(caught.value)) < 200 and not (tmp_path / "out").exists()
+
+
 def test_no_config(folder):
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"it has no config.json"):
@@ -85,6 +100,28 @@ def test_broken_json(folder, name, text, message):
     (folder / name).write_text(text)
     with pytest.raises(UserError, match=f"{name} .*{message}"):
         load_target(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": None}, "does not say what model it is of"),
+        ({"rms_norm_eps": "1e-5"}, "must give rms_norm_eps as a number"),
+        ({"rope_parameters": "x"}, "must give rope_parameters as an object"),
+    ],
+)
+def test_values_of_another_type(folder, values, message):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    with pytest.raises(UserError, match=message):
+        load_target(folder)
+
+
+def test_out_is_a_file(folder, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match="out is a file: name a folder"):
+        checkpoints.convert(folder, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == ""
 
 
 def test_no_weights(folder):
@@ -170,7 +207,7 @@ def test_missing_and_broken_tokenizer(folder):
     ):
         load_target(folder)
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"The tokenizer in .* cannot be loaded"):
+    with pytest.raises(UserError, match=r"The tokenizer in .* cannot be loaded: its files are not"):
         load_target(folder)
 
 

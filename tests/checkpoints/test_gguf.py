@@ -113,6 +113,10 @@ def test_scaled_frequencies(tmp_path):
         more=[("llama.rope.scaling.type", "linear"), ("llama.rope.scaling.factor", 4.0)],
     )
     assert (load_config(path).rope.kind, load_config(path).rope.factor) == ("linear", 4.0)
+    scaling = {"type": "yarn", "factor": 4.0, "yarn_beta_fast": 16.0, "yarn_ext_factor": 1.0}
+    more = [(f"llama.rope.scaling.{key}", value) for key, value in scaling.items()]
+    rope = load_config(write_gguf(tmp_path / "yarn.gguf", folder, more=more)).rope
+    assert (rope.kind, rope.beta_fast, rope.beta_slow) == ("yarn", 16.0, 1.0)
     hf = json.loads((folder / "config.json").read_text())
     rope = {
         "rope_type": "llama3",
@@ -173,6 +177,14 @@ def test_a_folder_with_one_file(tmp_path):
     assert find_checkpoint(folder) == folder, "which has weights of its own"
 
 
+def test_a_file_of_another_name(tmp_path):
+    _, path = model(tmp_path)
+    other = path.rename(tmp_path / "sha256-abc")
+    assert load_target(other, tokenizer=False).config == CONFIG
+    with pytest.raises(UserError, match=r"There is no file .*model.gguf"):
+        load_target(path)
+
+
 def test_files_of_the_hub(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path))
@@ -209,6 +221,7 @@ def test_every_truncation_is_refused(tiny, tmp_path):
             open_gguf(path)
 
 
+@pytest.mark.filterwarnings("ignore:The end-of-text ids")
 def test_forged_headers_are_refused_or_read(tmp_path):
     """No other error, no endless loop and no huge allocation, whatever a byte says."""
     _, good = model(tmp_path, dataclasses.replace(CONFIG, num_layers=1, windows=()))
@@ -272,6 +285,7 @@ def test_unknown_types(tmp_path):
         ([("llama.attention.value_length", 4)], "another size than its keys"),
         ([("split.count", 3)], "join them with"),
         ([("llama.rope.scaling.type", "spiral")], "'spiral' are not supported"),
+        ([("llama.rope.scaling.attn_factor", 1.5)], "rope.scaling.attn_factor '1.5'"),
     ],
 )
 def test_models_that_are_not_supported(tmp_path, more, message):

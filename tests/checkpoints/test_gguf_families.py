@@ -97,7 +97,8 @@ def test_transformers_reads_the_same(case, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("count", "message"), [(8, "no matrix for each of 8 experts"), (None, "expert_used_count as")]
+    ("count", "message"),
+    [(8, "no matrix for each of 8 experts"), (None, "lacks llama.expert_used_count")],
 )
 def test_experts_that_are_not_there(count, message, tmp_path):
     folder, path, _ = written("mixtral", tmp_path)

@@ -166,7 +166,7 @@ def test_sentencepiece(prefix, tmp_path):
     [
         ("bert", {}, "of type 'bert'; gpt2 and llama"),
         ("gpt2", {"pre": "default", "merges": []}, "'default' .* known are gpt-2"),
-        ("gpt2", {"merges": []}, "splits words in a way, 'None'"),
+        ("gpt2", {"merges": []}, "does not say how it splits words"),
         ("gpt2", {"pre": "qwen2"}, "merges as a list of texts"),
         ("gpt2", {"pre": "qwen2", "merges": ["a c"]}, "cannot be read"),
         ("llama", {"scores": [0.0, 0.0], "more": [("bos_token_id", 9)]}, "'9' of 2 tokens"),

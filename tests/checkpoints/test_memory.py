@@ -18,6 +18,27 @@ def test_memory_plan():
     assert plan.total == plan.parameters + plan.cache + plan.logits
 
 
+def test_memory_plan_refuses():
+    plan = memory.memory_plan
+    for call, sentence in (
+        (lambda: plan(CONFIG, "int4", 1, 1), r"'int4': .* give int8=\(\"weights\",\)"),
+        (
+            lambda: plan(CONFIG, None, 1, 1),
+            "dtype must be float32, bfloat16 or float16, not 'None'",
+        ),
+        (
+            lambda: plan(CONFIG, "float32", -8, 1),
+            "batch must be at least 0, a whole number, got -8",
+        ),
+        (lambda: plan(CONFIG, "float32", 1, 0.5), "slots must be at least 0"),
+        (lambda: plan(CONFIG, "float32", 1, 1, width=0), "width must be at least 1"),
+        (lambda: plan(CONFIG, "float32", 1, 1, int8="weights"), "int8 is of weights and cache"),
+        (lambda: plan({}, "float32", 1, 1), "of a ModelConfig, not a dict"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            call()
+
+
 def test_check_fits():
     plan = memory.MemoryPlan(parameters=13 * 2**30, cache=2**30, logits=0)
     memory.check_fits(plan, None)

@@ -222,6 +222,36 @@ def test_end_of_text_of_config_json_counts_where_the_other_file_has_none(tied, t
     assert "eos_token_id" not in written and written["temperature"] == 0.6
 
 
+def test_stop_strings_and_bad_words(tied):
+    edit(
+        tied,
+        "generation_config.json",
+        stop_strings="\n",
+        bad_words_ids=[[5, 6]],
+        suppress_tokens=[4],
+    )
+    found = read_generation(tied)
+    assert found.options() == {"bad_words": ((4,), (5, 6)), "stop": ("\n",)}
+    assert found.unheeded(64) == ()
+
+
+def test_end_of_text_ids_outside_of_the_vocabulary(tied, tmp_path):
+    """None of them can come. Where no other is left, those of config.json count."""
+    edit(tied, "generation_config.json", eos_token_id=[5, 99999, -1])
+    said = r"The end-of-text ids \[99999, -1\] of generation_config.json are outside of the vocab"
+    with pytest.warns(UserWarning, match=said):
+        assert load_config(tied).eos_ids == (5,)
+    edit(tied, "generation_config.json", eos_token_id=99999)
+    with pytest.warns(UserWarning, match=r"\[99999\] of generation_config.json"):
+        assert load_config(tied).eos_ids == (2,)
+    edit(tied, "generation_config.json", eos_token_id=None)
+    edit(tied, eos_token_id=48)
+    with pytest.warns(
+        UserWarning, match=r"\[48\] of config.json are outside of the vocabulary of 48"
+    ):
+        assert load_config(tied).eos_ids == ()
+
+
 def test_other_end_of_text_ids_are_written(tied, tied_params, tmp_path):
     (tied / "generation_config.json").write_text(json.dumps(QWEN))
     config = dataclasses.replace(TIED, eos_ids=(9,))
@@ -241,6 +271,9 @@ def test_other_end_of_text_ids_are_written(tied, tied_params, tmp_path):
         ("do_sample", 1, "true or false, not 1"),
         ("suppress_tokens", [1, None], r"a list of token ids, not \[1, None\]"),
         ("suppress_tokens", 3, "a list of token ids, not 3"),
+        ("bad_words_ids", [5], r"lists of token ids, not \[5\]"),
+        ("bad_words_ids", [[]], r"lists of token ids, not \[\[\]\]"),
+        ("stop_strings", [""], r"a list of texts, not \[''\]"),
     ],
 )
 def test_bad_generation_settings(key, value, expected, tied):

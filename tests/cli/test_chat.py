@@ -78,6 +78,15 @@ def test_commands_of_a_pipe(capsys, monkeypatch, tmp_path):
     assert err.count(" tokens/s, tau ") == 2
     lines_in(monkeypatch, capsys, chat, "/reset\n")
     assert chat.messages == []
+    out, err = lines_in(monkeypatch, capsys, chat, "/system -\n")
+    assert chat.system is None and "There is no system message." in err
+
+
+def test_messages_that_begin_with_a_slash(capsys, monkeypatch):
+    chat = Chat(ANSWER, ANSWER, ANSWER)
+    lines_in(monkeypatch, capsys, chat, '//etc/hosts\n"""/* code\n*/"""\n"""// more"""\n')
+    said = [message["content"] for message in chat.messages]
+    assert said == ["/etc/hosts", "/* code\n*/", "// more"]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +96,9 @@ def test_commands_of_a_pipe(capsys, monkeypatch, tmp_path):
         ("\n \n", "Standard input is empty"),
         ("/undo\nHello\n", "There is no turn to undo"),
         ("/x\nHello\n", "There is no command /x: /help says which there are"),
+        ("/undo 2\nHello\n", "/undo has nothing behind it: /help says"),
+        ("/reset all\nHello\n", "/reset has nothing behind it"),
+        ("/quit now\nHello\n", "/quit has nothing behind it"),
         ('"""never\nended\n', 'ends within a message: end it with """'),
     ],
 )
@@ -255,3 +267,9 @@ def test_settings_of_the_checkpoint(capsys):
     assert args.temperature == 0  # transformers samples where do_sample says so
     assert said == "generation_config.json: left out max_length\n"
     assert settled("--temperature", "1", max_length=100)[1] == ""
+    asked = {"bad_words_ids": ((5, 6),), "stop_strings": ("\n",)}
+    args, said = settled(**asked)
+    assert (args.stop, args.bad_words) == ([], [])
+    assert "left out bad_words_ids, stop_strings (--generation-config" in said
+    args, said = settled("--generation-config", "model", "--stop", "x", **asked)
+    assert (args.stop, args.bad_words, said) == (["x", "\n"], [(5, 6)], "")

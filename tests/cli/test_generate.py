@@ -38,7 +38,8 @@ def test_generate(model, capsys):
     status = main(["generate", "--model", model, "--prompt", PROMPT, "--drafter", "lm:3", *SHORT])
     out, err = capsys.readouterr()
     assert status == 0 and out.endswith("\n")
-    assert len(err.strip().splitlines()) == 1
+    # On a slow machine, it also says what it compiles.
+    assert len([line for line in err.splitlines() if not line.startswith("compiling")]) == 1
     for part in ("12 tokens in", "tokens/s", "mean acceptance length", "near ties"):
         assert part in err
 

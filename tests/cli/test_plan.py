@@ -114,6 +114,16 @@ def test_what_the_compiler_refuses(capsys, monkeypatch, reason, status, sentence
     assert sentence in fails(capsys, "plan", *given, status=status)
 
 
+def test_heads_that_do_not_divide(capsys, tmp_path):
+    """The mesh is our choice, so the sentence says more than of one that was given."""
+    config = json.loads(LLAMA_8B.read_text()) | {"num_attention_heads": 9, "num_key_value_heads": 3}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config | {"head_dim": 64}))
+    given = ("plan", "--model", file, "--topology", "v5e:2x4", "--arithmetic")
+    assert "--batch-size that is a multiple of 8" in fails(capsys, *given)
+    ok(capsys, *given, "--batch-size", 8)
+
+
 def test_no_model(capsys, tmp_path):
     assert "no folder or file" in fails(
         capsys, "plan", "--model", tmp_path / "none.json", "--topology", "v5e:2x4"

@@ -217,7 +217,10 @@ WRONG = {
         lambda c: c.chat("be kind.", template="{{ messages[-1].content }}"),
         "The chat template leaves out the system message",
     ),
-    "deaf": (lambda c: c.chat(template="hi."), "The chat template leaves out what the user says"),
+    "deaf": (
+        lambda c: c.chat(template="hi."),
+        "The chat template leaves out what the user says: use generate, or give another template.",
+    ),
     "role": (lambda c: c.chat(messages=[{"role": 3, "content": ""}]), '"role" must be a text'),
 }
 

@@ -12,7 +12,8 @@ import tokenizers
 
 from jax_specdec import Request, UserError, make_sampling
 from jax_specdec.core.rows import per_row
-from jax_specdec.generation import OPTIONS, Options, make_requests, sample_key, samples_of
+from jax_specdec.generation import OPTIONS, make_requests, sample_key, samples_of
+from jax_specdec.options import Options
 from jax_specdec.text.chat import chat_text
 from jax_specdec.text.inputs import as_prompt, split
 
@@ -199,6 +200,52 @@ def test_options_refused(options, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         make_requests(["a"], None, options, beside=("batch_size",))
     assert len(str(caught.value)) < 500
+
+
+OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "logit_bias": {}}
+OFF |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "bad_words": ()}
+OFF |= {"stop": (), "stop_token_ids": ()}
+
+
+def test_none_is_off():
+    for given in (
+        make_requests(["a"], None, dict.fromkeys(OFF), alone=True),
+        make_requests(["a"], None, {name: [None] for name in OFF}),
+        make_requests([Request("a", **dict.fromkeys(OFF))], None, {}),
+    ):
+        assert {name: getattr(given[0], name) for name in OFF} == OFF
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("stop", "a", ("a",)),
+        ("stop", ["a", "b"], ("a", "b")),
+        ("stop", [], ()),
+        ("stop", [("a", "b")], ("a", "b")),
+        ("stop", [["a"]], ["a"]),
+        ("stop_token_ids", [2], (2,)),
+        ("stop_token_ids", np.array([2, 3]), (2, 3)),
+        ("stop_token_ids", [(2, 3)], (2, 3)),
+        ("bad_words", ["a", [5, 6]], ("a", [5, 6])),
+        ("bad_words", [[5, 6]], ([5, 6],)),
+        ("bad_words", [(5, 6), (7,)], ((5, 6), (7,))),
+        ("bad_words", [("a", (5, 6))], ("a", (5, 6))),
+        ("bad_words", [["a", "b"]], ["a", "b"]),
+        ("bad_words", [()], ()),
+    ],
+)
+def test_a_list_beside_one_prompt_is_its_own(name, value, expected):
+    (request,) = make_requests(["a"], None, {name: value}, alone=True)
+    assert getattr(request, name) == expected
+
+
+def test_a_list_beside_several_has_one_for_each():
+    made = make_requests(["a", "b"], None, {"stop": [("x",), ()], "bad_words": None})
+    assert [request.stop for request in made] == [("x",), ()]
+    says = r'as in stop=\("\\n",\), or as a list with one tuple per prompt'
+    with pytest.raises(UserError, match=says):
+        make_requests(["a", "b"], None, {"stop": ["x", "y"]})
 
 
 def test_ids_refused():
