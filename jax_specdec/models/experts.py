@@ -54,13 +54,13 @@ def mixture(
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     expert = chosen.reshape(-1)[order]
     experts = up.shape[0]
-    sizes = jnp.sum(expert[:, None] == jnp.arange(experts, dtype=jnp.int32)[None], axis=0)
+    chose = expert[:, None] == jnp.arange(experts, dtype=jnp.int32)[None]
+    sizes = jnp.sum(chose, axis=0, dtype=jnp.int32)
     y = x[order // count]
     if tuning.device().platform == "tpu":
-        sizes = sizes.astype(jnp.int32)
         y = _ragged(activate(_ragged(y, up, sizes, expert)), down, sizes, expert)
     else:  # where `ragged_dot` is a dense pass
-        y = _in_blocks(y, sizes.astype(jnp.int32), expert, up, down, activate)
+        y = _in_blocks(y, sizes, expert, up, down, activate)
     back = jnp.argsort(order)
     y = y[back].reshape(rows, count, -1)
     return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=1).astype(x.dtype)

@@ -11,6 +11,7 @@ from jax_specdec.models.hf_read import (
     number,
     refuse,
     size,
+    used_window,
     window_of,
     windows_by_type,
 )
@@ -54,7 +55,7 @@ def write_layer_types(c: ModelConfig) -> Json:
 
 def read_qwen_windows(hf: Json) -> Json:
     """Qwen's window holds from layer `max_window_layers` on, unless `layer_types` says where."""
-    window = window_of(hf) if hf.get("use_sliding_window") else None
+    window = used_window(hf)
     types = hf.get("layer_types")
     if types is None:
         first = hf["max_window_layers"] if window is not None else hf["num_hidden_layers"]
@@ -137,7 +138,7 @@ def read_smollm3(hf: Json) -> Json:
         interval = size(hf, "no_rope_layer_interval")
         rotated = [int((i + 1) % interval != 0) for i in range(count)]
     rotated = integers(hf, "no_rope_layers", rotated, count)
-    window = window_of(hf) if hf.get("use_sliding_window") else None
+    window = used_window(hf)
     types = hf.get("layer_types") or [
         "sliding_attention" if window is not None and not turned else "full_attention"
         for turned in rotated
@@ -225,7 +226,7 @@ def write_mixtral(c: ModelConfig) -> Json:
 def read_qwen3_moe(hf: Json) -> Json:
     count, step = hf["num_hidden_layers"], size(hf, "decoder_sparse_step")
     plain = integers(hf, "mlp_only_layers", hf.get("mlp_only_layers") or [])
-    window = window_of(hf) if hf.get("use_sliding_window") else None
+    window = used_window(hf)
     key = "num_experts" if hf.get("num_experts") is not None else "num_local_experts"
     return {
         **bias_flags(hf),

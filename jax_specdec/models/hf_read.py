@@ -100,6 +100,11 @@ def window_of(hf: Json) -> int | None:
     return None if hf["sliding_window"] is None else size(hf, "sliding_window")
 
 
+def used_window(hf: Json) -> int | None:
+    """The sliding window where `use_sliding_window` asks for it."""
+    return window_of(hf) if hf.get("use_sliding_window") else None
+
+
 def windows_by_type(hf: Json, types: Any, window: int | None) -> tuple[int | None, ...]:
     """The window of each layer from its type."""
     count = hf["num_hidden_layers"]
