@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from jax_specdec.specs.build import LoadedDrafter, load_drafter
     from jax_specdec.specs.defaults import default_spec
     from jax_specdec.streaming import Piece, Stream
-    from jax_specdec.training.api import train_glide, train_lm, train_medusa
+    from jax_specdec.training.api import train_glide, train_lm, train_medusa, train_vocabulary
 
     __version__: str
 
@@ -76,7 +76,7 @@ _HOMES = {
     "core.sampling": ("Sampling", "make_sampling"),
     "core.sharding": ("Sharding", "ShardingRules"),
     "core.draft": ("Draft", "Text"),
-    "training.api": ("train_glide", "train_lm", "train_medusa"),
+    "training.api": ("train_glide", "train_lm", "train_medusa", "train_vocabulary"),
 }
 
 __all__ = [
@@ -138,6 +138,7 @@ __all__ = [
     "train_glide",
     "train_lm",
     "train_medusa",
+    "train_vocabulary",
 ]
 
 
