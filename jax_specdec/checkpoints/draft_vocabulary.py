@@ -5,6 +5,7 @@
 `vocab_size` is the target's rows of logits, and `ids`, increasing, the tokens that may be drafted.
 """
 
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -42,7 +43,9 @@ def most_frequent(
     for text in texts:
         tokens = np.asarray(text, np.int64)
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
-            raise UserError(f"A text has token {int(tokens.max())}, and the vocabulary {vocab_size}.")
+            raise UserError(
+                f"A text has token {int(tokens.max())}, and the vocabulary {vocab_size}."
+            )
         counts += np.bincount(tokens, minlength=vocab_size)
     counts[ends] = np.iinfo(np.int64).max
     return np.sort(np.argsort(-counts, kind="stable")[:size]).astype(np.int32)
@@ -88,8 +91,10 @@ def read_draft_vocabulary(folder: Path, target: Any) -> np.ndarray | None:
         )
     if min(ids) < 0 or max(ids) >= rows:
         worst = min(ids) if min(ids) < 0 else max(ids)
-        raise UserError(f"{path} has token {worst}, which is out of range: there are {rows} tokens.")
-    if any(a >= b for a, b in zip(ids, ids[1:], strict=False)):
+        raise UserError(
+            f"{path} has token {worst}, which is out of range: there are {rows} tokens."
+        )
+    if any(a >= b for a, b in itertools.pairwise(ids)):
         raise UserError(f"{path} must have its ids in increasing order, each once.")
     missing = set(target.config.eos_ids) - set(ids)
     if missing:

@@ -4,7 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jax_specdec.cli import arguments, common, mesh, regenerate, train_glide, train_medusa, train_vocabulary
+from jax_specdec.cli import (
+    arguments,
+    common,
+    mesh,
+    regenerate,
+    train_glide,
+    train_medusa,
+    train_vocabulary,
+)
 from jax_specdec.cli.parser import Commands
 from jax_specdec.errors import UserError
 from jax_specdec.training.config import TrainConfig
