@@ -1,6 +1,7 @@
 """Rounds of several widths, and the budget that chooses depth and width: no text changes, and nothing is wasted."""
 
 import itertools
+import re
 
 import helpers as h
 import jax
@@ -186,7 +187,9 @@ def test_a_cascade_leaves_out_what_does_not_pay(useful):
         assert accepted["even"] + accepted["odd"] > 120
         assert got.stats.rounds[0] < 70
     elif useful == "nothing":
-        assert got.stats.rounds[0] > 190 and got.stats.depths[0, 1:].sum() < 40
+        # What it verifies costs next to nothing to ask, and is asked often; hardly any of it is verified.
+        assert got.stats.rounds[0] > 190 and got.stats.widths[0, 1:].sum() < 40
+        assert got.stats.depths[0, 2:].sum() < 20
     else:
         assert accepted["lm"] > 80 and accepted["even"] + accepted["odd"] == 0
         assert got.stats.rounds[0] < 120
@@ -264,7 +267,11 @@ def test_no_cache_is_copied(name):
     args, costs = (params_of(**params(None)), *rows), costs_of(loop)
     state = jax.eval_shape(lambda *a: loop.start(*a, capacity=capacity, costs=costs), *args)
     lowered = jax.jit(loop.run, donate_argnums=1).lower(args[0], state, jnp.int32(1))
-    assert not large_copies(compiled(lowered).as_text(), state.view.cache.k[0].size)
+    cache = state.view.cache.k[0]
+    copies = large_copies(compiled(lowered).as_text(), cache.size)
+    # Scores of attention may be as large, and are in the order of products.
+    shapes = [re.search(r"\[([\d,]+)\]", line)[1].split(",") for line in copies]
+    assert not [s for s in shapes if str(cache.shape[2]) in s and str(cache.shape[-1]) in s]
 
 
 def test_whether_tokens_are_verified_does_not_depend_on_them():
