@@ -81,9 +81,10 @@ def read_draft_vocabulary(folder: Path, target: Any) -> np.ndarray | None:
     if not path.is_file():
         return None
     found = read_json(path)
-    ids, rows = found.get("ids"), found.get("vocab_size")
-    whole = [*ids, rows] if isinstance(ids, list) and ids else [None]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in whole):
+    ids: Any = found.get("ids")
+    rows = found.get("vocab_size")
+    listed = isinstance(ids, list) and ids
+    if not listed or not all(isinstance(i, int) and not isinstance(i, bool) for i in [*ids, rows]):
         raise UserError(f"{path} must have a vocab_size and ids, whole numbers.")
     if rows != target.vocab_size:
         raise UserError(
