@@ -103,8 +103,9 @@ bench: $(RUNS)/data/train.jsonl
 	$(BIN)/python benchmarks/decode.py --prompts $(RUNS)/data --out benchmarks/results/decode.json
 
 # Executes the notebooks; what they show is committed with them (`tests/test_notebooks.py` checks its form).
+NOTEBOOKS := notebooks
 notebooks: $(VENV)/.installed
-	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.pytest_cache/notebooks $(BIN)/python -m pytest --nbmake --nbmake-timeout=1800 -n $(WORKERS) notebooks
+	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.pytest_cache/notebooks $(BIN)/python -m pytest --nbmake --nbmake-timeout=1800 -n $(WORKERS) $(NOTEBOOKS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest $(DIST) .pytest_cache .ruff_cache build *.egg-info

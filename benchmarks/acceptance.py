@@ -39,7 +39,7 @@ def main() -> None:
     ]
     rows = {}
     for spec in specs.split(args.drafters):
-        decoder = sd.SpeculativeDecoder(target, sd.load_drafter(spec, target))
+        decoder = sd.SpeculativeDecoder(target, sd.load_drafter(spec, target), budget=False)
         answers = list(decoder.generate(prompts, max_new_tokens=args.max_new_tokens, batch_size=16))
         accepted = acceptance_by_position(answers)
         rows[spec] = {"accepted_per_pos": accepted, "tau": 1 + sum(accepted)}

@@ -53,7 +53,7 @@ def main() -> None:
     args = parser.parse_args()
 
     target = sd.load_target(args.model, dtype="float32")
-    fast = sd.SpeculativeDecoder(target, sd.load_drafter("lm:7", target))
+    fast = sd.SpeculativeDecoder(target, sd.load_drafter("lm:7", target), budget=False)
     prompts = [
         fast.encode(found["prompt"])[-args.keep_last :]
         for found in read_prompts(args.prompts, SETS, args.per_set)

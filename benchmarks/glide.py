@@ -202,7 +202,7 @@ class Judge:
     def add(self, name: str, drafter: Any, row: dict[str, Any]) -> None:
         """Decodes every set in every setting, prints a line and writes the record."""
         for setting, (rule, temperature) in SETTINGS.items():
-            decoder = sd.SpeculativeDecoder(self.target, drafter, rule=rule)
+            decoder = sd.SpeculativeDecoder(self.target, drafter, rule=rule, budget=False)
             by_set = {}
             for subset, ids in self.prompts.items():
                 answers = list(

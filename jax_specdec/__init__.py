@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jax_specdec.checkpoints.targets import Target, convert, load_target, save_pretrained
     from jax_specdec.conversation import Conversation
     from jax_specdec.core.acceptance import LossyTypical, Match, Reject
+    from jax_specdec.core.budget import RoundCosts
     from jax_specdec.core.context import Context, TargetView
     from jax_specdec.core.draft import Draft, Text
     from jax_specdec.core.drafter import Drafter, Info, ModelUse, Outcome, Verifier
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from jax_specdec.specs.build import LoadedDrafter, load_drafter
     from jax_specdec.specs.defaults import default_spec
     from jax_specdec.streaming import Piece, Stream
-    from jax_specdec.training.api import train_glide, train_lm, train_medusa
+    from jax_specdec.training.api import train_glide, train_lm, train_medusa, train_vocabulary
 
     __version__: str
 
@@ -60,6 +61,7 @@ _HOMES = {
     "specs.build": ("LoadedDrafter", "load_drafter"),
     "specs.defaults": ("default_spec",),
     "expansions.static_tree": ("StaticTree",),
+    "core.budget": ("RoundCosts",),
     "core.generate": ("make_generate",),
     "core.loop": ("DecodeLoop",),
     "models.config": ("ModelConfig", "RopeConfig"),
@@ -74,7 +76,7 @@ _HOMES = {
     "core.sampling": ("Sampling", "make_sampling"),
     "core.sharding": ("Sharding", "ShardingRules"),
     "core.draft": ("Draft", "Text"),
-    "training.api": ("train_glide", "train_lm", "train_medusa"),
+    "training.api": ("train_glide", "train_lm", "train_medusa", "train_vocabulary"),
 }
 
 __all__ = [
@@ -110,6 +112,7 @@ __all__ = [
     "Reject",
     "Request",
     "RopeConfig",
+    "RoundCosts",
     "RunError",
     "Sampling",
     "Sharding",
@@ -135,6 +138,7 @@ __all__ = [
     "train_glide",
     "train_lm",
     "train_medusa",
+    "train_vocabulary",
 ]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_specdec.core.loop import DecodeLoop
 from jax_specdec.core.stats import FAILED, FINISH_REASONS
 from jax_specdec.errors import RunError
 from jax_specdec.generation import Generation, Request, Stats, near_tie
@@ -23,7 +24,7 @@ def answer_of(
     host: Any,
     row: int,
     times: tuple[float, float, float],
-    sources: Sequence[str],
+    loop: DecodeLoop,
     spelling: TokenBytes | None,
     dtype: Any,
 ) -> Generation:
@@ -32,7 +33,7 @@ def answer_of(
     Args:
       host: text, lengths, prompt lengths and `core.stats.Stats`, as numpy.
       times: seconds of the batch, of its prefill, and of compilation before it.
-      sources: of the drafter. spelling: of the tokenizer. dtype: of the target.
+      loop: that decoded. spelling: of the tokenizer. dtype: of the target.
 
     Raises:
       RunError: the target's scores were not finite.
@@ -52,7 +53,7 @@ def answer_of(
         stream = TextStream(spelling, request.stop, tokens[row, : span.start].tolist())
         texts = [stream.push([token]) for token in ids]
         texts[-1] += stream.finish()
-    rounds = int(stats.rounds[row])
+    rounds, sources = int(stats.rounds[row]), loop.sources
     drafted, accepted = int(stats.drafted[row].sum()), int(stats.accepted[row].sum())
     per_drafter = {
         source: {
@@ -87,6 +88,10 @@ def answer_of(
             compile_time_s=compiling,
             tokens_per_second=len(ids) / wall if wall else 0.0,
             near_ties=near_ties,
+            steps_per_width=dict(
+                zip(loop.widths or (loop.nodes,), stats.widths[row].tolist(), strict=True)
+            ),
+            steps_per_depth=stats.depths[row].tolist(),
         ),
         logprobs=logprobs,
         margins=margins,

@@ -204,7 +204,6 @@ class Conversation:
         `self._state` is the newest state all the time, so that an interrupted turn leaves what it has read.
         """
         decoder, loop = self._decoder, self._decoder.loop
-        sources = loop.drafter.info.sources
         with decoder.lock:
             spent = decoder.compile_time_s
             caches, common, cached, least = self._caches(row)
@@ -212,12 +211,14 @@ class Conversation:
             (kept,) = put_rows((np.asarray([common], np.int32),), decoder.target.sharding)
             told = progress.told() and jax.process_index() == 0
             resumed = (caches, kept)
-            resume, run = decoder.programs.get(arrays, capacity, told, resumed=resumed)
+            resume, run = programs = decoder.programs.get(arrays, capacity, told, resumed=resumed)
+            fresh = functools.partial(_fresh, loop, decoder.params, capacity)
+            costs = decoder.programs.costs(arrays, programs, told, fresh)
             if decoder.target.sharding is not None:  # rounds may have left them elsewhere
                 resumed = jax.device_put(resumed, resume.input_shardings[0][5:])
             compiling = decoder.compile_time_s - spent
             began, self._state = time.perf_counter(), None  # its caches are given away
-            self._state = resume(decoder.params, *arrays, *resumed)
+            self._state = resume(decoder.params, *arrays, *resumed, costs=costs)
             del caches, resumed
             jax.block_until_ready(self._state)
         prefill, seen = time.perf_counter() - began, len(row.ids)
@@ -228,11 +229,13 @@ class Conversation:
             new, stats = slice(seen, int(host[1][0])), host[3]
             seen = new.stop
             if new.stop > new.start:
-                yield Chunk(0, host[0][0, new].tolist(), names_of(stats.source[0, new], sources))
+                yield Chunk(
+                    0, host[0][0, new].tolist(), names_of(stats.source[0, new], loop.sources)
+                )
             if stats.finish[0] != RUNNING:
                 break
         times = (time.perf_counter() - began, prefill, compiling)
-        about = (sources, decoder.token_bytes, decoder.target.decoder.dtype)
+        about = (loop, decoder.token_bytes, decoder.target.decoder.dtype)
         try:
             answer = answer_of(row.request, host, 0, times, *about)
         except RunError:  # where scores were not finite, keys may not be either
@@ -277,6 +280,11 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _empty(loop: DecodeLoop, params: Params, capacity: int) -> Caches:
     return loop.empty(params, 1, capacity)
+
+
+def _fresh(loop: DecodeLoop, params: Params, capacity: int) -> tuple[Caches, Any]:
+    """What `resume` takes of a conversation that has not begun."""
+    return _empty(loop, params, capacity), jnp.zeros((1,), jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jax_specdec.errors import UserError
+from jax_specdec.user_cache import programs_folder
 
 PROBE = "import jax; d = jax.devices(); print(len(d), d[0].platform, d[0].device_kind, sep='\\n')"
 PROBE_S = 120  # a TPU that another process holds, or a driver that hangs
@@ -188,8 +189,9 @@ def compile_cache() -> Findings:
     """Where compiled programs are kept."""
     import jax
 
-    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    if not folder:
+    config: Any = jax.config
+    folder = config.jax_compilation_cache_dir or str(programs_folder() or "")
+    if not folder or not config.jax_enable_compilation_cache:
         yield Finding(
             "programs",
             "warn",
@@ -199,7 +201,10 @@ def compile_cache() -> Findings:
     elif "://" in folder:
         yield Finding("programs", "ok", f"kept in {folder}")
     else:
-        yield writable("programs", "kept in", Path(folder))
+        found = writable("programs", "kept in", Path(folder))
+        if found.state == "fail" and not config.jax_compilation_cache_dir:  # nobody asked for it
+            found = dataclasses.replace(found, state="warn")
+        yield found
 
 
 def hub_cache() -> Findings:

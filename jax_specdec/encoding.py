@@ -186,7 +186,7 @@ class Encoder:
             table, start = stop_rows(self.token_bytes, self.target.vocab_size, strings, prompts)
             states = 1 << max(3, (len(table) - 1).bit_length())
             table = np.pad(table, ((0, states - len(table)), (0, 0)))
-        most = max(1, *(len(row.stop_ids) for row in batch))
+        most = max(4, 1 << (max(len(row.stop_ids) for row in batch) - 1).bit_length())
         stops = [(*row.stop_ids, *(-1,) * (most - len(row.stop_ids))) for row in batch]
         return make_sampling(
             len(batch),

@@ -237,6 +237,8 @@ class Stats:
       accepted_per_pos: how often the draft's token at each position was accepted.
       per_drafter: by source, `calls` (rounds it drafted in), `drafted` and `accepted`.
       wall_time_s: prefill to the last token of the row's batch, compilation apart.
+      steps_per_width: rounds by how many nodes were verified, root included. steps_per_depth: rounds by how many
+        tokens the drafter was asked for, the first of them without a draft; see `core.budget`.
       num_cached_tokens: of the prompt, those that were not read because caches held them (`Conversation`).
       near_ties: emitted tokens whose score beat the second best by less than rounding may change
         (`near_tie`); None where margins are not recorded.
@@ -256,6 +258,8 @@ class Stats:
     tokens_per_second: float
     near_ties: int | None
     num_cached_tokens: int = 0
+    steps_per_width: dict[int, int] = dataclasses.field(default_factory=dict)
+    steps_per_depth: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -329,6 +333,8 @@ class Generation:
             "tokens/s": f"{stats.tokens_per_second:.0f}",
             "ended by": f"{self.finish_reason}",
         }
+        if len(stats.steps_per_depth) > 1 and stats.steps_per_depth[0]:
+            figures["passes without a draft"] = f"{stats.steps_per_depth[0]}"
         before = self.prompt if isinstance(self.prompt, str) else ""
         return display.answer_html(list(spans), list(stats.per_drafter), figures, before)
 

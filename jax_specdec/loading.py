@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jax_specdec import progress
+from jax_specdec import progress, user_cache
 from jax_specdec.checkpoints.dtypes import check_dtype
 from jax_specdec.checkpoints.embedded import demo_folder
 from jax_specdec.checkpoints.hub import find_checkpoint
@@ -23,6 +23,7 @@ from jax_specdec.specs.defaults import USUAL, Setting, measured, measured_on
 from jax_specdec.specs.language import Spec, folders_by_name
 from jax_specdec.specs.whole import parse_drafter
 from jax_specdec.text.inputs import check_count
+from jax_specdec.tuning.round_costs import Given
 
 AUTO = "auto"
 
@@ -43,6 +44,9 @@ def load(
     processors: Sequence[Processor] = (),
     logprobs: bool = False,
     margins: bool = False,
+    budget: bool = True,
+    costs: Given = None,
+    keep_programs: bool = True,
 ) -> SpeculativeDecoder:
     """A decoder for a model.
 
@@ -55,7 +59,9 @@ def load(
         model's.
       dtype, mesh, rules, int8, context: as in `load_target`. draft_int8: `int8` of the drafter.
       batch_size: that of the measurements which count.
-      rule, processors, logprobs, margins: as in `SpeculativeDecoder`.
+      rule, processors, logprobs, margins, budget, costs: as in `SpeculativeDecoder`.
+      keep_programs: whether JAX keeps compiled programs in the user's cache, where it was not told otherwise
+        (`jax_compilation_cache_dir`, `jax_enable_compilation_cache`). That holds for the whole process.
 
     Raises:
       UserError: no such model or drafter, or they do not fit together.
@@ -71,11 +77,19 @@ def load(
         draft_int8=draft_int8,
         context=context,
         batch_size=batch_size,
+        keep_programs=keep_programs,
     )
     if found.reason:
         progress.say_once(chosen(found))
     return SpeculativeDecoder(
-        target, found, rule=rule, processors=processors, logprobs=logprobs, margins=margins
+        target,
+        found,
+        rule=rule,
+        processors=processors,
+        logprobs=logprobs,
+        margins=margins,
+        budget=budget,
+        costs=costs,
     )
 
 
@@ -92,6 +106,7 @@ def load_pair(
     context: int | None = None,
     batch_size: int = 1,
     first: str = "the first of draft",
+    keep_programs: bool = True,
 ) -> tuple[Target, LoadedDrafter]:
     """The target and the drafter of `load`; cheap mistakes fail first."""
     check_count("batch_size", batch_size)
@@ -99,6 +114,8 @@ def load_pair(
     check_parts(int8)
     check_parts(draft_int8)
     dtype = None if dtype is None else check_dtype(dtype)
+    if keep_programs:
+        keep_compiled()
     folder, reason = find_checkpoint(model), ""
     if drafter == AUTO:
         setting = Setting(folder, dtype or default_dtype(folder), batch_size, int8, draft_int8)
@@ -106,6 +123,13 @@ def load_pair(
     target = load_target(folder, dtype=dtype, mesh=mesh, rules=rules, int8=int8, context=context)
     found = load_drafter(drafter, target, drafts=draft, batch_size=batch_size, int8=draft_int8)
     return target, dataclasses.replace(found, reason=reason)
+
+
+def keep_compiled() -> None:
+    """`user_cache.keep_programs`, and says where it cannot be."""
+    reason = user_cache.keep_programs()
+    if reason:
+        progress.say_once(reason, always=True)
 
 
 def choose_drafter(

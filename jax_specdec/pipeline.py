@@ -32,6 +32,7 @@ from jax_specdec.text.chat import Message
 from jax_specdec.text.detokenize import TextStream
 from jax_specdec.text.inputs import check_count, split
 from jax_specdec.text.token_bytes import TokenBytes
+from jax_specdec.tuning.round_costs import Given
 
 if TYPE_CHECKING:
     from jax_specdec.conversation import Conversation
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 _ROUNDS_FOREVER = np.iinfo(np.int32).max
 # Where nobody listens the device still comes back about so often (seconds), for Ctrl-C and the bar.
 _SLICE = 0.3
-
 
 One = str | Request | Sequence[int] | Sequence[Message]
 Several = Sequence[str] | Sequence[Request] | Sequence[Sequence[int] | Sequence[Message]]
@@ -64,9 +64,11 @@ class SpeculativeDecoder:
     Args:
       drafter: as loaded for this target; default: plain decoding.
       rule, processors, logprobs, margins: see `DecodeLoop`.
+      budget: whether rounds draft as deep and verify as wide as pays (`core.budget`), or all that they can.
+      costs: of rounds, see `tuning.round_costs`.
 
     Raises:
-      UserError: a drafter that was loaded for another target.
+      UserError: a drafter that was loaded for another target, or costs that are not of these rounds.
     """
 
     def __init__(
@@ -78,6 +80,8 @@ class SpeculativeDecoder:
         processors: Sequence[Processor] = (),
         logprobs: bool = False,
         margins: bool = False,
+        budget: bool = True,
+        costs: Given = None,
     ):
         if not isinstance(target, Target):
             raise UserError(f"A decoder takes a target of `load_target`, not {a_kind(target)}.")
@@ -85,21 +89,17 @@ class SpeculativeDecoder:
             raise UserError(f"A decoder takes a drafter of `load_drafter`, not {a_kind(drafter)}.")
         if not isinstance(rule, Acceptance):
             raise UserError(f"rule is an acceptance rule, as in Match(), not {a_kind(rule)}.")
+        if not isinstance(budget, bool):
+            raise UserError(f"budget is True or False, not {a_kind(budget)}.")
         self.target = target
         self._loaded = drafter or LoadedDrafter(NoDrafter(), {}, "none")
         self._loaded.check_target(target)
-        self.loop = DecodeLoop(
-            target.decoder,
-            self._loaded.drafter,
-            rule,
-            tuple(processors),
-            logprobs=logprobs,
-            margins=margins,
-        )
+        parts = (target.decoder, self._loaded.drafter, rule, tuple(processors))
+        loop = DecodeLoop(*parts, logprobs=logprobs, margins=margins)
+        self.loop = loop.budgeted() if budget else loop
         self.params = {"target": target.params, "drafters": self._loaded.params}
-        self.programs = Programs(target, self.loop, self.params)
+        self.programs = Programs(target, self.loop, self._loaded, self.params, costs)
         self.encoder = Encoder(target)
-        self._sources = self._loaded.drafter.info.sources
         # Held while the device works, never while a caller's code runs.
         self.lock = threading.Lock()
 
@@ -140,6 +140,7 @@ class SpeculativeDecoder:
             "target": repr(self.target),
             "drafter": found.spec + (f", {found.reason}" if found.reason else ""),
             "acceptance": self.loop.rule.name + ("" if self.loop.rule.exact else " (NOT exact)"),
+            "widths of rounds": ", ".join(map(str, self.loop.widths or (self.loop.nodes,))),
             "programs": f"{self.compilations}, compiled in {self.compile_time_s:.1f} s",
         }
         return display.facts_html("SpeculativeDecoder", facts)
@@ -305,10 +306,10 @@ class SpeculativeDecoder:
         encoded = self.encoder.requests(requests)
         check_agreement((encoded, batch_size))
         sharding = self.target.sharding
-        if sharding is not None and batch_size % sharding.size("batch"):
+        rows = 1 if sharding is None else sharding.size("batch")
+        if batch_size % rows:
             raise UserError(
-                f"batch_size is {batch_size} and does not divide over {sharding.size('batch')} devices: make it "
-                "a multiple."
+                f"batch_size is {batch_size} and does not divide over {rows} devices: make it a multiple."
             )
         return encoded
 
@@ -324,7 +325,7 @@ class SpeculativeDecoder:
         told, shown = progress.told(shown) and speaks, progress.watched(shown) and speaks
         context, bar = self.target.config.context, None
         room = [min(row.request.max_new_tokens, context - len(row.ids)) for row in encoded]
-        about = (self._sources, self.token_bytes, self.target.decoder.dtype)
+        about = (self.loop, self.token_bytes, self.target.decoder.dtype)
         with contextlib.ExitStack() as stack:
             for first in range(0, len(encoded), batch_size):
                 batch = encoded[first : first + batch_size]
@@ -334,21 +335,20 @@ class SpeculativeDecoder:
                 with self.lock:
                     spent = self.compile_time_s
                     arrays, capacity = self.encoder.arrays(batch)
-                    start, run = self.programs.get(arrays, capacity, told)
+                    start, run = programs = self.programs.get(arrays, capacity, told)
+                    costs = self.programs.costs(arrays, programs, told)
                     compiling = self.compile_time_s - spent
                 if bar is None:  # its clock starts behind the first compilation
-                    watching = shown and per_chunk is None
-                    bar = stack.enter_context(progress.bar(sum(room), watching, unit="token"))
-
+                    watched = progress.bar(sum(room), shown and per_chunk is None, unit="token")
+                    bar = stack.enter_context(watched)
                 began = time.perf_counter()
                 with self.lock:
-                    state = jax.block_until_ready(start(self.params, *arrays))
+                    state = jax.block_until_ready(start(self.params, *arrays, costs=costs))
                 prefill = time.perf_counter() - began
                 state = yield from self._rounds(run, state, first, count, per_chunk, prefill, bar)
                 wall = time.perf_counter() - began
-                host = to_host(
-                    (state.text.tokens, state.text.length, state.prompt_length, state.stats)
-                )
+                text, lengths = state.text, state.prompt_length
+                host = to_host((text.tokens, text.length, lengths, state.stats))
                 for place in range(count):
                     times = (wall, prefill, compiling)
                     answer = answer_of(batch[place].request, host, place, times, *about)
@@ -380,9 +380,9 @@ class SpeculativeDecoder:
                 tokens, source = to_host((state.text.tokens, state.stats.source))
                 for row in range(rows):
                     if length[row] > seen[row]:
-                        new = slice(int(seen[row]), int(length[row]))
-                        names = names_of(source[row, new], self._sources)
-                        yield Chunk(first + row, tokens[row, new].tolist(), names)
+                        new = (row, slice(int(seen[row]), int(length[row])))
+                        names = names_of(source[new], self.loop.sources)
+                        yield Chunk(first + row, tokens[new].tolist(), names)
             elif rounds < _ROUNDS_FOREVER:
                 rounds = max(1, int(rounds * _SLICE / max(time.perf_counter() - began, 1e-3)))
             seen = length

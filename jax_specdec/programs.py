@@ -1,7 +1,7 @@
 """The compiled programs of a decoder: one pair (prefill, rounds) for each shape of a batch."""
 
 import dataclasses
-import os
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,20 +12,34 @@ import jax.numpy as jnp
 from jax_specdec._types import Params
 from jax_specdec.checkpoints.memory import available_memory, check_fits, memory_plan
 from jax_specdec.checkpoints.targets import Target
-from jax_specdec.core.loop import DecodeLoop
-from jax_specdec.core.sharding import shapes_at
-from jax_specdec.progress import Compilation
+from jax_specdec.core.budget import RoundCosts
+from jax_specdec.core.loop import DecodeLoop, LoopState
+from jax_specdec.core.sharding import put_whole, shapes_at
+from jax_specdec.errors import UserError
+from jax_specdec.progress import Compilation, machine
+from jax_specdec.specs.build import LoadedDrafter
+from jax_specdec.tuning.round_costs import CostTables, Given
 
 
 class Programs:
-    """Compiles ahead of time what a batch needs, and keeps it.
+    """Compiles ahead of time what a batch needs, and keeps it, with what its rounds cost.
+
+    Args:
+      params: of target and drafter. costs: of rounds, see `tuning.round_costs`.
 
     Attributes:
       batches: batch sizes that there are programs for.
       compilations, seconds: how many programs were compiled, and how long that took.
     """
 
-    def __init__(self, target: Target, loop: DecodeLoop, params: Params):
+    def __init__(
+        self, target: Target, loop: DecodeLoop, loaded: LoadedDrafter, params: Params, costs: Given
+    ):
+        self._costs = None
+        if len(loop.widths) > 1:
+            self._costs = CostTables(target, loop, loaded, costs)
+        elif costs is not None:
+            raise UserError("Costs are for a drafter whose budget is on.")
         self._target, self._loop, self._params = target, loop, params
         self._pairs: dict[Any, tuple[Callable, Callable]] = {}
         self._rounds: dict[Any, Callable] = {}
@@ -74,6 +88,28 @@ class Programs:
             self.seconds += time.perf_counter() - began
         return self._pairs[key]
 
+    def costs(
+        self,
+        arrays: Any,
+        programs: tuple[Callable, Callable],
+        progress: bool | None = None,
+        caches: Callable[[], tuple[Any, ...]] = tuple,
+    ) -> RoundCosts | None:
+        """What the rounds of a batch cost, measured where that is to be; None where all are alike.
+
+        Args:
+          arrays, programs: of the batch, see `get`. caches: what the first program takes behind the arrays.
+        """
+        start, run = programs
+
+        def begin(arrays: Any, costs: RoundCosts) -> LoopState:
+            return start(self._params, *arrays, *caches(), costs=costs)
+
+        if self._costs is None:
+            return None
+        costs = self._costs.get(arrays, begin, functools.partial(run, self._params), progress)
+        return put_whole(costs, self._target.sharding)
+
     def _compile(
         self,
         rows: tuple[Any, ...],
@@ -89,14 +125,14 @@ class Programs:
         plan = memory_plan(target.config, target.decoder.dtype, batch, 0, width=loop.nodes)
         begin, given_away = (loop.resume, (5,)) if len(rows) > 4 else (loop.start, ())
         start = jax.jit(begin, static_argnames=("capacity",), donate_argnums=given_away)
-        state = start.eval_shape(*args, capacity=capacity)
+        costs = put_whole(loop.unknown_costs(), target.sharding)  # any of these shapes
+        state = start.eval_shape(*args, capacity=capacity, costs=costs)
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         check_fits(dataclasses.replace(plan, parameters=0, cache=held), available_memory())
 
-        device = jax.devices()[0]
-        machine = (device.device_kind, jax.__version__, os.cpu_count(), os.environ.get("XLA_FLAGS"))
-        compilation = Compilation(device.platform, " ".join(map(str, machine)), what, progress)
-        prefill = compilation.add(start.lower(*args, capacity=capacity))
+        platform = jax.devices()[0].platform
+        compilation = Compilation(platform, machine(), what, progress)
+        prefill = compilation.add(start.lower(*args, capacity=capacity, costs=costs))
         if known is not None:
             return compilation.compile(prefill), known
         if target.sharding is None:

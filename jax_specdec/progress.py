@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax_specdec.errors import UserError, shown_value
+from jax_specdec.user_cache import cache_folder, write_whole
 
 # Seconds before anything is said of what is running.
 PATIENCE = 1.0
@@ -74,9 +75,9 @@ def say(message: str) -> None:
     tqdm.write(message, file=sys.stdout if in_notebook() else sys.stderr)
 
 
-def say_once(message: str) -> None:
-    """`say`, where people look, and not a second time in a process."""
-    if watched() and message not in _said:
+def say_once(message: str, always: bool = False) -> None:
+    """`say`, where people look or `always`, and not a second time in a process."""
+    if (always or watched()) and message not in _said:
         _said.add(message)
         say(message)
 
@@ -204,6 +205,15 @@ def rounded(seconds: float) -> str:
     return f"{max(1, round(seconds / step) * step)} s"
 
 
+def machine() -> str:
+    """What the times of compiled programs and of their compilation depend on, as far as JAX tells."""
+    import jax
+
+    device = jax.devices()[0]
+    known = (device.device_kind, jax.__version__, os.cpu_count(), os.environ.get("XLA_FLAGS"))
+    return " ".join(map(str, known))
+
+
 def records_file() -> Path:
     """Where compilation times are kept: beside JAX's kept programs, or in the user's cache."""
     import jax
@@ -211,9 +221,9 @@ def records_file() -> Path:
     kept = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if kept and "://" not in kept:
         return Path(kept) / "jax_specdec_compilation.json"
-    with contextlib.suppress(RuntimeError):  # a user without a home
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        return cache / "jax_specdec" / "compilation.json"
+    folder = cache_folder()
+    if folder is not None:
+        return folder / "compilation.json"
     return Path(tempfile.gettempdir()) / "jax_specdec_compilation.json"
 
 
@@ -239,10 +249,7 @@ def add_record(file: Path, machine: str, record: Compiled) -> None:
     others = [old for old in known.get(machine, []) if old.program != record.program]
     known[machine] = [*others, record][-MOST_RECORDS:]
     with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}")
-        new.write_text(json.dumps(known), encoding="utf-8")
-        new.replace(file)
+        write_whole(file, json.dumps(known))
 
 
 def _kept(seconds: float) -> bool:

@@ -82,6 +82,46 @@ def forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_width():
+    """Decoders have rounds of one width, since each further one costs another round's compilation; see `budgets`."""
+    from jax_specdec import pipeline
+
+    class OneWidth(pipeline.DecodeLoop):
+        def budgeted(self):
+            return self
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "DecodeLoop", OneWidth)
+        yield
+
+
+@pytest.fixture(scope="module")
+def budgets(one_width):
+    """In a module's tests decoders have rounds as deep and wide as pays, which is the default."""
+    from jax_specdec import DecodeLoop, pipeline
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "DecodeLoop", DecodeLoop)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def equal_costs(tmp_path_factory):
+    """What rounds cost is not measured, so that what a test counts does not depend on the machine's load, and
+    nothing is written to the user's cache, which commands that tests start do measure and write."""
+    from jax_specdec.tuning import round_costs
+
+    def equal(_, loop, *rest):
+        return loop.unknown_costs()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(round_costs, "measure", lambda *args: (equal(None, *args), True))
+        patch.setattr(round_costs, "computed_costs", equal)
+        yield
+
+
 @pytest.fixture(scope="module")
 def two_devices():
     """For training, which takes all that there are: small batches do not divide over eight."""

@@ -79,8 +79,9 @@ def small_params() -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="capacity")
-def start(loop, params, tokens, lengths, sampling, ids, *, capacity):
-    return loop.start(params, tokens, lengths, sampling, ids, capacity=capacity)
+def start(loop, params, tokens, lengths, sampling, ids, *, capacity, costs=None):
+    args = (params, tokens, lengths, sampling, ids)
+    return loop.start(*args, capacity=capacity, costs=costs)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -89,8 +90,9 @@ def run(loop, params, state, rounds):
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="capacity")
-def _decode(loop, params, tokens, lengths, sampling, ids, *, capacity):
-    state = loop.start(params, tokens, lengths, sampling, ids, capacity=capacity)
+def _decode(loop, params, tokens, lengths, sampling, ids, costs=None, *, capacity):
+    args = (params, tokens, lengths, sampling, ids)
+    state = loop.start(*args, capacity=capacity, costs=costs)
     return loop.run(params, state, 2 * capacity)
 
 
@@ -133,11 +135,20 @@ def pad(prompts, width: int = 16) -> tuple[jax.Array, jax.Array]:
 
 
 def decode(
-    loop: DecodeLoop, params, prompts, sampling, *, capacity: int = 48, ids=None, width: int = 16
+    loop: DecodeLoop,
+    params,
+    prompts,
+    sampling,
+    *,
+    capacity: int = 48,
+    ids=None,
+    width: int = 16,
+    costs=None,
 ) -> Result:
     tokens, lengths = pad(prompts, width)
     ids = jnp.arange(len(prompts), dtype=jnp.int32) if ids is None else jnp.asarray(ids, jnp.int32)
-    return result(_decode(loop, params, tokens, lengths, sampling, ids, capacity=capacity))
+    args = (params, tokens, lengths, sampling, ids, costs)
+    return result(_decode(loop, *args, capacity=capacity))
 
 
 def plain_loop(**fields) -> DecodeLoop:

@@ -10,6 +10,7 @@ from hlo import compiled
 
 import jax_specdec as sd
 from jax_specdec.checkpoints.glide import save_glide, target_fingerprint
+from jax_specdec.core.budget import RoundCosts
 from jax_specdec.expansions.cape import Cape
 from jax_specdec.expansions.select import select
 from jax_specdec.expansions.siblings import Fixed, PathProbability
@@ -19,7 +20,8 @@ from jax_specdec.specs.sizes import depth_of
 from jax_specdec.specs.whole import parse_drafter
 from jax_specdec.tuning import measure, replay
 from jax_specdec.tuning import tune as tuning
-from jax_specdec.tuning.cascades import candidates, play
+from jax_specdec.tuning.budgeted import budgeted_speedup
+from jax_specdec.tuning.cascades import candidates, max_gram, play
 from jax_specdec.tuning.costs import Costs
 from jax_specdec.tuning.measure import acceptance_by_position
 from jax_specdec.tuning.theory import siblings_tau
@@ -79,6 +81,56 @@ def test_a_cascade_that_is_played_is_the_decoding(target, text):
     steps = sum(a.stats.num_spec_steps for a in answers)
     assert played.tau == sum(len(a.token_ids) for a in answers) / steps
     assert played.calls[0] >= 1 and all(0 <= n <= 1 for n in played.calls[1:])
+
+
+def test_the_replay_of_a_drafter_without_a_distribution(target, found):
+    """From everywhere it has what the host would copy, and the rounds of fixed lengths are among them."""
+    _, answers = found
+    texts = [target.tokenizer(a.prompt)["input_ids"] + a.token_ids for a in answers]
+    starts = [len(t) - len(a.token_ids) for t, a in zip(texts, answers, strict=True)]
+    drafter = sd.load_drafter("max-gram:3", target)
+    record = replay.record(target, drafter, texts, starts, everywhere=True)
+    assert len(record.row) == sum(len(a.token_ids) for a in answers)
+    for row, at, chain, matched, count in zip(
+        record.row, record.length, record.tokens, record.matched, record.proposed, strict=True
+    ):
+        copied = max_gram(texts[row][:at], 3)
+        assert chain[:count].tolist() == copied
+        known = [a == b for a, b in zip(copied, texts[row][at:], strict=False)]
+        assert matched == ([*known, False]).index(False)
+    rounds = replay.rounds_of(record, 2)
+    want = []
+    for row, text in enumerate(texts):
+        at = starts[row]
+        while at < len(text):
+            (place,) = np.flatnonzero((record.row == row) & (record.length == at))
+            want.append((row, at))
+            at += min(int(record.matched[place]), 2) + 1
+    assert list(zip(rounds.row.tolist(), rounds.length.tolist(), strict=True)) == want
+
+
+@pytest.mark.parametrize(
+    ("right", "verify", "draft", "least", "most"),
+    [
+        (7, 0.0, 0.0, 6.5, 8.0),
+        (7, 1.0, 0.1, 2.0, 3.6),
+        (0, 1.0, 0.3, 0.9, 1.0),
+        (0, 0.5, 0.01, 0.9, 1.0),
+    ],
+)
+def test_speeds_with_a_budget(right, verify, draft, least, most):
+    """What is right is drafted whole, what is wrong is given up; a fixed length would lose by it."""
+    rows, tokens, depth = 2, 300, 7
+    row, length = np.divmod(np.arange(rows * tokens), tokens)
+    nothing = np.zeros((len(row), depth))
+    count = np.full(len(row), depth)
+    matched = np.minimum(right, tokens - length)
+    found = replay.Record(row, 5 + length, nothing, matched, nothing, nothing, count)
+    costs = RoundCosts(
+        jnp.asarray([1.0, 1 + verify / 2, 1 + verify], jnp.float32),
+        jnp.asarray([draft * np.arange(depth + 1)], jnp.float32),
+    )
+    assert least < budgeted_speedup(found, costs, (1, 4, 8)) <= most
 
 
 def test_candidates():

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_specdec._types import Params
+from jax_specdec.checkpoints.draft_vocabulary import narrowed
 from jax_specdec.checkpoints.target_bound import (
     NOT_IDENTITY,
     SHARD_BYTES,
@@ -72,7 +73,7 @@ def load_glide(
     dtype: Any = None,
     read: tuple[GliDeConfig, str] | None = None,
 ) -> tuple[GliDe, Params]:
-    """A drafter and its parameters, joined with the target's (see `GliDe.join`).
+    """A drafter and its parameters, joined with the target's (see `GliDe.join`), in its draft vocabulary if it has one.
 
     Args:
       dtype: of parameters and computation; None is the target's.
@@ -82,7 +83,8 @@ def load_glide(
       UserError: no such checkpoint, one that is damaged, or one for another target.
     """
     model = fitted_glide(folder, target, dtype, read)
-    return model, model.join(load_own_params(Path(folder), model), target.params)
+    joined = model.join(load_own_params(Path(folder), model), target.params)
+    return model, narrowed(Path(folder), target, joined, model.sharding)
 
 
 def fitted_glide(

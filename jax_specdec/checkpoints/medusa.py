@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_specdec._types import Params
+from jax_specdec.checkpoints.draft_vocabulary import narrowed
 from jax_specdec.checkpoints.target_bound import (
     SHARD_BYTES,
     Kind,
@@ -69,7 +70,8 @@ def load_medusa(
     model = fitted_medusa(folder, target, dtype, read)
     shapes, where = model.shapes(), target.sharding
     places = None if where is None else where.whole(shapes)
-    return model, model.join(read_own(folder, shapes, places), target.params), read[1]
+    joined = model.join(read_own(folder, shapes, places), target.params)
+    return model, narrowed(folder, target, joined, where), read[1]
 
 
 def fitted_medusa(

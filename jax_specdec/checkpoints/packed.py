@@ -181,6 +181,10 @@ def _in_words(
             names = ("qweight", "qzeros", "scales", "g_idx")
             found = {part: plain.pop(f"{base}.{part}", None) for part in names}
             views[f"{base}.weight"] = view(folder, base, found)
+        if len(plain) == len(tensors):
+            raise UserError(
+                f"{folder} has weights in {name} by its config.json, and none by its files."
+            )
         return plain | views.stored()
 
     def view(folder: Path, base: str, found: dict[str, Stored | None]) -> RowView:

@@ -46,6 +46,8 @@ def register(commands: Any) -> None:
     group = common.model_group(parser)
     common.add_model(group)
     common.add_drafter(group)
+    common.add_budget(group)
+    common.add_keep_programs(group)
     common.add_int8(group)
     group = parser.add_argument_group("the conversation")
     templates.add_template(group)
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     make_sampling(1, **{name: getattr(args, name) for name in SAMPLED})  # before a model is loaded
     target, drafter = common.load(args)
     sampling.heed(args, target)
-    decoder = SpeculativeDecoder(target, drafter)
+    decoder = SpeculativeDecoder(target, drafter, **common.budget(args))
     names = (*args.usual, "stop", "stop_token_ids", "bad_words", "logit_bias", "ignore_eos")
     options = {name: getattr(args, name) for name in names}
     options |= {name: tuple(options[name]) for name in ("stop", "stop_token_ids", "bad_words")}
@@ -80,9 +82,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     if sys.stdin.isatty() and console.is_terminal:
         name = "the demo's model" if args.model is None else args.model
-        _Terminal(chat, console, decoder.loaded.drafter.info.sources).run(
-            f"{name}, drafter {drafter.spec}"
-        )
+        _Terminal(chat, console, decoder.loop.sources).run(f"{name}, drafter {drafter.spec}")
     else:
         _Pipe(chat).run()
     return 0

@@ -88,6 +88,43 @@ def add_drafter(parser: Any) -> None:
     )
 
 
+def add_budget(parser: Any) -> None:
+    """`--budget` and `--costs`."""
+    parser.add_argument(
+        "--budget",
+        choices=("on", "off"),
+        default="on",
+        help="on: each round drafts as deep and verifies as wide as pays, not at all where nothing does; off: "
+        "all that the drafter can. The text is the same (default: on)",
+    )
+    parser.add_argument(
+        "--costs",
+        metavar="FILE",
+        help="what rounds cost, as it was measured and kept before, or `computed`, from the device's data sheet "
+        "(default: what is kept in the user's cache, else measured on first use, in a few seconds)",
+    )
+
+
+def add_keep_programs(parser: Any) -> None:
+    """`--keep-programs`."""
+    parser.add_argument(
+        "--keep-programs",
+        choices=("on", "off"),
+        default="on",
+        help="keep compiled programs in the user's cache for later runs, or in the folder that "
+        "JAX_COMPILATION_CACHE_DIR names (default: on)",
+    )
+
+
+def keeps_programs(args: argparse.Namespace) -> bool:
+    return getattr(args, "keep_programs", "on") == "on"
+
+
+def budget(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_budget` says, for a decoder."""
+    return {"budget": args.budget == "on", "costs": args.costs}
+
+
 def model_source(args: argparse.Namespace) -> str | Path:
     """What `--model` names, or the embedded checkpoint.
 
@@ -137,6 +174,7 @@ def load(args: argparse.Namespace, mesh: "Mesh | None" = None) -> "tuple[Target,
         context=getattr(args, "context", None),
         batch_size=getattr(args, "batch_size", 1),
         first="the first --draft",
+        keep_programs=keeps_programs(args),
     )
     if drafter.reason:
         say(loading.chosen(drafter))

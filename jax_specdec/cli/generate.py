@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ def register(commands: Any) -> None:
     group = common.model_group(parser)
     common.add_model(group)
     common.add_drafter(group)
+    common.add_budget(group)
+    common.add_keep_programs(group)
     common.add_int8(group)
     prompts = parser.add_argument_group("prompts (default: standard input is one prompt)")
     prompts.add_argument(
@@ -116,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
     rule = RULES[args.rule](**chosen)
     target, drafter = common.load(args, mesh)
     sampling.heed(args, target)
-    decoder = SpeculativeDecoder(target, drafter, rule=rule, logprobs=args.logprobs, margins=True)
+    recorded = {"logprobs": args.logprobs, "margins": True}
+    decoder = SpeculativeDecoder(target, drafter, rule=rule, **recorded, **common.budget(args))
     requests = make_requests(
         [_prompt(record, target, args, form) for record in records],
         [record.id for record in records],
@@ -194,9 +198,15 @@ def summary(answers: "Sequence[Generation]", batch_size: int) -> str:
     )  # rows of a batch share theirs
     ties = sum(a.stats.near_ties or 0 for a in answers)
     compiling = sum(a.stats.compile_time_s for a in answers[::batch_size])
+    widths = sum((Counter(a.stats.steps_per_width) for a in answers), Counter())
+    undrafted = sum(sum(a.stats.steps_per_depth[:1]) for a in answers)
+    rounds = ""
+    if len(answers[0].stats.steps_per_width) > 1:
+        each = ", ".join(f"{width}: {widths[width]}" for width in sorted(widths))
+        rounds = f", rounds by width {each}, without a draft: {undrafted}"
     return (
         f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s, and {compiling:.1f} s of "
-        f"compilation), mean acceptance length {tokens / steps:.2f}, near ties {ties}"
+        f"compilation), mean acceptance length {tokens / steps:.2f}, near ties {ties}{rounds}"
     )
 
 

@@ -91,6 +91,7 @@ def describe(
     Args:
       target, stored, drafters: what `open_headers` gives.
     """
+    from jax_specdec.checkpoints.draft_vocabulary import read_draft_vocabulary
     from jax_specdec.checkpoints.memory import available_memory, memory_plan, sizes_of
     from jax_specdec.checkpoints.target_tensors import packing_of
     from jax_specdec.loading import choose_drafter
@@ -121,7 +122,11 @@ def describe(
     def part(name: str) -> dict[str, Any]:
         """What is known of one drafter, its memory among it unless it takes none."""
         request = drafters.request(name)
-        return request.kind.describe(request, args.batch_size, slots)
+        found = request.kind.describe(request, args.batch_size, slots)
+        if request.kind.distribution and request.kind.needs_checkpoint:
+            ids = read_draft_vocabulary(request.folder, target)
+            found |= {} if ids is None else {"draft_vocabulary": len(ids)}
+        return found
 
     if spec.inner:
         drafter["parts"] = {name: part(name) for name in spec.names}
@@ -205,6 +210,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"decoding {found['batch_size']} rows of {found['context_used']} tokens (prompts of up to "
         f"{found['longest_prompt']}) in {found['dtype']}{common.int8_note(found['int8'])}, drafter {drafter['name']}"
         f"{common.int8_note(found['draft_int8'])}, up to {drafter['length']} tokens a draft"
+        + (f" of {drafter['draft_vocabulary']:,}" if "draft_vocabulary" in drafter else "")
     )
     lines.append(f"         model   {_memory(found['memory'])}")
     if "memory" in drafter:

@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
     if args.writer == "drafter":
         from jax_specdec.training.on_policy import unverified
 
-        decoder = SpeculativeDecoder(target, drafter, rule=unverified(drafter.drafter))
+        rule = unverified(drafter.drafter)
+        decoder = SpeculativeDecoder(target, drafter, rule=rule, budget=False)
     else:
         decoder = SpeculativeDecoder(target, drafter)
     todo = records[done:]

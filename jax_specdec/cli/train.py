@@ -4,7 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jax_specdec.cli import arguments, common, mesh, regenerate, train_glide, train_medusa
+from jax_specdec.cli import (
+    arguments,
+    common,
+    mesh,
+    regenerate,
+    train_glide,
+    train_medusa,
+    train_vocabulary,
+)
 from jax_specdec.cli.parser import Commands
 from jax_specdec.errors import UserError
 from jax_specdec.training.config import TrainConfig
@@ -35,6 +43,7 @@ def register(commands: Any) -> None:
     train_medusa.register(kinds)
     register_tokenizer(kinds)
     register_bigram(kinds)
+    train_vocabulary.register(kinds)
     regenerate.register(kinds)
     parser.description = "\n".join([parser.description, "", "kinds:", *kinds.lines])
 

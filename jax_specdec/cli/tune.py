@@ -49,6 +49,7 @@ def register(commands: Any) -> None:
         text = f"{text} (default: {default})"
         parser.add_argument(flag, type=int, default=default, metavar="N", help=text)
     common.add_int8(parser)
+    common.add_keep_programs(parser)
     parser.add_argument(
         "--out",
         metavar="FILE",
@@ -61,6 +62,7 @@ def register(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from jax_specdec.checkpoints.targets import load_target
     from jax_specdec.doctor import writable
+    from jax_specdec.loading import keep_compiled
     from jax_specdec.specs.build import Drafters, check_taken
     from jax_specdec.specs.defaults import add_record, lengths_file, read_records
     from jax_specdec.specs.language import split
@@ -76,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = [
         record.prompt for path in args.prompts for record in read_prompts(path)[: args.per_file]
     ]
+    if common.keeps_programs(args):
+        keep_compiled()
     target = load_target(common.model_source(args), dtype=args.dtype, int8=args.int8)
     options = {"batch_size": args.batch_size, "int8": args.draft_int8}
     drafters = Drafters(target, drafts=folders, **options)

@@ -73,6 +73,13 @@ class KVCache(flax.struct.PyTreeNode):
             at |= {"k_scale": self.k_scale[index], "v_scale": self.v_scale[index]}
         return {"k_cache": self.k[index], "v_cache": self.v[index], **at}
 
+    def only(self, index: int) -> "KVCache":
+        """The cache of one layer, where they are not stacked."""
+        one = slice(index, index + 1)
+        scales = {name: getattr(self, name) for name in ("k_scale", "v_scale")}
+        scales = {name: None if x is None else x[one] for name, x in scales.items()}
+        return self.replace(k=self.k[one], v=self.v[one], **scales)
+
     def seen(self, k: Array, v: Array, index: Any) -> tuple[Array, Array]:
         """New keys and values `[B, T, K, D]` of a layer, as this cache will give them back.
 

@@ -4,6 +4,9 @@ A draft has T nodes, node 0 is the root (the last emitted token). The order is c
 chain, then siblings, so that main-chain node d has index d and an accepted chain is contiguous.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import flax.struct
 import jax.numpy as jnp
 
@@ -179,6 +182,54 @@ def from_parents(
         ancestors=masks.pack(seen),
         depth_limit=depth_limit,
         **fields,
+    )
+
+
+def narrow(draft: Draft, width: int) -> tuple[Draft, Int[Array, "B T"] | None]:
+    """A draft's first `width` valid nodes, and the index in the whole draft of each, None for the same one.
+
+    A chain keeps its order, and so does a tree, whose parents come before their children; but a tree's main
+    chain does not keep its places.
+    """
+    nodes = draft.tokens.shape[1]
+    if width == nodes:
+        return draft, None
+    fields: dict[str, Any] = {"top_ids": None, "top_probs": None}
+    if draft.is_chain or width == 1:
+        for name in ("tokens", "valid", "source", "probability"):
+            fields[name] = getattr(draft, name)[:, :width]
+        fields |= {"parent": None, "depth": None, "ancestors": None}
+        q = None if draft.q is None or width == 1 else draft.q[:, : width - 1]
+        return draft.replace(**fields, q=q, depth_limit=width - 1), None
+    assert draft.ancestors is not None and draft.q is None, "a tree under a coupled rule"
+    # Stable: valid nodes in their order.
+    order = jnp.argsort(~draft.valid, axis=1, stable=True).astype(jnp.int32)
+    place = jnp.argsort(order, axis=1).astype(jnp.int32)
+    order = order[:, :width]
+    for name in ("tokens", "valid", "source", "probability"):
+        fields[name] = jnp.take_along_axis(getattr(draft, name), order, axis=1)
+    for name, of in (("parent", draft.parents()), ("depth", draft.depths())):
+        of = jnp.broadcast_to(of, draft.tokens.shape)
+        fields[name] = jnp.take_along_axis(of, order, axis=1)
+    fields["parent"] = jnp.take_along_axis(place, fields["parent"], axis=1)
+    above = jnp.take_along_axis(masks.unpack(draft.ancestors, nodes), order[..., None], axis=1)
+    above = jnp.take_along_axis(above, order[:, None], axis=2)
+    return draft.replace(**fields, ancestors=masks.pack(above)), order
+
+
+def widened(draft: Draft, nodes: int, sources: Sequence[int]) -> Draft:
+    """A chain with invalid nodes behind it, `nodes` in all without the root.
+
+    Args:
+      sources: what the draft's sources are to be, the first its source 1.
+    """
+    more = ((0, 0), (0, nodes + 1 - draft.tokens.shape[1]))
+    return Draft(
+        tokens=jnp.pad(draft.tokens, more),
+        valid=jnp.pad(draft.valid, more),
+        source=jnp.pad(jnp.take(jnp.asarray([0, *sources], jnp.int32), draft.source), more),
+        probability=jnp.pad(draft.probability, more),
+        depth_limit=nodes,
     )
 
 

@@ -52,6 +52,7 @@ class Info:
       rewinds: whether `commit` takes states back to any length, and what begins larger states may be copied
         from smaller ones. Others read a text anew that another one begins with.
       models: the models inside, none for statistical drafters.
+      noise: whether it reads `Context.noise`; where it does not, the noise may be all 0.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Info:
     ranked: bool = True
     rewinds: bool = True
     models: tuple[ModelUse, ...] = ()
+    noise: bool = True
 
     @property
     def is_chain(self) -> bool:
@@ -114,6 +116,14 @@ class Drafter(Protocol):
     def commit(self, states: States, outcome: Outcome) -> States:
         """Rolls back to what still holds: by default to min(own, matched)."""
         ...
+
+
+def ways_of(drafter: Drafter) -> tuple[Drafter, ...]:
+    """How a drafter can draft: itself, then with a part of its drafters, where it has `cheaper` ones.
+
+    They work on the drafter's states, draft chains as it does, and give no distribution.
+    """
+    return (drafter, *getattr(drafter, "cheaper", ()))
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ from jax import export
 
 from jax_specdec._types import Array, Int, Params
 from jax_specdec.core.acceptance import MATCH, Acceptance
+from jax_specdec.core.budget import RoundCosts
 from jax_specdec.core.draft import Text
 from jax_specdec.core.loop import DecodeLoop
 from jax_specdec.core.plain import NoDrafter
@@ -24,6 +25,7 @@ def make_generate(
     processors: tuple[Processor, ...] = (),
     logprobs: bool = False,
     margins: bool = False,
+    costs: RoundCosts | None = None,
 ):
     """The whole decoding as one pure function, for other people's programs.
 
@@ -32,6 +34,8 @@ def make_generate(
         anything with a `drafter` (a loaded one); None decodes plainly.
       max_new_tokens: static, the most tokens that a row emits; its sampling may set a lower limit.
       rule, processors, logprobs, margins: as in `DecodeLoop`.
+      costs: of rounds of the usual widths, a part of the function: each round drafts as deep and verifies as
+        wide as pays. None: each drafts and verifies all that the drafter can.
 
     Returns:
       `generate(params, tokens int32[B, Lp], lengths int32[B], sampling, request_ids int32[B]) ->
@@ -47,6 +51,9 @@ def make_generate(
         logprobs,
         margins,
     )
+    if costs is not None:
+        loop = loop.budgeted()
+        loop.check_costs(costs)
 
     def generate(
         params: Params,
@@ -58,7 +65,8 @@ def make_generate(
         capacity = tokens.shape[1] + max_new_tokens
         most = jnp.minimum(sampling.max_new_tokens, max_new_tokens)
         sampling = sampling.replace(max_new_tokens=most)
-        state = loop.start(params, tokens, lengths, sampling, request_ids, capacity=capacity)
+        rows = (tokens, lengths, sampling, request_ids)
+        state = loop.start(params, *rows, capacity=capacity, costs=costs)
         state = loop.run(params, state, capacity)
         inside = jnp.arange(capacity, dtype=jnp.int32)[None] < state.text.length[:, None]
 

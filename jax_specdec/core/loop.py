@@ -12,27 +12,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_specdec._types import Array, Bool, Float, Int, Params
-from jax_specdec.core import acceptance, numerics, prng
+from jax_specdec._types import Array, Float, Int, Params
+from jax_specdec.core import acceptance, prng
+from jax_specdec.core.budget import Budget, RoundCosts, check_widths, usual_widths
 from jax_specdec.core.context import Context, Tapped, TargetView
-from jax_specdec.core.draft import Draft, Text
-from jax_specdec.core.drafter import Drafter, Outcome, States, accepted_prefix
+from jax_specdec.core.draft import Text
+from jax_specdec.core.drafter import Drafter, States, accepted_prefix, ways_of
 from jax_specdec.core.law import Law
 from jax_specdec.core.model import Model
 from jax_specdec.core.prefill import read_text
 from jax_specdec.core.processors import Processor
-from jax_specdec.core.sampling import STRING_COMPLETE, Sampling
-from jax_specdec.core.sharding import Sharding, on_its_mesh, sharding_of
+from jax_specdec.core.round import decode_round
+from jax_specdec.core.sampling import Sampling
+from jax_specdec.core.sharding import on_its_mesh, sharding_of
 from jax_specdec.core.state import LoopState
-from jax_specdec.core.stats import FAILED, LENGTH, RUNNING, STOP, Stats, write_window
-
-
-def _lead(scores: Float[Array, "B T V"], sharding: Sharding | None) -> Float[Array, "B T"]:
-    """How far the best score is ahead of the second best."""
-    value, token = numerics.best(scores, sharding)
-    index = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, None]
-    second = jnp.max(jnp.where(index == token[..., None], numerics.NEG_INF, scores), axis=-1)
-    return value - second
+from jax_specdec.core.stats import LENGTH, RUNNING, Stats
+from jax_specdec.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +38,11 @@ class DecodeLoop:
       rule: which drafted path becomes text.
       processors: a user's own logits processors, applied at every node of the tree.
       logprobs, margins: whether `Stats` records them. Each costs a pass over the logits of every round.
+      widths: nodes of a verification, root included, rising from 1 to the whole draft's: each round takes one
+        of them, see `budget`. Empty: every round drafts and verifies all that the drafter can.
+
+    Raises:
+      UserError: widths that do not rise from 1 to the draft's.
     """
 
     target: Model
@@ -51,6 +51,16 @@ class DecodeLoop:
     processors: tuple[Processor, ...] = ()
     logprobs: bool = False
     margins: bool = False
+    widths: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.widths:
+            check_widths(self.widths, self.nodes)
+            if self.rule.needs_q and not self.drafter.info.is_chain and len(self.widths) > 2:
+                raise UserError(
+                    "The rejection rule verifies a tree whole or not at all: its widths are 1 and "
+                    f"{self.nodes}."
+                )
 
     @property
     def nodes(self) -> int:
@@ -62,8 +72,39 @@ class DecodeLoop:
         """The most tokens a round can emit: P + 1."""
         return self.drafter.info.depth + 1
 
+    def budgeted(self) -> "DecodeLoop":
+        """The same with the usual widths; as it is where nothing is drafted."""
+        info = self.drafter.info
+        if not info.depth:
+            return self
+        whole = self.rule.needs_q and not info.is_chain
+        widths = (1, self.nodes) if whole else usual_widths(self.nodes)
+        return dataclasses.replace(self, widths=widths)
+
+    def unknown_costs(self) -> RoundCosts | None:
+        """`RoundCosts.unknown` of this loop; None where all rounds are alike."""
+        return RoundCosts.unknown(*self._costs) if len(self.widths) > 1 else None
+
+    def check_costs(self, costs: RoundCosts) -> None:
+        """Raises `UserError` for costs that are not this loop's."""
+        if len(self.widths) < 2:
+            raise UserError(
+                "All rounds of this decoder are alike, and there is nothing to choose by costs."
+            )
+        costs.check(*self._costs)
+
     @property
-    def _tapped(self) -> Tapped:
+    def _costs(self) -> tuple[int, int, int]:
+        return len(self.widths), len(ways_of(self.drafter)), self.drafter.info.depth
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names for `Stats.source`, which counts from 1: the drafter's, and those of its other ways."""
+        ways = ways_of(self.drafter) if self.widths else (self.drafter,)
+        return tuple(dict.fromkeys(name for way in ways for name in way.info.sources))
+
+    @property
+    def tapped(self) -> Tapped:
         return Tapped(self.target, self.drafter.info.taps)
 
     @on_its_mesh
@@ -77,6 +118,7 @@ class DecodeLoop:
         *,
         capacity: int,
         chunk: int | None = None,
+        costs: RoundCosts | None = None,
     ) -> LoopState:
         """Reads the prompts into all caches.
 
@@ -84,14 +126,19 @@ class DecodeLoop:
           params: `{"target": ..., "drafters": {name: ...}}`.
           tokens: prompts, left-aligned; what lies behind `lengths[b] >= 1` is ignored.
           capacity: static, the most tokens of a row, prompt included.
+          costs: of a round, for a loop with widths; default: `RoundCosts.unknown`.
+
+        Raises:
+          UserError: the costs of another loop.
         """
-        caches = self.empty(params, tokens.shape[0], capacity)
-        return self._start(params, tokens, lengths, sampling, request_ids, capacity, chunk, *caches)
+        view, drafts = self.empty(params, tokens.shape[0], capacity)
+        args = (tokens, lengths, sampling, request_ids, capacity, chunk)
+        return self._start(params, *args, view, drafts, costs)
 
     @on_its_mesh
     def empty(self, params: Params, batch: int, capacity: int) -> tuple[TargetView, States]:
         """The target's cache and the drafter's states that have read nothing."""
-        view = self._tapped.init_view(params["target"], batch, capacity + self.nodes)
+        view = self.tapped.init_view(params["target"], batch, capacity + self.nodes)
         return view, self.drafter.init(batch, capacity + self.window)
 
     @on_its_mesh
@@ -107,6 +154,7 @@ class DecodeLoop:
         *,
         capacity: int,
         chunk: int | None = None,
+        costs: RoundCosts | None = None,
     ) -> LoopState:
         """`start` beside caches that have read a part of the texts: the rest alone is read. Donate `caches`.
 
@@ -118,18 +166,17 @@ class DecodeLoop:
         view, drafts = caches
         behind = kept <= view.length  # not all of the old text is in the new one
         cut = jnp.minimum(view.length, jnp.minimum(kept, lengths - 1))
-        view, info = self._tapped.rollback(view, cut), self.drafter.info
+        view, info = self.tapped.rollback(view, cut), self.drafter.info
         if info.rewinds:
             none = jnp.zeros_like(kept)
             drafts = self.drafter.commit(drafts, accepted_prefix(kept, none, info.depth))
         else:
             drafts = self.drafter.reset(drafts, behind)
-        return self._start(
-            params, tokens, lengths, sampling, request_ids, capacity, chunk, view, drafts
-        )
+        args = (tokens, lengths, sampling, request_ids, capacity, chunk)
+        return self._start(params, *args, view, drafts, costs)
 
     def _start(
-        self, params, tokens, lengths, sampling, request_ids, capacity, chunk, view, drafts
+        self, params, tokens, lengths, sampling, request_ids, capacity, chunk, view, drafts, costs
     ) -> LoopState:
         """`start` with caches that may have read something."""
         batch, width = tokens.shape
@@ -138,9 +185,13 @@ class DecodeLoop:
         columns = capacity + self.window
         buffer = jnp.zeros((batch, columns), jnp.int32)
         text = Text(lax.dynamic_update_slice(buffer, tokens, (0, 0)), lengths)
-        view = read_text(self._tapped, params["target"], view, text.tokens, lengths - 1, chunk)
+        view = read_text(self.tapped, params["target"], view, text.tokens, lengths - 1, chunk)
         limit = jnp.minimum(lengths + sampling.max_new_tokens, capacity)
-        info = self.drafter.info
+        info, budget = self.drafter.info, None
+        costs = self.unknown_costs() if costs is None else costs
+        if costs is not None:
+            self.check_costs(costs)
+            budget = Budget.empty(costs, batch)
         state = LoopState(
             text=text,
             prompt_length=lengths,
@@ -153,16 +204,20 @@ class DecodeLoop:
             stats=Stats.empty(
                 jnp.where(limit > lengths, RUNNING, LENGTH).astype(jnp.int32),
                 columns,
-                len(info.sources),
+                len(self.sources),
                 info.depth,
+                max(1, len(self.widths)),
                 logprobs=self.logprobs,
                 margins=self.margins,
             ),
+            budget=budget,
         )
         sharding = sharding_of(self.target)
         if sharding is not None:  # what begins as zeros would lie on every device
             names = ("text", "prompt_length", "limit", "keys", "stop_state", "stats")
             state = state.replace(**{name: sharding.rows(getattr(state, name)) for name in names})
+            if budget is not None:
+                state = state.replace(budget=budget.placed(sharding))
         ctx = self.context(state, None)
         return state.replace(drafts=self.drafter.extend(params["drafters"], drafts, ctx))
 
@@ -203,8 +258,9 @@ class DecodeLoop:
         drafts = jax.tree.map(take, state.drafts, axes.drafts)
         drafts = self.drafter.reset(drafts, jnp.ones((1,), bool))
         view, _ = self.empty(params, 1, capacity)
+        costs = None if state.budget is None else state.budget.costs
         args = (tokens, length, sampling, request_id, capacity, chunk)
-        fresh = self._start(params, *args, view, drafts)
+        fresh = self._start(params, *args, view, drafts, costs)
         return jax.tree.map(put, state, fresh, axes)
 
     def _row_axes(self, params: Params, state: LoopState, capacity: int) -> Any:
@@ -220,8 +276,9 @@ class DecodeLoop:
             )
             rows = of_rows(state.prompt_length)
             tokens = jax.ShapeDtypeStruct((batch, 1), "int32")
+            costs = None if state.budget is None else state.budget.costs
             return jax.eval_shape(
-                lambda p, *args: self.start(p, *args, capacity=capacity),
+                lambda p, *args: self.start(p, *args, capacity=capacity, costs=costs),
                 params,
                 tokens,
                 rows,
@@ -255,120 +312,25 @@ class DecodeLoop:
             **static,
         )
 
-    def noise(self, state: LoopState) -> Float[Array, "B Q V"]:
-        """The noise that drafting and verification share in one round."""
-        role = prng.ROLE_DRAFT if self.rule.needs_q else prng.ROLE_MATCH
-        return prng.shared_noise(
-            state.keys,
-            state.sampling,
-            state.text.length,
-            self.window,
-            self.target.vocab_size,
-            role,
-        )
+    def noise(self, state: LoopState, rows: int | None = None) -> Float[Array, "B Q V"]:
+        """The noise that drafting and verification share in one round.
 
-    def _cut(
-        self,
-        state: LoopState,
-        emitted: Int[Array, "B Q"],
-        count: Int[Array, " B"],
-        active: Bool[Array, " B"],
-    ) -> tuple[Int[Array, " B"], Int[Array, " B"], Int[Array, " B"]]:
-        """Ends rows at the first stop token, stop string or length limit inside the block.
-
-        Returns `(count, finish, stop_state)`, the tokens that become text (the one that ends a row
-        included).
+        Args:
+          rows: how many positions have it, 0 for the others; default: all.
         """
-        sampling, finish = state.sampling, state.stats.finish
-        place = jnp.arange(self.window, dtype=jnp.int32)[None]
-        stops = jnp.any(emitted[..., None] == sampling.stop_ids[:, None], axis=-1)
-        automaton, trail = state.stop_state, emitted
-        if sampling.stop_table.shape[0]:
-            table = sampling.stop_table
-
-            def advance(current, token):
-                following = table[jnp.maximum(current, 0), token]
-                following = jnp.where(current >= 0, following, current)
-                # -1: the row has no stop strings; -2: one is complete
-                return following, following
-
-            _, trail = lax.scan(advance, automaton, jnp.swapaxes(emitted, 0, 1))
-            trail = jnp.swapaxes(trail, 0, 1)  # [B, P+1], state after each token
-            stops = stops | (trail == STRING_COMPLETE)
-        stops = stops & (place < count[:, None])
-        stopped = jnp.any(stops, axis=1)
-        count = jnp.where(stopped, jnp.argmax(stops, axis=1).astype(jnp.int32) + 1, count)
-        budget = state.limit - state.text.length
-        stopped = stopped & (count <= budget)
-        count = jnp.where(active, jnp.minimum(count, budget), 0)
-        if sampling.stop_table.shape[0]:
-            last = jnp.maximum(count - 1, 0)[:, None]
-            reached = jnp.take_along_axis(trail, last, axis=1)[:, 0]
-            automaton = jnp.where(active & (count > 0), reached, automaton)
-        ended = jnp.where(stopped, STOP, jnp.where(count >= budget, LENGTH, RUNNING))
-        return count, jnp.where(active, ended, finish).astype(jnp.int32), automaton
+        rows = self.window if rows is None else min(rows, self.window)
+        if rows == 0:
+            shape = (state.keys.shape[0], self.window, self.target.vocab_size)
+            return jnp.zeros(shape, jnp.float32)
+        role = prng.ROLE_DRAFT if self.rule.needs_q else prng.ROLE_MATCH
+        noise = prng.shared_noise(
+            state.keys, state.sampling, state.text.length, rows, self.target.vocab_size, role
+        )
+        return jnp.pad(noise, ((0, 0), (0, self.window - rows), (0, 0)))
 
     def round(self, params: Params, state: LoopState) -> LoopState:
         """Draft, verify, commit: every running row emits at least one token."""
-        text = state.text
-        ctx = self.context(state, self.noise(state), return_q=self.rule.needs_q)
-        active = ctx.active
-        with jax.named_scope("draft"):
-            draft, drafts = self.drafter.draft(params["drafters"], state.drafts, ctx)
-        depths = draft.depths()
-        draft = draft.replace(valid=draft.valid & (depths <= ctx.budget[:, None]))
-        with jax.named_scope("verify"):
-            positions = jnp.broadcast_to(text.length[:, None] - 1 + depths, draft.tokens.shape)
-            out = self._tapped.apply(
-                params["target"], draft.tokens, positions, state.view, draft.ancestors
-            )
-            assert out.logits is not None
-            scores = ctx.scores(out.logits, draft.tokens[:, 1:], draft.on_path())
-            verified = self.rule(ctx, draft, scores)
-        margin, sound = self._examine(ctx, draft, scores)
-
-        place = jnp.arange(self.window, dtype=jnp.int32)[None]
-        # Tokens before the first node without a law are right; unless they end the row, it fails behind them.
-        sound = jnp.take_along_axis(sound, verified.path, axis=1)
-        sound = jnp.sum(jnp.cumprod(sound.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
-        whole = jnp.minimum(verified.accepted + 1, sound)
-        count, finish, stop_state = self._cut(state, verified.tokens, whole, active)
-        failed = (sound <= verified.accepted) & (finish == RUNNING)
-        finish = jnp.where(failed, FAILED, finish)
-        accepted = jnp.minimum(verified.accepted, count)  # counted up to where the text was cut
-        on_chain = (verified.path == place) & (place >= 1) & (place <= accepted[:, None])
-        matched = text.length + jnp.sum(on_chain, axis=1, dtype=jnp.int32)
-        with jax.named_scope("commit"):
-            path = None if draft.is_chain else verified.path
-            view = self._tapped.commit(state.view, out, count, path)
-            drafts = self.drafter.commit(drafts, Outcome(matched, verified.path, accepted))
-        return state.replace(
-            text=Text(write_window(text.tokens, verified.tokens, text.length), text.length + count),
-            view=view,
-            drafts=drafts,
-            stop_state=stop_state,
-            stats=state.stats.record(
-                draft, verified, accepted, finish, text.length, active, out.logits, margin
-            ),
-        )
-
-    def _examine(
-        self, ctx: Context, draft: Draft, scores: Float[Array, "B T V"]
-    ) -> tuple[Float[Array, "B T"] | None, Bool[Array, "B T"]]:
-        """The margin of each node's own token where it is recorded, and which nodes have one.
-
-        A node has no token of its own where a score is NaN or infinite, or all tokens are forbidden.
-        """
-        if self.rule.coupled:  # the rule took the maximum of this sum, too
-            scores = scores + acceptance.node_noise(ctx, draft)
-        sound = jnp.isfinite(numerics.best(scores, ctx.sharding)[0])
-        if not self.margins:
-            return None, sound
-        margin = _lead(scores, ctx.sharding)
-        if not self.rule.coupled:  # a drawn token is no argmax
-            greedy = ctx.law.sampling.temperature == 0
-            margin = jnp.where(greedy[:, None], margin, jnp.inf)
-        return margin, sound
+        return decode_round(self, params, state)
 
     @on_its_mesh
     def run(

@@ -218,6 +218,13 @@ def put_rows(rows: Any, sharding: Sharding | None) -> Any:
     return jax.device_put(jax.tree.map(np.asarray, rows), row_places(rows, sharding))
 
 
+def put_whole(arrays: Any, sharding: Sharding | None) -> Any:
+    """Arrays that every process holds whole, on every device."""
+    if sharding is None:
+        return arrays
+    return jax.tree.map(put, jax.tree.map(np.asarray, arrays), sharding.whole(arrays))
+
+
 def row_places(rows: Any, sharding: Sharding) -> Any:
     """Where arrays of one entry per row lie: a tree of `NamedSharding`."""
 

@@ -1,8 +1,9 @@
-"""What a decoding loop carries from round to round."""
+"""Everything a round reads and writes."""
 
 import flax.struct
 
 from jax_specdec._types import Array, Int, UInt
+from jax_specdec.core.budget import Budget
 from jax_specdec.core.context import TargetView
 from jax_specdec.core.draft import Text
 from jax_specdec.core.drafter import States
@@ -19,6 +20,7 @@ class LoopState(flax.struct.PyTreeNode):
       view: the target's cache and taps, of length `text.length - 1`.
       drafts: drafter states by name.
       keys: `uint32[B, 2]`, key data per row. stop_state: `int32[B]`, stop-string automaton.
+      budget: how deep to draft and how wide to verify; None where every round is the drafter's whole draft.
     """
 
     text: Text
@@ -30,3 +32,4 @@ class LoopState(flax.struct.PyTreeNode):
     sampling: Sampling
     stop_state: Int[Array, " B"]
     stats: Stats
+    budget: Budget | None = None

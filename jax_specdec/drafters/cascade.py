@@ -83,6 +83,14 @@ class Horizontal(Composed):
     def parts(self):
         return self.drafters
 
+    @functools.cached_property
+    def cheaper(self) -> "tuple[Horizontal, ...]":
+        """The drafters behind the first one, which has a model; see `core.drafter.ways_of`."""
+        if len(self.drafters) == 1 or not self.drafters[0].info.models:
+            return ()
+        rest = Horizontal(self.drafters[1:], self.budgets[1:], self.cut)
+        return (rest, *rest.cheaper)
+
     @property
     def info(self) -> Info:
         return self._info
@@ -114,6 +122,7 @@ class Horizontal(Composed):
             ranked=all(info.ranked for info in infos),
             rewinds=all(info.rewinds for info in infos),
             models=tuple(models),
+            noise=any(info.noise for info in infos),
         )
 
     def draft(self, params, states, ctx):
@@ -239,6 +248,11 @@ class Cascade(Composed):
     def inner(self) -> Horizontal:
         """The draft that is verified."""
         return Horizontal(self.drafters, self.budgets, self.cut)
+
+    @property
+    def cheaper(self) -> tuple[Horizontal, ...]:
+        """What it verifies, as it was proposed."""
+        return (self.inner, *self.inner.cheaper)
 
     @property
     def parts(self):

@@ -78,6 +78,7 @@ def _make(request: registry.Request) -> registry.Make:
 
 
 def _load(request: registry.Request) -> tuple[registry.Make, dict[str, Any]]:
+    from jax_specdec.checkpoints.draft_vocabulary import narrowed
     from jax_specdec.checkpoints.targets import load_target
 
     where = request.sharding
@@ -87,7 +88,9 @@ def _load(request: registry.Request) -> tuple[registry.Make, dict[str, Any]]:
     )
     shared = _match(request, small.tokenizer, small.vocab_size)
     params = small.params
-    if shared is not None:
+    if shared is None:
+        params = narrowed(request.folder, request.target, params, where, small.vocab_size)
+    else:
         place = None if where is None else where.of(None)
         ids, known = (jax.device_put(x, place) for x in (shared.ids, shared.shared))
         params = {"model": params, "ids": ids, "shared": known}

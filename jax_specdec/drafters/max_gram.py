@@ -35,7 +35,7 @@ class MaxGram(StatelessDrafter):
     @property
     def info(self):
         sizes = KIND.sizes(self.length) if self.fill is None else (self.length,)
-        return chain_info(self.name, self.length, sizes)
+        return chain_info(self.name, self.length, sizes, noise=False)
 
     def draft(self, params, states, ctx):
         text = ctx.text

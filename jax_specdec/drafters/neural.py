@@ -187,6 +187,8 @@ class NeuralDrafter:
             items = {key: at.items[key].at[at.depth].set(item[key]) for key in at.items}
             return _Step(at.depth + 1, going, cache, token, items)
 
+        # Nobody reads tokens behind the budget; at least one is drafted.
+        most = jnp.minimum(jnp.max(jnp.where(ctx.active, ctx.budget, 0)), self.length)
         # The last drafted token is not read: it is among the two that the next round begins with.
         going = jnp.ones_like(ctx.active) if self.stop is None else ctx.active
         token, item, going = propose(logits, 0, going, None)
@@ -195,7 +197,7 @@ class NeuralDrafter:
             for key, value in item.items()
         }
         end = lax.while_loop(
-            lambda at: (at.depth < self.length) & jnp.any(at.going),
+            lambda at: (at.depth < most) & jnp.any(at.going),
             step,
             _Step(jnp.int32(1), going, cache, token, items),
         )
@@ -203,8 +205,9 @@ class NeuralDrafter:
         tokens, fields = items["token"], {}
         if described:
             fields = chain_fields(items["scores"], tokens, ctx, self.proposal)
+        fields["valid"] = line[None] < jnp.minimum(most, ctx.budget[:, None])
         if self.stop is not None:
-            fields["valid"] = items["valid"]
+            fields["valid"] = fields["valid"] & items["valid"]
             if (
                 "top_probs" in fields
             ):  # where a draft has ended there are no scores, or a neighbour's

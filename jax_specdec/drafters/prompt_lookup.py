@@ -25,7 +25,7 @@ class PromptLookup(StatelessDrafter):
 
     @property
     def info(self):
-        return chain_info(self.name, self.length, KIND.sizes(self.length))
+        return chain_info(self.name, self.length, KIND.sizes(self.length), noise=False)
 
     def draft(self, params, states, ctx):
         del params

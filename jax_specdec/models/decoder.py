@@ -225,8 +225,15 @@ class Decoder:
         partition = partition_of(self.sharding)
         scores: dict[str, Any] = {"scale": c.scale, "soft_cap": c.attention_cap}
 
-        def layer(weights: Params, x: Array, index: Any, place: int) -> Any:
-            """The layer at `place`, or under `scan` at `index`, which are all alike."""
+        def layer(
+            weights: Params,
+            x: Array,
+            index: Any,
+            place: int,
+            cache: KVCache | None,
+            drafted: tuple[Any, Any] | None,
+        ) -> Any:
+            """A layer like the one at `place`; `index` is where its keys are."""
             window = c.windows[place]
             block = Block(c, self.dtype, self.sharding, c.has_experts(place))
 
@@ -264,12 +271,16 @@ class Decoder:
         scan = self.layer_loop == "scan"
         if remat:
             layer = jax.checkpoint(layer, static_argnums=(3,) if scan else (2, 3))
+        # Layers that differ in their arrays alone are traced once.
+        shared = self.sharding is None and not (scan or remat or self.stacked_cache)
+        once = jax.jit(layer, static_argnums=(2, 3)) if shared and between is None else None
+        kinds = [(c.windows[i], c.rope_of(i), c.has_experts(i)) for i in range(c.num_layers)]
         if scan:
 
             def step(carry, item):
                 x, tapped = carry
                 index, weights = item
-                x, new = layer(weights, x, index, 0)
+                x, new = layer(weights, x, index, 0, cache, drafted)
                 tapped = {t: jnp.where(index == t, x, old) for t, old in tapped.items()}
                 return (x, tapped), new
 
@@ -278,7 +289,12 @@ class Decoder:
         else:
             collected = []
             for index, weights in enumerate(params["layers"]):
-                x, new = layer(weights, x, index, index)
+                if once is None:
+                    x, new = layer(weights, x, index, index, cache, drafted)
+                else:
+                    own = None if cache is None else cache.only(index)
+                    nodes = None if drafted is None else tuple((kv[index],) for kv in drafted)
+                    x, new = once(weights, x, 0, kinds.index(kinds[index]), own, nodes)
                 collected.append(new)
                 if index in tapped:
                     tapped[index] = x

@@ -32,6 +32,7 @@ from jax_specdec.core.sharding import Sharding, constrain, partition_of
 from jax_specdec.models.attention import masked_attention
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.decoder import Decoder
+from jax_specdec.models.draft_vocabulary import widen
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.models.layers import head, rms_norm
 from jax_specdec.models.products import matmul, unembed
@@ -294,7 +295,9 @@ class GliDe:
             x = rms_norm(x, params["norm"], self.target.norm_eps)
         if "head_out" in params:
             x = matmul(x, params["head_out"])
-        return head(self.target, params, x) if self.config.share else unembed(params, x)
+        if self.config.share:
+            return head(self.target, params, x)
+        return widen(params, unembed(params, x))
 
     def _target_angles(self, layer: int, positions: Array) -> tuple[Array, Array] | None:
         """What the target's layer turns its keys by."""

@@ -12,6 +12,7 @@ from jax_specdec._types import Array, Params
 from jax_specdec.core.sharding import Sharding, constrain
 from jax_specdec.models.attention import capped
 from jax_specdec.models.config import ModelConfig
+from jax_specdec.models.draft_vocabulary import widen
 from jax_specdec.models.experts import mixture, route
 from jax_specdec.models.parameters import layer_parameters
 from jax_specdec.models.products import matmul, unembed
@@ -64,11 +65,11 @@ def norm(c: ModelConfig, params: Mapping[str, Array], name: str, x: Array) -> Ar
 
 
 def head(c: ModelConfig, params: Params, x: Array) -> Array:
-    """Normed states `[B, T, E]` -> logits `float32[B, T, V]`."""
+    """Normed states `[B, T, E]` -> logits `float32[B, T, V]`; -inf outside of a draft vocabulary."""
     logits = unembed(params, x)
     if c.logit_divisor != 1:
         logits = logits / jnp.float32(c.logit_divisor)
-    return capped(logits, c.logit_cap)
+    return widen(params, capped(logits, c.logit_cap))
 
 
 class Block(nn.Module):

@@ -158,5 +158,5 @@ class Medusa:
         return x
 
     def _unembed(self, params: Params, x: Array, index: int) -> Array:
-        matrix = params if self.config.share else {"head": params["out"][index]}
+        matrix = params if self.config.share else {**params, "head": params["out"][index]}
         return layers.head(self.target, matrix, x)

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from jax_specdec.checkpoints.target_bound import target_fingerprint
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.draft import MAX_NODES
 from jax_specdec.errors import UserError
+from jax_specdec.user_cache import cache_folder, write_whole
 
 LENGTHS_FILE = "draft_lengths.json"
 # What one record is filed under, and where it is absent nothing is in int8.
@@ -76,8 +76,7 @@ def default_spec(target: Target | str | Path) -> str:
 def lengths_file(folder: Path) -> Path:
     """The file of measurements for the models in a folder; the hub's cache takes no files of others."""
     if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
-        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = Path(cache).expanduser() / "jax_specdec"
+        folder = cache_folder() or folder
     return folder / LENGTHS_FILE
 
 
@@ -164,7 +163,4 @@ def add_record(path: Path, record: dict[str, Any]) -> None:
         return [*(one.get(name) for name in KEY), *_int8(one)]
 
     others = [old for old in read_records(path) if key(old) != key(record)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps({"records": [*others, record]}, indent=1) + "\n", encoding="utf-8")
-    new.replace(path)
+    write_whole(path, json.dumps({"records": [*others, record]}, indent=1) + "\n")

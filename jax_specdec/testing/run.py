@@ -13,7 +13,7 @@ from jax_specdec.core import prng
 from jax_specdec.core import sampling as laws
 from jax_specdec.core.context import Context, Tapped, TargetView, make_context
 from jax_specdec.core.draft import Draft, Text
-from jax_specdec.core.drafter import Outcome, accepted_prefix
+from jax_specdec.core.drafter import Outcome, accepted_prefix, ways_of
 from jax_specdec.core.law import Law
 from jax_specdec.core.loop import DecodeLoop
 from jax_specdec.core.model import Model
@@ -61,6 +61,7 @@ def check_drafter(
     run.check_reset()
     run.check_rewind()
     run.check_inactive_rows()
+    run.check_ways()
     run.check_text()
 
 
@@ -101,9 +102,10 @@ class _Run:
         self.info = drafter.info
         self.read, self.noise, self.decode = _programs(target, self.info.taps)
         self.init = jax.jit(drafter.init, static_argnums=(0, 1))
-        self.extend, self.commit, self.draft, self.reset = (
-            jax.jit(f) for f in (drafter.extend, drafter.commit, drafter.draft, drafter.reset)
+        self.extend, self.commit, self.reset = (
+            jax.jit(f) for f in (drafter.extend, drafter.commit, drafter.reset)
         )
+        self.draft = jax.jit(lambda way, *args: way.draft(*args), static_argnums=0)
 
     def prepare(self, prompts, max_new_tokens: int, seed: int) -> None:
         """Decodes plainly: the text that everything below is measured against."""
@@ -187,20 +189,21 @@ class _Run:
         )
         return after
 
-    def propose(self, states, text, view, *, active=None, wants_q=False):
-        """A checked draft, on the host, and the states after it."""
+    def propose(self, states, text, view, *, active=None, wants_q=False, way=None):
+        """A checked draft, on the host, and the states after it; by default, the drafter's own way."""
+        way = self.drafter if way is None else way
         batch = text.length.shape[0]
         vocab = self.target.vocab_size
         gumbel = self.noise(self.keys, self.sampling, text.length, self.info.depth + 1)
         active = np.ones((batch,), bool) if active is None else active
         rows = jnp.asarray(active)
         ctx = self.context(text, view, gumbel, active=rows, return_q=wants_q, return_top=True)
-        draft, after = self.draft(self.params, states, ctx)
+        draft, after = self.draft(way, self.params, states, ctx)
         self.same(states, after, "draft")
         if active.all():
-            check_draft(draft, self.info, text, vocab, wants_q)
+            check_draft(draft, way.info, text, vocab, wants_q)
             require(
-                (draft.top_ids is not None) == self.info.distribution,
+                (draft.top_ids is not None) == way.info.distribution,
                 "top_ids must be given when they are asked for, if and only if info.distribution",
             )
         return jax.device_get(draft), after
@@ -311,6 +314,24 @@ class _Run:
         active = np.arange(len(self.lengths)) % 2 == 0
         got, _ = self.propose(states, text, view, active=active)
         self.equal(got, want, active, "rows that are not active must not change the others")
+
+    def check_ways(self) -> None:
+        """A round in each of its cheaper ways, and then one of its own."""
+        for way in ways_of(self.drafter)[1:]:
+            check_static(way)
+            require(
+                way.info.is_chain and way.info.depth <= self.info.depth,
+                "a way to draft must be of chains, and no longer than the drafter's",
+            )
+            text, view = self.at(self.lengths)
+            draft, states = self.propose(self.fresh(text, view), text, view, way=way)
+            lengths, outcome = self.follow(draft, self.lengths)
+            states = self.same(states, self.commit(states, outcome), "commit")
+            text, view = self.at(lengths)
+            got, _ = self.propose(states, text, view)
+            want, _ = self.propose(self.fresh(text, view), text, view)
+            sentence = "a draft must not depend on the way in which the one before was drafted"
+            self.equal(got, want, lengths < self.ends, sentence)
 
     def equal(self, got: Draft, want: Draft, rows: np.ndarray, sentence: str) -> None:
         live = want.valid & rows[:, None]

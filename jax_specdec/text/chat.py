@@ -110,11 +110,12 @@ def chat_ids(tokenizer: Any, prompt: str | Sequence[Message], **options: Any) ->
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages as dictionaries.
+    """The messages as dictionaries, the parts of a content, `[{"type": "text", "text": ...}]`, joined.
 
     Raises:
-      UserError: no list, what is no message, or has no role or no content.
+      UserError: no list, what is no message, has no role or no content, or a part that is no text.
     """
+    joined = []
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise UserError(f"A chat is a list of messages, not {a_kind(messages)}.")
     for number, message in enumerate(messages, 1):
@@ -131,9 +132,26 @@ def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
             raise UserError(
                 f'Message {number} of the chat: "content" must be a text, got {shown_value(content)}.'
             )
+        if isinstance(content, (list, tuple)):
+            content = "".join(_part(part, number) for part in content)
         if isinstance(content, str):
             check_text(content, f"Message {number} of the chat")
-    return [dict(message) for message in messages]
+        joined.append({**message, "content": content} if "content" in message else dict(message))
+    return joined
+
+
+def _part(part: Any, number: int) -> str:
+    """The text of a content's part."""
+    if (
+        isinstance(part, Mapping)
+        and part.get("type") == "text"
+        and isinstance(part.get("text"), str)
+    ):
+        return part["text"]
+    raise UserError(
+        f'Message {number} of the chat: each part of its content must be {{"type": "text", "text": ...}}, got '
+        f"{shown_value(part)}."
+    )
 
 
 def _with_content(message: dict[str, Any], content: Any) -> dict[str, Any]:

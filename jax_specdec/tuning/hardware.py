@@ -80,3 +80,26 @@ def parse_topology(text: str) -> Topology:
     if count > LARGEST:
         raise UserError(f"{text[:40]!r} has {count} devices, and plans end at {LARGEST}.")
     return Topology(text, known[kind], count * (2 if kind in ("v4", "tpu7x") else 1))
+
+
+def by_kind(platform: str, kind: str) -> Hardware:
+    """A device that JAX shows, by its platform and kind; one like it where the kind is not known.
+
+    >>> by_kind("tpu", "TPU v5 lite").name, by_kind("gpu", "NVIDIA H200").name, by_kind("cpu", "cpu").name
+    ('TPU v5e', 'NVIDIA H200', 'CPU')
+    """
+    if platform == "tpu":
+        return TPUS[_TPU_KINDS.get(kind, "v5e")]
+    if platform == "gpu":
+        return next((GPUS[name] for name in GPUS if name in kind.lower()), GPUS["h100"])
+    return CPU
+
+
+_TPU_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+}

@@ -21,6 +21,9 @@ from jax_specdec.errors import UserError
 from jax_specdec.generation import Generation
 from jax_specdec.specs.build import LoadedDrafter
 
+# Seconds of one timing, as far as so many rounds take so long.
+SLICE, MOST_ROUNDS = 0.25, 32
+
 
 @dataclasses.dataclass(frozen=True)
 class _Repeat(StatelessDrafter):
@@ -48,42 +51,77 @@ def medians(arms: Mapping[Any, Callable[[], float]], repeats: int) -> dict[Any, 
     return seconds
 
 
-def _started(loop: DecodeLoop, params: Any, ids: Sequence[Sequence[int]], steps: int, room: int):
-    """A state that has read a prompt and has room for `steps` rounds of `room` tokens."""
-    longest = max(map(len, ids))
-    tokens = np.zeros((len(ids), longest), np.int32)
+def _begun(loop: DecodeLoop, params: Any, ids: Sequence[Sequence[int]], steps: int, room: int):
+    """A state with room for `steps` rounds of `room` tokens, as if the target had read the prompts.
+
+    How long a round takes depends on how much is in the target's cache, and not on what.
+    """
+    rows, longest = len(ids), max(map(len, ids))
+    capacity = 1 << (longest + steps * room - 1).bit_length()
+    lengths = jnp.asarray([len(prompt) for prompt in ids], jnp.int32)
+    tokens = np.zeros((rows, capacity), np.int32)
     for row, prompt in enumerate(ids):
         tokens[row, : len(prompt)] = prompt
-    capacity = 1 << (longest + steps * room - 1).bit_length()
-    sampling = make_sampling(len(ids), max_new_tokens=capacity, stop_ids=(-1,))
-    lengths = jnp.asarray([len(prompt) for prompt in ids], jnp.int32)
-    args = (params, jnp.asarray(tokens), lengths, sampling, jnp.arange(len(ids)))
-    start = jax.jit(loop.start, static_argnames=("capacity",))
-    # Compiled ahead, and so not kept: a process has room for so many programs.
-    return jax.block_until_ready(start.lower(*args, capacity=capacity).compile()(*args))
+    sampling = make_sampling(rows, max_new_tokens=capacity, stop_ids=(-1,))
+    args = (params, jnp.asarray(tokens), lengths, sampling, jnp.arange(rows))
+    shapes = jax.eval_shape(functools.partial(loop.start, capacity=capacity), *args)
+    view, drafts = loop.empty(params, rows, capacity)
+    state = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes.replace(view=None, drafts=None)
+    )
+    text = jax.lax.dynamic_update_slice(state.text.tokens, args[1], (0, 0))
+    state = state.replace(
+        text=Text(text, lengths),
+        prompt_length=lengths,
+        limit=jnp.full_like(lengths, capacity),
+        view=view.replace(cache=loop.target.rollback(view.cache, lengths - 1)),
+        drafts=drafts,
+        sampling=sampling,
+        stop_state=sampling.stop_state,
+    )
+    if params["drafters"]:
+        state = state.replace(drafts=_read(loop, params, state))
+    return jax.block_until_ready(state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(loop: DecodeLoop, params: Any, state: Any) -> Any:
+    """The drafter's states with the text read."""
+    return loop.drafter.extend(params["drafters"], state.drafts, loop.context(state, None))
+
+
+def _rounds_for(seconds: float) -> int:
+    """How many rounds of so many seconds to time at once."""
+    return max(2, min(MOST_ROUNDS, round(SLICE / max(seconds, 1e-6))))
 
 
 def verify_arm(
-    target: Target, nodes: int, ids: Sequence[Sequence[int]], rounds: int = 32
+    target: Target, nodes: int, ids: Sequence[Sequence[int]], rounds: int | None = None
 ) -> Callable[[], float]:
-    """Seconds of one round that verifies `nodes` nodes, nothing drafted; compiled and warm."""
+    """Seconds of one round that verifies `nodes` nodes, nothing drafted; compiled and warm.
+
+    Args:
+      rounds: timed at once; default: for `SLICE` seconds.
+    """
     drafter = NoDrafter() if nodes == 1 else _Repeat(nodes - 1)
     loop = DecodeLoop(target.decoder, drafter)
     params = {"target": target.params, "drafters": {}}
-    state = _started(loop, params, ids, rounds, 2)
+    state = _begun(loop, params, ids, rounds or MOST_ROUNDS, 2)
 
-    def once() -> float:
+    def once(count: int) -> float:
         began = time.perf_counter()
-        out = jax.block_until_ready(_run(loop, params, state, jnp.int32(rounds)))
+        out = jax.block_until_ready(_run(loop, params, state, jnp.int32(count)))
         took = time.perf_counter() - began
         return took / max(1, int(out.stats.rounds.max()))
 
-    once()
-    return once
+    once(1)
+    return functools.partial(once, rounds or _rounds_for(once(1)))
 
 
 def _after_reading(x: jax.Array, arrays: Any, zero: jax.Array) -> jax.Array:
     """`x`, but not before all of `arrays` went through the processor's caches. `zero` is an int32 0."""
+    if not jax.tree.leaves(arrays):
+        return x
     line = 16  # numbers: at least one of every cache line
     # One number less than there are: a slice of everything would be no slice, and leave the loop.
     parts = [
@@ -99,12 +137,13 @@ def draft_arm(
     target: Target,
     drafter: LoadedDrafter,
     ids: Sequence[Sequence[int]],
-    rounds: int = 32,
+    rounds: int | None = None,
     answers: Sequence[Sequence[int]] | None = None,
 ) -> Callable[[], float]:
     """Seconds of one draft and its commit, without verification, advancing two tokens a round.
 
     Args:
+      rounds: timed at once; default: for `SLICE` seconds.
       answers: what follows each of `ids`, at least two tokens a round: how long a cascade takes depends
         on the text. None for zeros, where it does not.
 
@@ -114,23 +153,30 @@ def draft_arm(
     """
     loop = DecodeLoop(target.decoder, drafter.drafter)
     params = {"target": target.params, "drafters": drafter.params}
-    state = _started(loop, params, ids, rounds, 2)
+    state = _begun(loop, params, ids, rounds or MOST_ROUNDS, 2)
     if answers is not None:
         tokens = np.array(state.text.tokens)
         for row, (prompt, answer) in enumerate(zip(ids, answers, strict=True)):
             tokens[row, len(prompt) : len(prompt) + len(answer)] = answer
         state = state.replace(text=Text(jnp.asarray(tokens), state.text.length))
+    # A drafter without parameters has nothing that the target's could push out.
+    between = target.params if drafter.params else {}
 
-    def seconds(drafting: bool) -> float:
+    def seconds(count: int, drafting: bool) -> float:
         began = time.perf_counter()
-        jax.block_until_ready(_drafts_only(loop, rounds, drafting, params, state))
-        return (time.perf_counter() - began) / rounds
+        if drafting:
+            out = _drafts_only(loop, params["drafters"], between, state, jnp.int32(count))
+        else:
+            out = _reading_only(between, state.text.length, jnp.int32(count))
+        jax.block_until_ready(out)
+        return (time.perf_counter() - began) / count
 
-    def once() -> float:
-        return max(seconds(True) - seconds(False), 0.0)
+    def once(count: int) -> float:
+        both = seconds(count, True)
+        return max(both - seconds(count, False), 0.0) if between else both
 
-    once()
-    return once
+    once(1)
+    return functools.partial(once, rounds or _rounds_for(seconds(1, True)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -138,28 +184,37 @@ def _run(loop: DecodeLoop, params: Any, state: Any, rounds: jax.Array) -> Any:
     return loop.run(params, state, rounds)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _drafts_only(loop: DecodeLoop, rounds: int, drafting: bool, params: Any, state: Any) -> Any:
-    """Rounds without verification that advance by two tokens, or only the reading between them."""
-
+@functools.partial(jax.jit, static_argnums=0)
+def _drafts_only(loop: DecodeLoop, params: Any, between: Any, state: Any, rounds: jax.Array) -> Any:
+    """Rounds without verification that advance by two tokens; `between` is read before each draft."""
     target, drafter = loop.target, loop.drafter
 
     def step(_, carry):
         drafts, text, total = carry
-        length = _after_reading(text.length, params["target"], jnp.minimum(total, 0))
-        if not drafting:
-            return drafts, Text(text.tokens, length + 2), total + jnp.max(length)
+        length = _after_reading(text.length, between, jnp.minimum(total, 0))
         # As if the target had read the text: a drafter may ask how far behind it is.
         cache = target.rollback(state.view.cache, length - 1)
         now = state.replace(text=Text(text.tokens, length), view=state.view.replace(cache=cache))
         ctx = loop.context(now, loop.noise(now))
-        draft, drafts = drafter.draft(params["drafters"], drafts, ctx)
+        draft, drafts = drafter.draft(params, drafts, ctx)
         one = jnp.ones_like(length)
         drafts = drafter.commit(drafts, accepted_prefix(length, one, drafter.info.depth))
         total = total + jnp.sum(draft.tokens, dtype=jnp.int32)
         return drafts, Text(text.tokens, length + 2), total
 
     return lax.fori_loop(0, rounds, step, (state.drafts, state.text, jnp.int32(0)))
+
+
+@jax.jit
+def _reading_only(between: Any, length: jax.Array, rounds: jax.Array) -> Any:
+    """The same rounds without the drafts."""
+
+    def step(_, carry):
+        length, total = carry
+        length = _after_reading(length, between, jnp.minimum(total, 0))
+        return length + 2, total + jnp.max(length)
+
+    return lax.fori_loop(0, rounds, step, (length, jnp.int32(0)))
 
 
 def acceptance_by_position(generations: Sequence[Generation]) -> list[float]:

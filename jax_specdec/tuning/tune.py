@@ -1,13 +1,22 @@
-"""`tune`: measures costs and acceptance, and chooses draft lengths, budgets and the default drafter."""
+"""`tune`: measures costs and acceptance, and chooses draft lengths, nodes and the default drafter.
+
+What takes long is compiling passes of the target, so there are few: a verification of each of a few widths, for
+all drafters, one decoding of the prompts, and one reading of them with their answers. Chains are drafted again
+along these texts; only trees that grow are decoded with.
+"""
 
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jax_specdec.checkpoints.target_bound import target_fingerprint
 from jax_specdec.checkpoints.targets import Target
+from jax_specdec.core.budget import RoundCosts, usual_widths
+from jax_specdec.core.context import TargetView
 from jax_specdec.drafters import registry
 from jax_specdec.errors import UserError
 from jax_specdec.expansions.siblings import LeafSiblings
@@ -17,19 +26,29 @@ from jax_specdec.specs.build import LoadedDrafter
 from jax_specdec.specs.language import CASCADE, Spec
 from jax_specdec.specs.sizes import depth_of
 from jax_specdec.specs.whole import RULES, parse_drafter
+from jax_specdec.tuning.budgeted import budgeted_speedup
 from jax_specdec.tuning.cascades import BEHIND, PROPOSED, STATISTICAL, Played, candidates, play
 from jax_specdec.tuning.costs import Costs, _interpolate
 from jax_specdec.tuning.measure import acceptance_by_position, draft_arm, medians, verify_arm
-from jax_specdec.tuning.replay import acceptance, record
+from jax_specdec.tuning.replay import Record, acceptance, read_whole, record, rounds_of
 
 
 class _Choice(NamedTuple):
-    """What a specification is completed to, and why."""
+    """What a specification is completed to, and why.
+
+    Attributes:
+      speedup: predicted, where every round is alike. budgeted: with a budget, None where that is not known.
+    """
 
     speedup: float
     spec: Spec
     accepted: list[float]
     costs: Costs
+    budgeted: float | None = None
+
+    @property
+    def best(self) -> float:
+        return self.speedup if self.budgeted is None else self.budgeted
 
 
 def _grows(spec: Spec) -> bool:
@@ -107,9 +126,10 @@ def tune(
         raise UserError(f"A cascade needs a drafter that can verify, {able}, to be tuned too.")
     rows = min(batch_size, len(prompts))
     limits = {spec.key: min(longest, make_drafter(Spec(spec.name, 1)).longest) for spec in specs}
+    limits_of = {spec.name: limits[spec.key] for spec in specs}
     longest = max(limits.values(), default=1)
     ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts[:rows]]
-    widths = {1, 2, 3, 4, 5, 6, 7, 9, 11, 1 + longest} & set(range(1, longest + 2))
+    widths = {1, 2, 4, 8, 1 + longest} & set(range(1, longest + 2))
     if any(spec.rule for spec in specs):
         widths |= {8, 12, 16, 20, 24, 32}
     plans = {spec.key: _plans(spec, limits[spec.key], max(widths)) for spec in specs}
@@ -132,11 +152,57 @@ def tune(
     seconds = {key: statistics.median(v) for key, v in medians(arms, repeats).items()}
     verify = {t: seconds[t] for t in sorted(widths)}
 
-    def decode(spec: Spec) -> tuple[SpeculativeDecoder, list[Generation]]:
-        decoder = SpeculativeDecoder(target, make_drafter(spec))
-        return decoder, list(
-            decoder.generate(prompts, max_new_tokens=max_new_tokens, batch_size=rows)
+    def decode(drafter: LoadedDrafter | None = None) -> list[Generation]:
+        decoder = SpeculativeDecoder(target, drafter, budget=False)
+        return list(decoder.generate(prompts, max_new_tokens=max_new_tokens, batch_size=rows))
+
+    encode = SpeculativeDecoder(target).encode
+    answers: list[Generation] = []
+    views: dict[tuple[int, ...], TargetView] = {}
+    records: dict[str, Record] = {}
+
+    def drafted(name: str) -> Record | None:
+        """Chains of a drafter from everywhere in the answers; None of one that drafts trees."""
+        loaded = make_drafter(Spec(name, limits_of[name]))
+        info = loaded.drafter.info
+        if not info.is_chain:
+            return None
+        if name not in records:
+            if not answers:
+                answers.extend(decode())
+            texts = [encode(answer.prompt) + answer.token_ids for answer in answers]
+            starts = [len(t) - len(a.token_ids) for t, a in zip(texts, answers, strict=True)]
+            if info.taps not in views:
+                views[info.taps] = read_whole(target, info.taps, texts, longest + 1)
+            view = views[info.taps]
+            records[name] = record(target, loaded, texts, starts, everywhere=True, view=view)
+        return records[name]
+
+    def chosen_chain(spec: Spec, costs: Costs) -> _Choice:
+        """The length that is fastest with a budget, which is what decodes by default."""
+        most, found = limits[spec.key], drafted(spec.name)
+        if found is None:
+            accepted = acceptance_by_position(decode(make_drafter(Spec(spec.name, most))))
+            length = costs.best_length(accepted)
+            return _Choice(
+                costs.speedup(accepted, length), spec._replace(length=length), accepted, costs
+            )
+        accepted = acceptance(rounds_of(found, most), most)
+        nodes = usual_widths(1 + most)
+        v = [_interpolate(verify, width) for width in nodes]
+        c = [costs.round(length) - _interpolate(verify, 1 + length) for length in range(most + 1)]
+        lengths = sorted(
+            {costs.best_length(accepted), *(p.length or 0 for p in plans[spec.key])} - {0}
         )
+        best = (1.0, 0)
+        for length in lengths:
+            draft = np.where(np.arange(most + 1) <= length, c, np.inf)
+            table = RoundCosts(jnp.asarray(v, jnp.float32), jnp.asarray(draft[None], jnp.float32))
+            speed = budgeted_speedup(found, table, nodes)
+            best = max(best, (speed, length), key=lambda one: one[0])
+        budgeted, length = best
+        speedup = costs.speedup(accepted, length)
+        return _Choice(speedup, spec._replace(length=length), accepted, costs, budgeted)
 
     def choose(spec: Spec) -> _Choice:
         if _grows(spec):
@@ -144,23 +210,20 @@ def tune(
             for plan in plans[spec.key]:
                 assert plan.length is not None
                 costs = Costs(verify, {plan.length: seconds[plan]})
-                accepted = acceptance_by_position(decode(plan)[1])
+                accepted = acceptance_by_position(decode(make_drafter(plan)))
                 speedup = costs.speedup(accepted, plan.length, plan.nodes)
                 choices.append(_Choice(speedup, plan, accepted, costs))
             return max(choices, key=lambda choice: choice.speedup)
         costs = Costs(verify, {p.length or 0: seconds[p] for p in plans[spec.key]})
-        decoder, answers = decode(Spec(spec.name, limits[spec.key]))
         if spec.rule is None:
-            accepted, nodes = acceptance_by_position(answers), None
-            length = costs.best_length(accepted)
-        else:
-            texts = [decoder.encode(a.prompt) + a.token_ids for a in answers]
-            starts = [len(t) - len(a.token_ids) for t, a in zip(texts, answers, strict=True)]
-            found = record(target, decoder.loaded, texts, starts)
-            rule: Any = RULES[spec.rule]
-            _, length, nodes = costs.best_expansion(found, rule)
-            accepted = acceptance(found, length, rule(nodes))
-        speedup = costs.speedup(accepted, length, nodes)
+            return chosen_chain(spec, costs)
+        found, rule = drafted(spec.name), RULES[spec.rule]
+        if found is None:
+            raise UserError(f"The drafter {spec.name!r} has no chains to expand.")
+        found = rounds_of(found, limits[spec.key])
+        leaves: Any = rule
+        speedup, length, nodes = costs.best_expansion(found, leaves)
+        accepted = acceptance(found, length, leaves(nodes))
         return _Choice(speedup, spec._replace(length=length, nodes=nodes), accepted, costs)
 
     def best_cascade() -> tuple[float, Spec, Played]:
@@ -169,13 +232,8 @@ def tune(
         Where none gains, the one that loses least.
         """
         deepest = min(limits[name] for name in neural)
-        decoder, answers = decode(Spec(neural[0], deepest))
-        texts = [decoder.encode(a.prompt) + a.token_ids for a in answers]
-        starts = [len(t) - len(a.token_ids) for t, a in zip(texts, answers, strict=True)]
-        chains = {
-            name: record(target, make_drafter(Spec(name, deepest)), texts, starts, everywhere=True)
-            for name in neural
-        }
+        chains = {name: found for name in neural if (found := drafted(name)) is not None}
+        texts = [encode(answer.prompt) + answer.token_ids for answer in answers]
         choices = []
         for spec in candidates(neural, deepest):
             played, (first, *_) = play(spec, texts, chains), spec.inner
@@ -201,8 +259,9 @@ def tune(
     chosen: dict[str, _Choice] = {}
     for spec in specs:
         choice = chosen[spec.key] = choose(spec)
-        report(f"{choice.spec}: predicted {choice.speedup:.2f} times plain")
-    ranking = {str(choice.spec): choice.speedup for choice in chosen.values()}
+        how = "" if choice.budgeted is None else ", with its budget"
+        report(f"{choice.spec}: predicted {choice.best:.2f} times plain{how}")
+    ranking = {str(choice.spec): choice.best for choice in chosen.values()}
     cascade: dict[str, Any] = {}
     if cascades:
         speedup, spec, played = best_cascade()
@@ -229,6 +288,7 @@ def tune(
                     "draft_s": c.costs.draft,
                     "accepted_per_pos": c.accepted,
                     "predicted_speedup": c.speedup,
+                    **({} if c.budgeted is None else {"budgeted_speedup": c.budgeted}),
                 }
                 for key, c in chosen.items()
             },

@@ -25,6 +25,8 @@ STATS = {
     "compile_time_s",
     "tokens_per_second",
     "near_ties",
+    "steps_per_width",
+    "steps_per_depth",
 }
 
 

@@ -161,6 +161,13 @@ class Echo:
         return "".join(text if isinstance(text, str) else text[0]["text"] for text in said)
 
 
+def test_parts_of_a_message():
+    parts = [{"type": "text", "text": text} for text in ("How are", " you?")]
+    chat = [*HELLO[:-1], {"role": "user", "content": parts}]
+    whole = [*HELLO[:-1], {"role": "user", "content": "How are you?"}]
+    assert chat_text(Echo(), chat) == chat_text(Echo(), whole)
+
+
 @pytest.mark.parametrize(
     ("chat", "options", "sentence"),
     [
@@ -173,7 +180,12 @@ class Echo:
         (
             [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}],
             {},
-            "The chat is not valid Unicode text",
+            "Message 1 of the chat is not valid Unicode text",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image", "url": "a.png"}]}],
+            {},
+            "Message 1 .* each part of its content must be .*'image'",
         ),
     ],
 )

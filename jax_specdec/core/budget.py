@@ -1,0 +1,299 @@
+"""How deep to draft and how wide to verify: a budget for every round, from measured costs and what was accepted.
+
+A round that drafts D tokens a row and verifies T nodes a row takes `draft[D] + verify[T]` seconds and emits
+`1 + A_1 + ... + A_D` tokens in each row, A_i being the chance that the first i drafted tokens are accepted.
+`Budget.plan` chooses D before anything is drafted, 0 included, and `Budget.width` the verified nodes once the
+draft is known; both maximise tokens per second (arXiv 2211.17192, section 3.3, with measured costs in place
+of constants and the row's own acceptance in place of a mean). All rows of a batch share a round, and so its
+depth and width; their acceptance is estimated row by row.
+
+A drafter that is made of drafters may draft in several ways, the later ones with a part of them
+(`drafter.ways_of`): each has its own costs and its own acceptance, and `plan` chooses among them, too.
+
+Nothing here changes a text: it decides what is drafted and verified, never what is accepted.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+
+from jax_specdec._types import Array, Bool, Float, Int
+from jax_specdec.core.sharding import Sharding
+from jax_specdec.errors import UserError
+
+# Each observation of a position counts this much of the one after it: the last dozen decide.
+_MEMORY = 0.92
+# A row begins as if so many drafts had been seen, of which this share was accepted.
+_PRIOR_WEIGHT, _PRIOR = 2.0, 0.6
+# No chance is below this: sums of them stay apart in float32, so that at equal costs deeper is better.
+_LEAST = 1e-3
+# While drafting does not pay, asking again, in whichever way, may take this share of plain decoding's time.
+_PROBING = 0.02
+_RAREST_PROBE = 64
+FREE = -1
+
+
+class RoundCosts(flax.struct.PyTreeNode):
+    """Seconds of the parts of a round, or any other unit, of one batch size.
+
+    Attributes:
+      verify: `float32[K]`, of a verification of each of the loop's widths.
+      draft: `float32[N, P + 1]`, of drafting 0, 1, ..., P tokens in every row, in each of the drafter's N
+        ways (most drafters have one). `draft[:, 0]` is 0, and what a way cannot do is infinite.
+    """
+
+    verify: Float[Array, " K"]
+    draft: Float[Array, "N D"]
+
+    @classmethod
+    def unknown(cls, widths: int, ways: int, depth: int) -> "RoundCosts":
+        """As if all rounds took as long: each drafts all that it can, and is as wide as what was drafted."""
+        draft = np.zeros((ways, depth + 1), np.float32)
+        draft[1:, 1:] = np.inf
+        return cls(jnp.ones((widths,), jnp.float32), jnp.asarray(draft))
+
+    def check(self, widths: int, ways: int, depth: int) -> None:
+        """Raises `UserError` unless these are the costs of such a loop, as far as they are known."""
+        wanted, got = ((widths,), (ways, depth + 1)), (self.verify.shape, self.draft.shape)
+        if got != wanted:
+            raise UserError(
+                f"The costs of a round must have the shapes {wanted[0]} (one for each width) and {wanted[1]} "
+                f"(0 to {depth} drafted tokens in each way), got {got[0]} and {got[1]}."
+            )
+        if isinstance(self.verify, Tracer) or isinstance(self.draft, Tracer):
+            return
+        verify, draft = np.asarray(self.verify), np.asarray(self.draft)
+        if not (np.isfinite(verify).all() and (verify > 0).all() and (draft >= 0).all()):
+            raise UserError(
+                "The costs of a round must be above 0 and finite; of drafting, at least 0 (infinite: cannot be)."
+            )
+
+
+def usual_widths(nodes: int) -> tuple[int, ...]:
+    """Widths for a drafter whose verification has at most `nodes` nodes, its root included.
+
+    Powers of two, without 2 and what is nearly the widest: each width is compiled.
+
+    >>> usual_widths(1), usual_widths(8), usual_widths(9), usual_widths(22)
+    ((1,), (1, 4, 8), (1, 4, 9), (1, 4, 8, 16, 22))
+    """
+    steps = [1, *(2**i for i in range(2, nodes.bit_length()))]
+    return tuple(dict.fromkeys([*(width for width in steps if 5 * width < 4 * nodes), nodes]))
+
+
+def check_widths(widths: tuple[int, ...], nodes: int) -> None:
+    """Raises `UserError` unless widths rise from 1 to `nodes`."""
+    rising = all(a < b for a, b in itertools.pairwise(widths))
+    if not widths or not rising or widths[0] != 1 or widths[-1] != nodes:
+        raise UserError(
+            f"The widths of a round must rise from 1 to the draft's {nodes} nodes (root included), got "
+            f"{', '.join(map(str, widths)) or 'none'}."
+        )
+
+
+class Plan(NamedTuple):
+    """What a round drafts.
+
+    Attributes:
+      way: `int32[]`, which of the drafter's ways. depth: `int32[]`, tokens in every row; 0 asks no drafter.
+    """
+
+    way: Int[Array, ""]
+    depth: Int[Array, ""]
+
+
+class Budget(flax.struct.PyTreeNode):
+    """What the policy remembers, and the costs that it reckons with.
+
+    Attributes:
+      costs: the same for all rows.
+      hits, tries: `float32[B, N, P]`, how often the draft's token at depth i + 1 became text, and how often that
+        was seen, where all before it had, by way of drafting; both forget.
+      waited: `int32[B, N]`, rounds since the drafter was last asked in that way.
+      forced: `int32[3]`, a way, a depth and the index of a width that replace the policy, for measuring;
+        `FREE`.
+    """
+
+    costs: RoundCosts
+    hits: Float[Array, "B N P"]
+    tries: Float[Array, "B N P"]
+    waited: Int[Array, "B N"]
+    forced: Int[Array, "3"]
+
+    @classmethod
+    def empty(cls, costs: RoundCosts, batch: int) -> "Budget":
+        """Nothing observed yet."""
+        ways, depths = costs.draft.shape
+        return cls(
+            costs=costs,
+            hits=jnp.zeros((batch, ways, depths - 1), jnp.float32),
+            tries=jnp.zeros((batch, ways, depths - 1), jnp.float32),
+            waited=jnp.zeros((batch, ways), jnp.int32),
+            forced=jnp.full((3,), FREE, jnp.int32),
+        )
+
+    def placed(self, sharding: Sharding) -> "Budget":
+        """The same where rows lie on a mesh; costs are everywhere."""
+        names = ("hits", "tries", "waited")
+        return self.replace(**{name: sharding.rows(getattr(self, name)) for name in names})
+
+    def force(self, *, way: int = FREE, depth: int = FREE, width: int = FREE) -> "Budget":
+        """The same with parts of the policy replaced, for measuring.
+
+        Args:
+          width: the index of one.
+        """
+        return self.replace(forced=jnp.asarray([way, depth, width], jnp.int32))
+
+    def acceptance(self) -> Float[Array, "B N P"]:
+        """Chance that the token at each depth is accepted where all before it are.
+
+        A depth with little evidence counts as the first, and the first as `_PRIOR`.
+        """
+        hits, tries = self.hits, self.tries + _PRIOR_WEIGHT
+        first = (hits[..., :1] + _PRIOR_WEIGHT * _PRIOR) / tries[..., :1]
+        rest = (hits[..., 1:] + _PRIOR_WEIGHT * first) / tries[..., 1:]
+        return jnp.concatenate([first, rest], axis=-1)
+
+    def expected(self) -> Float[Array, "B N D"]:
+        """Tokens that a round emits in each row with 0, 1, ..., P drafted tokens verified."""
+        reach = jnp.maximum(jnp.cumprod(self.acceptance(), axis=-1), _LEAST)
+        return 1 + jnp.pad(jnp.cumsum(reach, axis=-1), ((0, 0), (0, 0), (1, 0)))
+
+    def plan(self, active: Bool[Array, " B"], widths: tuple[int, ...], is_chain: bool) -> Plan:
+        """How to draft in this round.
+
+        Where drafting does not pay it is still asked for one token now and then, at once after one that was
+        right, as often as `_PROBING` allows; and where one way pays, the others are tried every so often.
+        """
+        costs = self.costs
+        ways, depths = costs.draft.shape
+        drafts = np.arange(depths)
+        # A tree of any depth may have all nodes.
+        index = (
+            np.searchsorted(widths, drafts + 1)
+            if is_chain
+            else np.minimum(drafts, 1) * (len(widths) - 1)
+        )
+        tokens = jnp.sum(jnp.where(active[:, None, None], self.expected(), 0), axis=0)
+        rate = tokens / (costs.verify[index][None] + costs.draft)
+        # Of equally good ones the first way, and in it the deepest.
+        deepest = jnp.argmax(rate[:, ::-1].reshape(-1)).astype(jnp.int32)
+        way, depth = deepest // depths, depths - 1 - deepest % depths
+        idle, place = depth == 0, jnp.arange(ways, dtype=jnp.int32)
+        # Asked for one token, it also reads what it has missed: about as much again.
+        every = 2 * ways * costs.draft[:, 1] / (_PROBING * costs.verify[0])
+        every = jnp.where(idle, jnp.minimum(every, _RAREST_PROBE), 2 * _RAREST_PROBE)
+        due = (self.waited + 1).astype(jnp.float32) >= every[None]
+        due = jnp.any(due & active[:, None], axis=0) & (idle | (place != way))
+        due = due & jnp.isfinite(costs.draft[:, 1])
+        probed = jnp.argmax(due).astype(jnp.int32)
+        deep = jnp.where(idle, 1, 1 + jnp.argmax(rate[probed, 1:])).astype(jnp.int32)
+        way, depth = jnp.where(jnp.any(due), jnp.stack([probed, deep]), jnp.stack([way, depth]))
+        forced = self.forced
+        return Plan(
+            jnp.where(forced[0] == FREE, way, forced[0]),
+            jnp.where(forced[1] == FREE, depth, forced[1]),
+        )
+
+    def width(
+        self,
+        active: Bool[Array, " B"],
+        nodes: Int[Array, " B"],
+        reached: Int[Array, " B"],
+        way: Int[Array, ""],
+        widths: tuple[int, ...],
+        is_chain: bool,
+    ) -> Int[Array, ""]:
+        """The index of the width at which the draft is verified.
+
+        Args:
+          nodes: drafted nodes of each row. reached: the depth of the deepest. A chain may be verified in
+            part; a tree as a whole or not at all.
+        """
+        expected, chosen = self.expected()[:, way], np.asarray(widths)
+        if is_chain:
+            within = jnp.minimum(nodes[:, None], chosen[None] - 1)
+        else:
+            within = jnp.where(chosen[None] > nodes[:, None], reached[:, None], 0)
+        tokens = jnp.take_along_axis(expected, within.astype(jnp.int32), axis=1)
+        rate = jnp.sum(jnp.where(active[:, None], tokens, 0), axis=0) / self.costs.verify
+        best = jnp.argmax(rate).astype(jnp.int32)
+        return jnp.where(self.forced[2] == FREE, best, self.forced[2])
+
+    def observe(
+        self,
+        active: Bool[Array, " B"],
+        proposed: Bool[Array, "B P"],
+        drafted: Int[Array, "B P"],
+        emitted: Int[Array, "B Q"],
+        count: Int[Array, " B"],
+        accepted: Int[Array, " B"],
+        plan: Plan,
+    ) -> "Budget":
+        """The budget with one more round in it.
+
+        A drafted token that was not verified is held against the target's own token in its place, if the
+        target has said one: so a drafter that costs next to nothing is followed without being verified.
+
+        Args:
+          proposed: which depths of the main chain have a token. drafted: those tokens.
+          emitted, count: what became text. accepted: drafted nodes among it, of a tree's other paths too.
+          plan: of the round.
+        """
+        place = jnp.arange(proposed.shape[1], dtype=jnp.int32)[None]
+        right = (drafted == emitted[:, :-1]) & proposed & (place < count[:, None])
+        right = jnp.cumprod(right.astype(jnp.int32), axis=1).astype(bool)
+        right = right | (place < accepted[:, None])
+        before = jnp.pad(right[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        seen = before & proposed & (place < count[:, None]) & active[:, None]
+        asked = jnp.arange(self.waited.shape[1], dtype=jnp.int32) == plan.way
+        seen = seen[:, None] & asked[None, :, None]
+        right = right[:, None]
+        fade = jnp.where(seen, _MEMORY, 1.0)
+        # After a token that was right the next probe is due at once.
+        again = jnp.where(right[..., 0], jnp.int32(_RAREST_PROBE), 0)
+        waited = jnp.where(asked[None] & (plan.depth > 0), again, self.waited + 1)
+        return self.replace(
+            hits=self.hits * fade + (seen & right).astype(jnp.float32),
+            tries=self.tries * fade + seen.astype(jnp.float32),
+            waited=jnp.where(active[:, None], waited, self.waited),
+        )
+
+
+def select(index: Int[Array, ""], branches: Sequence, *operands):
+    """`lax.switch`, or the only branch."""
+    return branches[0](*operands) if len(branches) == 1 else lax.switch(index, branches, *operands)
+
+
+def select_in_place(index: Int[Array, ""], branches: Sequence, held, otherwise=None):
+    """`(held, result)` of one of some branches, which take `held` and give it back changed.
+
+    Each branch is a loop of at most one turn: XLA writes to what a loop carries in place, and copies what a
+    conditional does.
+
+    Args:
+      otherwise: the result where `index` is of no branch, which leaves `held` as it is; None where there is
+        no such index.
+    """
+    if otherwise is None:
+        if len(branches) == 1:
+            return branches[0](held)
+        results = jax.eval_shape(branches[0], held)[1]
+        otherwise = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), results)
+    carry = (jnp.asarray(index, jnp.int32), held, otherwise)
+    for place, branch in enumerate(branches):
+
+        def once(carry, branch=branch):
+            held, result = branch(carry[1])
+            return jnp.int32(-1), held, result
+
+        carry = lax.while_loop(lambda carry, place=place: carry[0] == place, once, carry)
+    return carry[1:]

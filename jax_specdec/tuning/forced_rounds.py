@@ -1,0 +1,163 @@
+"""Measuring what rounds cost through the very program that decodes.
+
+Its rounds can be forced to draft so deep and to verify so wide (`Budget.forced`), so that nothing is compiled
+for it. Machines are disturbed: each kind of round is compared with rounds of plain decoding right before
+and behind it, and what the passes disagree by says how far the result can be trusted.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_specdec.core.budget import RoundCosts
+from jax_specdec.core.drafter import ways_of
+from jax_specdec.core.loop import DecodeLoop, LoopState
+
+# Seconds that measuring usually takes, and takes where passes disagree, unless `FEWEST` passes take longer; of
+# one timing.
+SECONDS, MOST_SECONDS, SLICE = 2.5, 6.0, 0.03
+FEWEST, USUAL, MOST = 3, 9, 27
+# The standard error of a cost up to which it is trusted, and the least that a draft is taken to cost, in plain
+# rounds.
+TRUSTED, LEAST = 0.04, 0.01
+
+Kind = tuple[int, int, int]  # a way of drafting, a depth and the index of a width: `Budget.forced`
+Begin = Callable[[Any, RoundCosts], LoopState]
+Run = Callable[[LoopState, Any], LoopState]
+PLAIN: Kind = (0, 0, 0)
+
+
+def measure(loop: DecodeLoop, arrays: Any, begin: Begin, run: Run) -> tuple[RoundCosts, bool]:
+    """Times rounds that verify one width and draft nothing, and rounds that draft and verify the root alone.
+
+    Either emits one token a row. Each kind is timed between two timings of plain rounds, and counted in them:
+    whatever else runs makes something slower, never faster, so the faster of the two is what it is held
+    against, and the median over passes is taken. Where passes disagree there are more of them.
+
+    Args:
+      arrays, begin, run: see `round_costs.CostTables.get`.
+
+    Returns:
+      The costs; and whether they are to be trusted, which on a busy machine they are not.
+    """
+    rounds, ways = _Rounds(loop, arrays, begin, run), ways_of(loop.drafter)
+    wider = [(0, 0, index) for index in range(1, len(loop.widths))]
+    drafting = [(n, depth, 0) for n, way in enumerate(ways) for depth in depths(way.info.depth)]
+    kinds: list[Kind] = [*wider, *drafting]
+    first = [rounds.seconds(kind, 1) for kind in (PLAIN, *kinds)]  # nothing was in any cache
+    each = max(1, min(16, round(SLICE / max(first[0], 1e-6))))
+    plain, ratios = [], {kind: [] for kind in kinds}
+    spent, passes = 0.0, 0
+    while True:
+        before = rounds.seconds(PLAIN, each)
+        for kind in kinds[:: -1 if passes % 2 else 1]:
+            took = rounds.seconds(kind, each)
+            behind = rounds.seconds(PLAIN, each)
+            ratios[kind].append(took / min(before, behind))
+            plain.append(min(before, behind))
+            spent, before = spent + each * (took + behind), behind
+        passes += 1
+        sure = passes >= FEWEST and all(map(trusted, ratios.values()))
+        usual, most = (USUAL, SECONDS) if sure else (MOST, MOST_SECONDS)
+        if passes >= FEWEST and (passes >= usual or spent >= most):
+            break
+    one = float(np.quantile(plain, 0.25))
+    usually = {kind: float(np.median(values)) for kind, values in ratios.items()}
+    verify = _rising([1.0, *(usually[kind] for kind in wider)])
+    draft = []
+    for n, way in enumerate(ways):
+        known = depths(way.info.depth)
+        more = _rising([usually[n, depth, 0] - 1 for depth in known])
+        more = np.maximum(more, LEAST)
+        draft.append(one * np.interp(range(way.info.depth + 1), [0, *known], [0.0, *more]))
+    return as_costs(loop, [one * ratio for ratio in verify], draft), sure
+
+
+def depths(most: int) -> list[int]:
+    """The draft lengths that are measured, those between them interpolated."""
+    return sorted({1, (most + 1) // 2, most} - {0})
+
+
+def trusted(values: Sequence[float]) -> bool:
+    """Whether the median of timings is known well enough, in parts of it.
+
+    >>> trusted([2.0, 2.01, 2.5, 2.02]), trusted([1.0, 2.0, 3.0, 4.0])
+    (True, False)
+    """
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    spread = (high - low) / 1.35  # as a normal law's standard deviation
+    return bool(1.25 * spread <= TRUSTED * math.sqrt(len(values)) * middle)
+
+
+def _rising(values: Sequence[float]) -> list[float]:
+    """The nearest values that nowhere fall, by least squares.
+
+    >>> _rising([1.0, 4.0, 3.0, 5.0])
+    [1.0, 3.5, 3.5, 5.0]
+    """
+    from scipy.optimize import isotonic_regression
+
+    return isotonic_regression(values).x.tolist() if len(values) else []
+
+
+def as_costs(loop: DecodeLoop, verify: Sequence[float], draft: Sequence[Any]) -> RoundCosts:
+    """A table from lists; what a way of drafting has no value for, it cannot do."""
+    table = np.full((len(draft), loop.window), np.inf, np.float32)
+    for row, values in zip(table, draft, strict=True):
+        row[: len(values)] = values[: loop.window]
+    return RoundCosts(jnp.asarray(verify, jnp.float32), jnp.asarray(table))
+
+
+class _Rounds:
+    """Forced rounds of one batch, begun anew where its texts are full."""
+
+    def __init__(self, loop: DecodeLoop, arrays: Any, begin: Begin, run: Run):
+        tokens, lengths, sampling, ids = arrays
+        capacity = tokens.shape[1]
+        # Half of the room at least, whatever the prompts are, and nothing ends a row before.
+        lengths = _like(lengths, np.minimum(np.asarray(lengths), max(1, capacity // 2)))
+        sampling = sampling.replace(
+            max_new_tokens=_like(sampling.max_new_tokens, capacity),
+            stop_ids=_like(sampling.stop_ids, -1),
+            stop_state=_like(sampling.stop_state, -1),
+        )
+        self._arrays = (tokens, lengths, sampling, ids)
+        self._begin, self._run = begin, run
+        self._costs = RoundCosts.unknown(
+            len(loop.widths), len(ways_of(loop.drafter)), loop.window - 1
+        )
+        self._room = capacity - int(np.asarray(lengths).max()) - 1
+        self._state: LoopState | None = None
+        self._left = 0
+
+    def seconds(self, kind: Kind, count: int) -> float:
+        """Of one round of a kind, the mean of `count`."""
+        count = max(1, min(count, self._room - 1))
+        way = kind[0] if kind[1] else None
+        behind = way is not None  # a plain round came before, and it reads what it has missed
+        if self._state is None or self._left < count + behind:
+            self._state = self._begin(self._arrays, self._costs)
+            self._left = self._room
+        budget = self._state.budget
+        assert budget is not None
+        forced = _like(budget.forced, np.asarray(kind))
+        state = self._state.replace(budget=budget.replace(forced=forced))
+        if behind:
+            state = self._run(state, jnp.int32(1))
+        state = jax.block_until_ready(state)
+        began = time.perf_counter()
+        self._state = jax.block_until_ready(self._run(state, jnp.int32(count)))
+        took = time.perf_counter() - began
+        self._left -= count + behind
+        return took / count
+
+
+def _like(old: Any, value: Any) -> Any:
+    """A value in the shape, dtype and place of an array."""
+    new = np.broadcast_to(np.asarray(value, old.dtype), old.shape)
+    return jax.device_put(new, getattr(old, "sharding", None))

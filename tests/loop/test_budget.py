@@ -1,0 +1,311 @@
+"""Rounds of several widths, and the budget that chooses depth and width: no text changes, and nothing is wasted."""
+
+import itertools
+import re
+
+import helpers as h
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from budget_cases import (
+    CASES,
+    GRAM,
+    LM,
+    TABLES,
+    UNTRAINED,
+    close,
+    costs_of,
+    decode,
+    loop_of,
+    params_of,
+)
+from hlo import compiled, large_copies
+from loop_runs import MIXED, RAGGED, check_stats
+
+from jax_specdec import DecodeLoop, make_generate
+from jax_specdec.core import budget as policy
+from jax_specdec.core import round as rounds
+from jax_specdec.core.acceptance import Reject
+from jax_specdec.core.budget import Budget, Plan, RoundCosts
+from jax_specdec.core.draft import Text, chain
+from jax_specdec.drafters.cascade import Cascade
+from jax_specdec.drafters.lm import LmDrafter
+from jax_specdec.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return decode(h.plain_loop(target=h.SMALL), {})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_text_changes(name, plain):
+    """Nor does a rerun change anything, and one program serves all costs."""
+    drafter, params = CASES[name]
+    loop, params = loop_of(drafter), params(plain.text)
+    widths, seen, programs = set(), [], h._decode._cache_size()
+    for verify, draft in TABLES:
+        costs = costs_of(loop, verify, draft)
+        got, again = (decode(loop, params, costs=costs) for _ in range(2))
+        h.assert_identical(got, plain)
+        check_stats(got, loop)
+        jax.tree.map(np.testing.assert_array_equal, got.state, again.state)
+        by_width = got.stats.widths
+        assert (by_width.sum(axis=1) == got.stats.rounds).all()
+        widths |= {loop.widths[i] for i in np.flatnonzero(by_width.sum(axis=0))}
+        seen.append(int(got.stats.rounds.sum()))
+    assert h._decode._cache_size() <= programs + 1
+    assert len(widths) > 1, "all rounds had one width"
+    if name not in UNTRAINED:
+        assert seen[0] < seen[-1], "dear rounds were as long as free ones"
+
+
+def test_dear_drafts_are_plain_rounds():
+    """Of a drafter that is right half of the time and costs too much, next to nothing is left."""
+    loop = loop_of(LM)
+    costs = costs_of(loop, verify=2.0, draft=1.0)
+    sampling = h.sampling_of(1, max_new_tokens=200)
+    got = decode(loop, {"lm": close()}, [9], sampling, capacity=256, costs=costs)
+    assert (got.stats.widths[0, 1:] == 0).all(), "a wide round"
+    drafts = int(got.stats.depths[0, 1:].sum())
+    assert drafts <= 1 + 200 / policy._RAREST_PROBE * 4
+
+
+def seconds(stats, costs):
+    """Of all rounds of one row, by the costs."""
+    return stats.widths[0] @ np.asarray(costs.verify) + stats.depths[0] @ np.asarray(costs.draft)[0]
+
+
+@pytest.fixture(scope="module")
+def long():
+    """A long text, of rounds without a draft: all in one program."""
+    got, _ = decoded_with(jnp.zeros((1, 2054), jnp.int32), verify=9.0, draft=9.0)
+    assert got.stats.rounds[0] > 1950
+    return np.array(got.text)
+
+
+def decoded_with(text, **costs):
+    """With a drafter that knows this text."""
+    loop = loop_of(h.chain_oracle(5))
+    costs, sampling = costs_of(loop, **costs), h.sampling_of(1, max_new_tokens=2000)
+    params = h.Oracle.params(text, certain=True)
+    return decode(loop, params, [9], sampling, capacity=2048, costs=costs), costs
+
+
+@pytest.mark.parametrize(("verify", "draft"), [(0.2, 0.1), (0.2, 0.005), (0.05, 0.4)])
+def test_useless_drafters_cost_little(long, verify, draft):
+    """By the costs themselves, of a drafter that is always wrong, over 2,000 tokens."""
+    got, costs = decoded_with((long + 1) % h.VOCAB, verify=verify, draft=draft)
+    assert (got.text[0, :2009] == long[0, :2009]).all()
+    assert seconds(got.stats, costs) / 2000 <= 1.03
+
+
+def test_a_text_that_changes_is_followed(long):
+    """A drafter that is always wrong, and in the middle always right."""
+    text = (long + 1) % h.VOCAB
+    middle = slice(1000, 1400)
+    text[:, middle] = long[:, middle]
+    got, costs = decoded_with(text, verify=0.2, draft=0.1)
+    assert (got.text[0, :2009] == long[0, :2009]).all()
+    first = int(np.flatnonzero(got.stats.source[0, middle])[0])
+    assert first <= 30, "rounds before it, each of one token"
+    assert seconds(got.stats, costs) / 2000 < 0.93
+    tail = got.stats.source[0, middle.stop + 30 : 2000]
+    assert np.count_nonzero(tail) == 0
+
+
+def search(v, c, widths, hits, tries, active, nodes):
+    """The best depth and width by trying all of them, row by row, and how fast any of them is."""
+    weight, prior = policy._PRIOR_WEIGHT, policy._PRIOR
+    rows, depth = hits.shape
+    first = (hits[:, 0] + weight * prior) / (tries[:, 0] + weight)
+    expected = np.ones((rows, depth + 1))
+    for row in range(rows):
+        reach = 1.0
+        for d in range(depth):
+            own = (hits[row, d] + weight * first[row]) / (tries[row, d] + weight)
+            reach *= first[row] if d == 0 else own
+            expected[row, d + 1] = expected[row, d] + max(reach, policy._LEAST)
+
+    depths = []
+    for d in range(depth + 1):
+        width = next(i for i, w in enumerate(widths) if w >= d + 1)
+        depths.append(expected[active, d].sum() / (v[width] + c[d]))
+    speeds = []
+    for i, width in enumerate(widths):
+        within = np.minimum(nodes, width - 1)
+        speeds.append(expected[np.arange(rows), within][active].sum() / v[i])
+    return depths, speeds
+
+
+def test_arithmetic_against_a_search():
+    rng = np.random.default_rng(0)
+    widths, depth, rows = (1, 4, 8), 7, 3
+    plan = jax.jit(lambda state, active: state.plan(active, widths, True).depth)
+    width = jax.jit(lambda state, *args: state.width(*args, jnp.int32(0), widths, True))
+    for _ in range(60):
+        v = np.sort(rng.uniform(1, 3, len(widths))).astype(np.float32)
+        c = np.concatenate([[0], np.cumsum(rng.uniform(0.05, 0.2, depth))]).astype(np.float32)
+        state = Budget.empty(RoundCosts(jnp.asarray(v), jnp.asarray(c)[None]), rows)
+        tries = rng.integers(0, 9, (rows, depth)).astype(np.float32)
+        hits = np.floor(tries * rng.uniform(size=tries.shape)).astype(np.float32)
+        state = state.replace(hits=jnp.asarray(hits)[:, None], tries=jnp.asarray(tries)[:, None])
+        active = np.asarray([True, *(rng.uniform(size=rows - 1) < 0.7)])
+        nodes = rng.integers(0, depth + 1, rows).astype(np.int32)
+        depths, speeds = search(v, c, widths, hits, tries, active, nodes)
+        got = int(plan(state, jnp.asarray(active)))
+        assert depths[got] >= max(depths) * (1 - 1e-5)
+        sizes = [jnp.asarray(nodes)] * 2
+        index = int(width(state, jnp.asarray(active), *sizes))
+        assert speeds[index] >= max(speeds) * (1 - 1e-5)
+
+
+def cascade_costs(loop, dear=0.4):
+    """The verifier's way costs `dear`, what it verifies next to nothing."""
+    costs = costs_of(loop, 0.1, 0.0)
+    own, inner = np.array(costs.draft)
+    own[1:] = dear
+    inner[1:] = np.where(np.isfinite(inner[1:]), 0.01, np.inf)
+    return costs.replace(draft=jnp.asarray(np.stack([own, inner]), jnp.float32))
+
+
+@pytest.mark.parametrize("useful", ("what it verifies", "verifier", "nothing"))
+def test_a_cascade_leaves_out_what_does_not_pay(useful):
+    """A verifier that throws away what was right, one that is right where nothing else is, and none of that."""
+    sampling, right = h.sampling_of(1, max_new_tokens=200), useful == "what it verifies"
+    plain = decode(h.plain_loop(target=h.SMALL), {}, [9], sampling, capacity=256)
+    answer = plain.text if right else (plain.text + 1) % h.VOCAB
+    drafter = Cascade(LmDrafter(h.SMALL, 3), (h.chain_oracle(4),), (4,))
+    weights = h.small_params() if useful == "verifier" else h.weights(h.SMALL, 11)
+    loop = loop_of(drafter)
+    params = {"lm": weights, **h.Oracle.params(answer, certain=True)}
+    got = decode(loop, params, [9], sampling, capacity=256, costs=cascade_costs(loop))
+    h.assert_identical(got, plain)
+    accepted = dict(zip(loop.sources, got.stats.accepted[0, 1:].tolist(), strict=True))
+    if right:
+        assert accepted["even"] + accepted["odd"] > 120
+        assert got.stats.rounds[0] < 70
+    elif useful == "nothing":
+        # What it verifies costs next to nothing to ask, and is asked often; hardly any of it is verified.
+        assert got.stats.rounds[0] > 190 and got.stats.widths[0, 1:].sum() < 40
+        assert got.stats.depths[0, 2:].sum() < 20
+    else:
+        assert accepted["lm"] > 80 and accepted["even"] + accepted["odd"] == 0
+        assert got.stats.rounds[0] < 120
+
+
+def begun(loop):
+    """Arguments of a ragged mixed batch, and its state."""
+    tokens, lengths = h.pad(h.prompts_of(RAGGED))
+    args = (tokens, lengths, h.sampling_of(4, **MIXED), jnp.arange(4))
+    params = params_of(lm=close())
+    return params, args, h.start(loop, params, *args, capacity=48, costs=costs_of(loop, 0.2, 0.05))
+
+
+def test_a_new_request_begins_without_memory():
+    loop = loop_of(LM)
+    params, (tokens, lengths, sampling, ids), state = begun(loop)
+    state = h.run(loop, params, state, 3)
+    one = jax.tree.map(lambda x: x[1:2] if x.ndim and len(x) == 4 else x, sampling)
+    insert = jax.jit(loop.insert)
+    after = insert(params, state, jnp.int32(2), tokens[1:2], lengths[1:2], one, ids[1:2]).budget
+    for name in ("hits", "tries", "waited"):
+        old, new = np.asarray(getattr(state.budget, name)), np.asarray(getattr(after, name))
+        assert old[2].any() or name == "waited"
+        assert not new[2].any() and (np.delete(new, 2, 0) == np.delete(old, 2, 0)).all()
+    assert (after.costs.verify == state.budget.costs.verify).all()
+
+
+def test_without_costs_all_is_drafted():
+    """Only width is saved: rounds and what they accept are those of one width."""
+    want, loop = decode(DecodeLoop(h.SMALL, GRAM), {}), loop_of(GRAM)
+    got = decode(loop, {}, costs=loop.unknown_costs())
+    assert got.tokens == want.tokens
+    for name in ("rounds", "drafted", "accepted", "accepted_per_pos", "depths"):
+        assert (getattr(got.stats, name) == getattr(want.stats, name)).all(), name
+    assert got.stats.widths[:, 0].any() and got.stats.widths[:, 1:].any()
+
+
+def test_a_pure_function_takes_costs(plain):
+    """And is exported with them."""
+    loop = loop_of(GRAM)
+    generate = make_generate(h.SMALL, GRAM, max_new_tokens=24, costs=costs_of(loop, 0.2, 0.05))
+    tokens, lengths = h.pad(h.prompts_of(RAGGED))
+    args = (params_of(), tokens, lengths, h.sampling_of(4, **MIXED), jnp.arange(4))
+    data = jax.export.export(jax.jit(generate))(*args).serialize()
+    text, stats = jax.device_get(jax.export.deserialize(data).call(*args))
+    for row, want in enumerate(plain.tokens):
+        assert text.tokens[row, lengths[row] : text.length[row]].tolist() == want
+    assert stats.widths.shape == (4, 3) and (stats.widths.sum(axis=1) == stats.rounds).all()
+
+
+def test_forced_rounds_are_for_measuring():
+    """Each depth and width can be had from the one program, whatever the policy would take."""
+    loop = loop_of(LM)
+    for depth, index in itertools.product((0, 3), range(len(loop.widths))):
+        params, _, state = begun(loop)
+        state = state.replace(budget=state.budget.force(depth=depth, width=index))
+        state = h.run(loop, params, state, 2)
+        assert (state.stats.widths[:, index] == 2).all() and (
+            state.stats.depths[:, depth] == 2
+        ).all()
+
+
+def test_the_rejection_rule_keeps_its_law():
+    """What is emitted depends on widths through chance alone: enumerated elsewhere, here the counts agree."""
+    loop = loop_of(LM, rule=Reject())
+    check_stats(decode(loop, {"lm": close()}, costs=costs_of(loop, 0.2, 0.05)), loop)
+
+
+@pytest.mark.parametrize("name", ("lm", "siblings", "cascade"))
+def test_no_cache_is_copied(name):
+    drafter, params = CASES[name]
+    loop, capacity = loop_of(drafter), 3000  # larger than the scores of a block
+    tokens, lengths = jnp.zeros((2, 16), jnp.int32), jnp.full((2,), 9, jnp.int32)
+    rows = (tokens, lengths, h.sampling_of(2, temperature=1.0), jnp.arange(2))
+    args, costs = (params_of(**params(None)), *rows), costs_of(loop)
+    state = jax.eval_shape(lambda *a: loop.start(*a, capacity=capacity, costs=costs), *args)
+    lowered = jax.jit(loop.run, donate_argnums=1).lower(args[0], state, jnp.int32(1))
+    cache = state.view.cache.k[0]
+    copies = large_copies(compiled(lowered).as_text(), cache.size)
+    # Scores of attention may be as large, and are in the order of products.
+    shapes = [re.search(r"\[([\d,]+)\]", line)[1].split(",") for line in copies]
+    assert not [s for s in shapes if str(cache.shape[2]) in s and str(cache.shape[-1]) in s]
+
+
+def test_whether_tokens_are_verified_does_not_depend_on_them():
+    """Under the rejection rule a draft that ended early counts as whole."""
+    text = Text(jnp.zeros((1, 8), jnp.int32), jnp.ones((1,), jnp.int32))
+    proposed = jnp.asarray([[True, True, False, False]])
+    plan, four = Plan(jnp.int32(0), jnp.int32(3)), jnp.zeros((1, 3), jnp.int32)
+    size_of = jax.jit(lambda q: rounds._size(chain(text, four, q=q), proposed, plan))
+    for q, size in ((None, 1), (np.ones((1, 3, h.VOCAB), np.float32), 3)):
+        nodes, reached = size_of(q)
+        assert nodes.tolist() == reached.tolist() == [size]
+
+
+@pytest.mark.parametrize("widths", [(1, 8, 4, 7), (2, 7), (1, 4), (1, 4, 8)])
+def test_widths_that_do_not_rise_to_the_draft(widths):
+    with pytest.raises(
+        UserError, match="widths of a round must rise from 1 to the draft's 7 nodes"
+    ):
+        DecodeLoop(h.SMALL, LM, widths=widths)
+
+
+def test_costs_that_are_not_of_the_loop():
+    loop = loop_of(LM)
+    good = costs_of(loop)
+    for costs, sentence in (
+        (
+            good.replace(verify=good.verify[1:]),
+            r"shapes \(3,\) \(one for each width\) .* got \(2,\)",
+        ),
+        (good.replace(draft=good.draft[:, 1:]), "0 to 6 drafted tokens"),
+        (good.replace(verify=good.verify * jnp.nan), "above 0 and finite"),
+        (good.replace(draft=good.draft - 1), "at least 0"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            loop.check_costs(costs)
+    with pytest.raises(UserError, match="All rounds of this decoder are alike"):
+        DecodeLoop(h.SMALL, LM).check_costs(good)
