@@ -161,7 +161,7 @@ def test_measured_once_and_said(target, monkeypatch, said, cache):
     assert len(said) == 1
 
 
-@pytest.mark.parametrize("change", ["", "{", "[]", '{"of": 3}', "other", "negative", "short"])
+@pytest.mark.parametrize("change", ["", "{", "[]", '{"of": 3}', "other", "negative", "short", "until"])
 def test_a_kept_table_that_is_not_sound_is_measured_again(target, monkeypatch, cache, change):
     costs, machine = tables(target, monkeypatch)
     first = get(costs, machine)
@@ -173,7 +173,10 @@ def test_a_kept_table_that_is_not_sound_is_measured_again(target, monkeypatch, c
         table["verify_s"][1] = -1.0
     elif change == "short":
         table["draft_s"] = []
-    file.write_text(json.dumps(table) if change in ("other", "negative", "short") else change)
+    elif change == "until":
+        table["until"] = "soon"
+    changed = change in ("other", "negative", "short", "until")
+    file.write_text(json.dumps(table) if changed else change)
     again, machine = tables(target, monkeypatch)
     assert equal(get(again, machine), first) and machine.rounds
     assert json.loads(file.read_text())["verify_s"][1] > 0
@@ -188,12 +191,19 @@ def test_a_folder_that_cannot_be_written(target, monkeypatch, said, cache):
     assert "cannot be written" in line and str(cache) in line
 
 
-def test_what_a_busy_machine_measured_is_used_and_not_kept(target, monkeypatch, said, cache):
+def test_what_a_busy_machine_measured_is_kept_for_an_hour(target, monkeypatch, said, cache):
     costs, machine = tables(target, monkeypatch, noise=3.0)
     first = get(costs, machine, progress=True)
-    assert get(costs, machine) is first and not cache.exists()
     (line,) = said
-    assert line.endswith("the machine is busy, and so the next run measures them again")
+    assert line.endswith("the machine is busy, and so they are measured again in an hour")
+    again, machine = tables(target, monkeypatch, noise=3.0)
+    assert equal(get(again, machine), first) and not machine.rounds
+    (file,) = (cache / "jax_specdec" / "costs").iterdir()
+    table = json.loads(file.read_text())
+    file.write_text(json.dumps({**table, "until": table["until"] - 3601}))
+    again, machine = tables(target, monkeypatch)
+    get(again, machine)
+    assert machine.rounds and "until" not in json.loads(file.read_text())
 
 
 def test_files_of_something_else(target, monkeypatch, cache, tmp_path):

@@ -1,12 +1,13 @@
 """What the parts of a round cost: given, kept from before, measured on first use, or computed.
 
-A table belongs to all that times depend on, and is kept as a file of its own in the user's cache, unless
-the machine was too busy for it to mean much.
+A table belongs to all that times depend on, and is kept as a file of its own in the user's cache; for an hour only
+where the machine was too busy for it to mean much.
 """
 
 import functools
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,8 @@ from jax_specdec.user_cache import cache_folder, write_whole
 from pallas_kernels import tuning
 
 COMPUTED = "computed"
+# How long what a busy machine measured is used: runs in between are alike, and none waits for it again.
+UNSURE_SECONDS = 3600.0
 # What a table that is given must agree on, and how another one is called; a kept one must agree on everything.
 CHECKED = {
     "device": "the device",
@@ -115,10 +118,10 @@ class CostTables:
         began = time.perf_counter()
         found, sure = measure(self._loop, arrays, begin, run)
         line = _line(owner, found, self._loop.widths, time.perf_counter() - began)
-        place = keep(owner, found) if sure else None
+        place = keep(owner, found, sure=sure)
         end = f", kept in {place}" if place else ""
         if not sure:
-            end = "; the machine is busy, and so the next run measures them again"
+            end += "; the machine is busy, and so they are measured again in an hour"
         if progress.watched(shown):
             progress.say(f"{line}{end}")
         return found
@@ -231,15 +234,18 @@ def kept_file(of: Mapping[str, Any]) -> Path | None:
     return folder / "costs" / f"{digest[:16]}.json"
 
 
-def keep(of: Mapping[str, Any], costs: RoundCosts) -> Path | None:
-    """Keeps a table, and says so where it cannot be written."""
+def keep(of: Mapping[str, Any], costs: RoundCosts, *, sure: bool) -> Path | None:
+    """Keeps a table, for an hour if it is not to be trusted, and says so where it cannot be written."""
     file = kept_file(of)
     if file is None:
         return None
     verify = np.asarray(costs.verify).tolist()
     draft = [row[np.isfinite(row)].tolist() for row in np.asarray(costs.draft)]
     try:
-        write_whole(file, json.dumps({"of": of, "verify_s": verify, "draft_s": draft}) + "\n")
+        table = {"of": of, "verify_s": verify, "draft_s": draft}
+        if not sure:
+            table["until"] = time.time() + UNSURE_SECONDS
+        write_whole(file, json.dumps(table) + "\n")
     except OSError as error:
         reason = error.strerror or type(error).__name__
         progress.say_once(
@@ -265,7 +271,7 @@ def read_table(file: Path) -> dict[str, Any]:
         table = json.loads(text)
         numbers = [*table["verify_s"], *(x for row in table["draft_s"] for x in row)]
         good = set(CHECKED) <= set(table["of"])
-        good = good and all(type(x) in (int, float) for x in numbers)
+        good = good and all(type(x) in (int, float) for x in [*numbers, table.get("until", 0)])
     except (ValueError, TypeError, KeyError, RecursionError):
         good, table = False, {}
     if not good:
@@ -276,10 +282,11 @@ def read_table(file: Path) -> dict[str, Any]:
 
 
 def _kept(file: Path, of: Mapping[str, Any], loop: DecodeLoop) -> RoundCosts | None:
-    """The table of a kept file; None where there is none that is sound and of this owner."""
+    """The table of a kept file; None where there is none that is sound, of this owner, and still to be used."""
     try:
         table = read_table(file)
-        return _costs(loop, table) if table["of"] == of else None
+        good = table["of"] == of and time.time() < table.get("until", math.inf)
+        return _costs(loop, table) if good else None
     except UserError:
         return None
 
