@@ -31,11 +31,11 @@ from jax_specdec.errors import UserError
 # Each observation of a position counts this much of the one after it: the last dozen decide.
 _MEMORY = 0.92
 # A row begins as if so many drafts had been seen, of which this share was accepted.
-_PRIOR_WEIGHT, _PRIOR = 2.0, 0.6
+_PRIOR_WEIGHT, _PRIOR = 2.0, 0.5
 # No chance is below this: sums of them stay apart in float32, so that at equal costs deeper is better.
 _LEAST = 1e-3
 # While drafting does not pay, asking again, in whichever way, may take this share of plain decoding's time.
-_PROBING = 0.02
+_PROBING = 0.015
 _RAREST_PROBE = 64
 FREE = -1
 
