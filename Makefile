@@ -86,7 +86,7 @@ lowest: $(VENV)/.installed
 	$(BIN)/python -m uv pip install --quiet --python $(VENV)-lowest/bin/python \
 	  --resolution lowest-direct -e '.[export,plots,sentencepiece]'
 	$(BIN)/python -m uv pip install --quiet --python $(VENV)-lowest/bin/python \
-	  beartype pytest pytest-xdist scipy
+	  beartype pytest pytest-xdist
 	$(VENV)-lowest/bin/python -m pytest -n $(WORKERS) -W default -m smoke
 
 $(RUNS)/data/train.jsonl: $(VENV)/.installed
