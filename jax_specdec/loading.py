@@ -17,6 +17,7 @@ from jax_specdec.checkpoints.targets import Target, default_dtype, load_target
 from jax_specdec.core.acceptance import MATCH, Acceptance
 from jax_specdec.core.processors import Processor
 from jax_specdec.core.sharding import ShardingRules
+from jax_specdec.errors import UserError, a_kind
 from jax_specdec.pipeline import SpeculativeDecoder
 from jax_specdec.specs.build import LoadedDrafter, load_drafter
 from jax_specdec.specs.defaults import USUAL, Setting, measured, measured_on
@@ -114,6 +115,8 @@ def load_pair(
     check_parts(int8)
     check_parts(draft_int8)
     dtype = None if dtype is None else check_dtype(dtype)
+    if not isinstance(keep_programs, bool):
+        raise UserError(f"keep_programs must be True or False, not {a_kind(keep_programs)}.")
     if keep_programs:
         keep_compiled()
     folder, reason = find_checkpoint(model), ""

@@ -39,7 +39,9 @@ class Programs:
         if len(loop.widths) > 1:
             self._costs = CostTables(target, loop, loaded, costs)
         elif costs is not None:
-            raise UserError("Costs are for a drafter whose budget is on.")
+            raise UserError(
+                "Costs are for a drafter whose budget is on: leave them out (--costs) without a drafter or a budget."
+            )
         self._target, self._loop, self._params = target, loop, params
         self._pairs: dict[Any, tuple[Callable, Callable]] = {}
         self._rounds: dict[Any, Callable] = {}

@@ -121,7 +121,7 @@ def test_the_command(folders, target, tmp_path, capsys):
     data.write_text('{"text": "the cat ran, and the cat ran"}\n')
     words = ["train", "vocabulary", str(home), "--target", str(target.path), "--data", str(data)]
     assert main([*words, "--size", "40"]) == 0
-    assert "40 tokens, 100.0% of the text" in capsys.readouterr().err
+    assert "it covers 100.0% of the text" in capsys.readouterr().err
     found = json.loads((home / FILE).read_text())
     assert len(found["ids"]) == 40 and set(target.config.eos_ids) <= set(found["ids"])
     options = ["--drafter", "lm", "--draft", f"lm={home}"]
@@ -129,6 +129,14 @@ def test_the_command(folders, target, tmp_path, capsys):
     assert "up to 4 tokens a draft of 40" in capsys.readouterr().out
     assert main([*words, "--size", "1"]) == 2
     assert "not 1" in capsys.readouterr().err
+    assert main(words) == 0  # half of a small vocabulary
+    assert len(json.loads((home / FILE).read_text())["ids"]) == target.vocab_size // 2
+    data.write_text('{"text": ""}\n')
+    assert main(words) == 2
+    assert "no token to count" in capsys.readouterr().err
+    words[2] = str(target.path)
+    assert main(words) == 2
+    assert "is the target itself" in capsys.readouterr().err
     words[2] = str(tmp_path / "nothing")
     assert main(words) == 2
     assert "no config.json" in capsys.readouterr().err

@@ -161,7 +161,9 @@ def test_measured_once_and_said(target, monkeypatch, said, cache):
     assert len(said) == 1
 
 
-@pytest.mark.parametrize("change", ["", "{", "[]", '{"of": 3}', "other", "negative", "short", "until"])
+@pytest.mark.parametrize(
+    "change", ["", "{", "[]", '{"of": 3}', "other", "negative", "short", "until"]
+)
 def test_a_kept_table_that_is_not_sound_is_measured_again(target, monkeypatch, cache, change):
     costs, machine = tables(target, monkeypatch)
     first = get(costs, machine)

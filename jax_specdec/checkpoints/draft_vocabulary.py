@@ -37,7 +37,7 @@ def most_frequent(
     ends = sorted(set(ends))
     if not len(ends) < size <= vocab_size:
         raise UserError(
-            f"A draft vocabulary has more than {len(ends)} and at most {vocab_size} tokens, not {size}."
+            f"A draft vocabulary has more than {len(ends)} and at most {vocab_size} tokens, not {size} (--size)."
         )
     counts = np.zeros(vocab_size, np.int64)
     for text in texts:
@@ -78,7 +78,7 @@ def read_draft_vocabulary(folder: Path, target: Any) -> np.ndarray | None:
       UserError: it is damaged, of another vocabulary, or without a token that ends the target's texts.
     """
     path = Path(folder) / FILE
-    if not path.is_file():
+    if not (path.exists() or path.is_symlink()):
         return None
     found = read_json(path)
     ids: Any = found.get("ids")

@@ -30,8 +30,9 @@ from jax_specdec.errors import UserError
 
 # Each observation of a position counts this much of the one after it: the last dozen decide.
 _MEMORY = 0.92
-# A row begins as if so many drafts had been seen, of which this share was accepted.
-_PRIOR_WEIGHT, _PRIOR = 2.0, 0.5
+# A row begins as if so many drafts had been seen, of which this share was accepted: hopeful, so that a drafter is tried
+# at once wherever it may pay, and quickly convinced of the contrary.
+_PRIOR_WEIGHT, _PRIOR = 1.5, 0.8
 # No chance is below this: sums of them stay apart in float32, so that at equal costs deeper is better.
 _LEAST = 1e-3
 # While drafting does not pay, asking again, in whichever way, may take this share of plain decoding's time.
@@ -73,6 +74,10 @@ class RoundCosts(flax.struct.PyTreeNode):
         if not (np.isfinite(verify).all() and (verify > 0).all() and (draft >= 0).all()):
             raise UserError(
                 "The costs of a round must be above 0 and finite; of drafting, at least 0 (infinite: cannot be)."
+            )
+        if (np.diff(verify) < 0).any() or (draft[:, 0] != 0).any():
+            raise UserError(
+                "The costs of a wider round must not be less than of a narrow one, and drafting nothing costs 0."
             )
 
 
@@ -171,7 +176,8 @@ class Budget(flax.struct.PyTreeNode):
         """How to draft in this round.
 
         Where drafting does not pay it is still asked for one token now and then, at once after one that was
-        right, as often as `_PROBING` allows; and where one way pays, the others are tried every so often.
+        right, else after twice as many rounds as before until it is as seldom as `_PROBING` asks; and where one way
+        pays, the others are tried every so often.
         """
         costs = self.costs
         ways, depths = costs.draft.shape
@@ -183,17 +189,22 @@ class Budget(flax.struct.PyTreeNode):
             else np.minimum(drafts, 1) * (len(widths) - 1)
         )
         tokens = jnp.sum(jnp.where(active[:, None, None], self.expected(), 0), axis=0)
-        rate = tokens / (costs.verify[index][None] + costs.draft)
+        seconds = costs.verify[index][None] + costs.draft
+        rate = tokens / seconds
         # Of equally good ones the first way, and in it the deepest.
         deepest = jnp.argmax(rate[:, ::-1].reshape(-1)).astype(jnp.int32)
         way, depth = deepest // depths, depths - 1 - deepest % depths
         idle, place = depth == 0, jnp.arange(ways, dtype=jnp.int32)
         # Asked for one token, it also reads what it has missed: about as much again.
         every = 2 * ways * costs.draft[:, 1] / (_PROBING * costs.verify[0])
-        every = jnp.where(idle, jnp.minimum(every, _RAREST_PROBE), 2 * _RAREST_PROBE)
-        due = (self.waited + 1).astype(jnp.float32) >= every[None]
+        every = jnp.minimum(every, _RAREST_PROBE)[None]
+        every = jnp.minimum(every, 1 + jnp.exp2(self.tries[..., 0]))
+        every = jnp.where(idle, every, 2 * _RAREST_PROBE)
+        due = (self.waited + 1).astype(jnp.float32) >= every
         due = jnp.any(due & active[:, None], axis=0) & (idle | (place != way))
-        due = due & jnp.isfinite(costs.draft[:, 1])
+        # What would not pay if all of it were right is never asked.
+        most = jnp.asarray(1 + drafts, jnp.float32)[None] / seconds
+        due = due & (jnp.max(most[:, 1:], axis=1, initial=0) * costs.verify[0] > 1)
         probed = jnp.argmax(due).astype(jnp.int32)
         deep = jnp.where(idle, 1, 1 + jnp.argmax(rate[probed, 1:])).astype(jnp.int32)
         way, depth = jnp.where(jnp.any(due), jnp.stack([probed, deep]), jnp.stack([way, depth]))

@@ -161,7 +161,11 @@ def train_lm(
 
 
 def train_vocabulary(
-    target: Target | SpeculativeDecoder | Folder, data: Data, *, drafter: Folder, size: int = 8192
+    target: Target | SpeculativeDecoder | Folder,
+    data: Data,
+    *,
+    drafter: Folder,
+    size: int | None = None,
 ) -> tuple[Path, float]:
     """Gives a model drafter a draft vocabulary: the tokens that a text has most often, and those that end one.
 
@@ -171,6 +175,7 @@ def train_vocabulary(
     Args:
       target: of the drafter; data: as in `train_glide`, best what the target writes.
       drafter: a folder of kind lm, glide or medusa, which gets the file `draft_vocabulary.json`.
+      size: default: 8192 tokens, or half of a vocabulary that has fewer than twice as many.
 
     Returns:
       The file, and the share of the data's tokens that may be drafted.
@@ -184,22 +189,29 @@ def train_vocabulary(
     folder = Path(os.fspath(drafter))
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not the folder of a drafter: it has no config.json.")
-    if isinstance(size, bool) or not isinstance(size, int):
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
         raise UserError(f"size must be a number of tokens, not {a_kind(size)}.")
     loaded = _named(target)
     if isinstance(loaded, Target):
-        tokenizer, config = loaded.tokenizer, loaded.config
+        home, tokenizer, config = loaded.path, loaded.tokenizer, loaded.config
     else:
-        found = find_checkpoint(loaded)
-        tokenizer, config = load_tokenizer(found), stored_config(found)
+        home = find_checkpoint(loaded)
+        tokenizer, config = load_tokenizer(home), stored_config(home)
+    if folder.resolve() == Path(home).resolve():
+        raise UserError(f"{folder} is the target itself: name the folder of its drafter.")
+    if size is None:
+        size = min(8192, config.vocab_size // 2)
     if tokenizer is None:
         raise UserError("Counting tokens needs a tokenizer: load the target with one.")
     documents = documents_of(as_sources(data), tokenizer)
-    ids = files.most_frequent(documents, size, config.vocab_size, config.eos_ids)
-    known, total = np.zeros(config.vocab_size, bool), sum(map(len, documents))
+    ends, total = set(config.eos_ids), sum(map(len, documents))
+    if all(int(token) in {*ends, config.bos_id} for text in documents for token in text):
+        raise UserError("The data has no token to count.")
+    ids = files.most_frequent(documents, size, config.vocab_size, ends)
+    known = np.zeros(config.vocab_size, bool)
     known[ids] = True
     covered = sum(int(known[np.asarray(text)].sum()) for text in documents)
-    return files.write_draft_vocabulary(folder, ids, config.vocab_size), covered / max(total, 1)
+    return files.write_draft_vocabulary(folder, ids, config.vocab_size), covered / total
 
 
 def _named(target: Any) -> Target | str | Path:

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jax_specdec
 from jax_specdec import progress
+from jax_specdec.checkpoints.hub import local_path
 from jax_specdec.checkpoints.target_bound import target_fingerprint
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.budget import RoundCosts
@@ -73,14 +75,14 @@ class CostTables:
         self._file: tuple[Path, dict[str, Any]] | None = None
         self._computed = isinstance(given, str) and given == COMPUTED
         if isinstance(given, RoundCosts):
-            loop.check_costs(given)
-            self._given = given
+            self._given = _as_arrays(given)
+            loop.check_costs(self._given)
         elif given is not None and not self._computed:
-            if not isinstance(given, (str, os.PathLike)):
+            if not isinstance(given, (str, os.PathLike)) or not os.fspath(given):
                 raise UserError(
                     f"costs are `RoundCosts`, a file of them or {COMPUTED!r}, not {shown_value(given)}."
                 )
-            file = Path(given).expanduser()
+            file = local_path(given)
             self._file = (file, read_table(file))
             self._check_file(None)
 
@@ -106,7 +108,7 @@ class CostTables:
             return self._given
         if self._file is not None:
             self._check_file(rows)
-            return _costs(self._loop, self._file[1])
+            return _costs(self._loop, *reversed(self._file))
         if self._computed or self._target.sharding is not None:
             capacity = arrays[0].shape[1]
             return computed_costs(self._target, self._loop, self._loaded, rows, capacity)
@@ -142,13 +144,22 @@ class CostTables:
             raise UserError(
                 f"The costs in {shown(file)} were measured for {what}: leave them out to measure what is used here."
             )
-        _costs(self._loop, table)
+        _costs(self._loop, table, file)
+
+
+def _as_arrays(costs: RoundCosts) -> RoundCosts:
+    if hasattr(costs.verify, "shape") and hasattr(costs.draft, "shape"):
+        return costs
+    try:
+        return RoundCosts(*(jnp.asarray(x, jnp.float32) for x in (costs.verify, costs.draft)))
+    except (TypeError, ValueError):
+        raise UserError("The costs of a round are arrays of numbers: see `RoundCosts`.") from None
 
 
 def _said(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return f"{value:.80}" if isinstance(value, str) else f"{value}"
+    return f"{value:.80}" if isinstance(value, str) and value.isprintable() else shown_value(value)
 
 
 def owner_of(target: Target, loop: DecodeLoop, loaded: LoadedDrafter, rows: int) -> dict[str, Any]:
@@ -269,9 +280,14 @@ def read_table(file: Path) -> dict[str, Any]:
         raise UserError(f"The costs in {shown(file)} cannot be read: {reason}.") from error
     try:
         table = json.loads(text)
-        numbers = [*table["verify_s"], *(x for row in table["draft_s"] for x in row)]
-        good = set(CHECKED) <= set(table["of"])
-        good = good and all(type(x) in (int, float) for x in [*numbers, table.get("until", 0)])
+        lists = [table["verify_s"], *table["draft_s"]]
+        good = isinstance(table["of"], dict) and set(CHECKED) <= set(table["of"])
+        good = (
+            good and isinstance(table["draft_s"], list) and all(isinstance(x, list) for x in lists)
+        )
+        good = good and type(table["of"]["rows"]) is int
+        numbers = [table.get("until", 0), *(x for some in lists for x in some)]
+        good = good and all(type(x) in (int, float) and abs(x) < 1e30 for x in numbers)
     except (ValueError, TypeError, KeyError, RecursionError):
         good, table = False, {}
     if not good:
@@ -286,15 +302,25 @@ def _kept(file: Path, of: Mapping[str, Any], loop: DecodeLoop) -> RoundCosts | N
     try:
         table = read_table(file)
         good = table["of"] == of and time.time() < table.get("until", math.inf)
-        return _costs(loop, table) if good else None
+        return _costs(loop, table, file) if good else None
     except UserError:
         return None
 
 
-def _costs(loop: DecodeLoop, table: Mapping[str, Any]) -> RoundCosts:
-    """The costs in a table of the loop; raises a UserError where they are none."""
+def _costs(loop: DecodeLoop, table: Mapping[str, Any], file: Path) -> RoundCosts:
+    """The costs in a file's table of the loop; raises a UserError where they are none."""
+    wanted = [len(loop.widths), *(way.info.depth + 1 for way in ways_of(loop.drafter))]
+    if [len(table["verify_s"]), *map(len, table["draft_s"])] != wanted:
+        verify, *draft = wanted
+        raise UserError(
+            f"{shown(file)} must have {verify} costs of verification, and of drafting "
+            f"{' and '.join(map(str, draft))}: leave it out to measure them."
+        )
     costs = as_costs(loop, table["verify_s"], table["draft_s"])
-    loop.check_costs(costs)
+    try:
+        loop.check_costs(costs)
+    except UserError as error:
+        raise UserError(f"{shown(file)}: {error}") from None
     return costs
 
 

@@ -265,7 +265,9 @@ NAME = "model.layers.0.mlp.down_proj"
 def test_packed_by_the_config_alone(folder):
     hf = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**hf, **method("gptq", bits=4)}))
-    with pytest.raises(UserError, match=r"GPTQ of 4 bits by its config.json, and none by its files"):
+    with pytest.raises(
+        UserError, match=r"GPTQ of 4 bits by its config.json, and none by its files"
+    ):
         load_target(folder, tokenizer=False)
 
 
