@@ -231,11 +231,12 @@ class Stats:
 
     Attributes:
       num_tokens: emitted. num_spec_steps: target forwards (rounds) while the row was running.
-      num_draft_tokens, num_accepted_tokens: drafted and accepted tokens, without the target's own.
+      num_draft_tokens, num_accepted_tokens: tokens that were drafted and verified, and accepted ones, without the
+        target's own. What a budget had drafted and did not verify is in `steps_per_depth` alone.
       draft_acceptance_rate: accepted / drafted, 0 where nothing was drafted.
       mean_acceptance_length: tokens per round, the target's own token included (tau).
       accepted_per_pos: how often the draft's token at each position was accepted.
-      per_drafter: by source, `calls` (rounds it drafted in), `drafted` and `accepted`.
+      per_drafter: by source, `calls` (rounds in which tokens of it were verified), `drafted` and `accepted`.
       wall_time_s: prefill to the last token of the row's batch, compilation apart.
       steps_per_width: rounds by how many nodes were verified, root included. steps_per_depth: rounds by how many
         tokens the drafter was asked for, the first of them without a draft; see `core.budget`.

@@ -17,7 +17,7 @@ class Stats(flax.struct.PyTreeNode):
     Attributes:
       rounds: `int32[B]`, target forwards while the row was running (prefill apart).
       drafted, accepted: `int32[B, O+1]`, tokens by source; column 0 is unused.
-      calls: `int32[B, O+1]`, rounds in which the source drafted for the row.
+      calls: `int32[B, O+1]`, rounds in which tokens of the source were verified for the row.
       accepted_per_pos: `int32[B, P]`, how often the draft's token at depth d + 1 was accepted.
       depths: `int32[B, P+1]`, rounds by drafted tokens asked for; column 0 are those without a draft.
       widths: `int32[B, K]`, rounds by the loop's widths, the drafter's own where it has none.
