@@ -10,7 +10,7 @@ from jax_specdec.cli import common
 def register(kinds: Any) -> None:
     parser = kinds.add_parser(
         "vocabulary",
-        help="the tokens that a drafter proposes: a smaller head for any model drafter",
+        help="the tokens that a drafter may propose, for a smaller head",
         description="Counts the tokens of a text, preferably one that the target wrote, and writes the most frequent "
         "ones into a drafter's folder as draft_vocabulary.json. The drafter's head then has these rows only, which "
         "changes no text: whatever it cannot propose, the target says itself. Delete the file to go back.",
