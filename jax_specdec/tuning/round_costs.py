@@ -108,7 +108,7 @@ class CostTables:
             return self._given
         if self._file is not None:
             self._check_file(rows)
-            return _costs(self._loop, *reversed(self._file))
+            return _costs(self._loop, table=self._file[1], file=self._file[0])
         if self._computed or self._target.sharding is not None:
             capacity = arrays[0].shape[1]
             return computed_costs(self._target, self._loop, self._loaded, rows, capacity)
