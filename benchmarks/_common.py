@@ -21,6 +21,11 @@ def read_prompts(folder: str | Path, sets: Sequence[str], per_set: int) -> list[
     return prompts
 
 
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 

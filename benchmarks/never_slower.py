@@ -9,14 +9,13 @@ time in another order. Times are from the start of the prefill to the last token
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import machine, write_json
+from _common import lines, machine, write_json
 from decode import Transformers
 
 import jax_specdec as sd
@@ -30,10 +29,6 @@ SPEC_BENCH = {  # question.jsonl has eight kinds of MT-bench's, which are one ca
     "math_reasoning": "math_reasoning",
     "rag": "rag",
 }
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def questions(data: Path, count: int) -> dict[str, list[str]]:

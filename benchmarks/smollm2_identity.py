@@ -9,7 +9,6 @@ the arms take turns, prompt by prompt, after a run that compiles, and prompt loo
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import machine, write_json
+from _common import lines, machine, write_json
 
 import jax_specdec as sd
 from jax_specdec.checkpoints import smollm2
@@ -32,10 +31,6 @@ TEXTS = {
     "tinystories/stories.jsonl": "text",
     "instructions/heldout.jsonl": "prompt",
 }
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 class Transformers:
