@@ -54,7 +54,7 @@ def useless(target: sd.Target, repeats: int) -> dict[str, Any]:
         head_dim=64, windows=(),
     )  # fmt: skip
     model = Decoder(shape, target.decoder.dtype)
-    random = LoadedDrafter("lm:4", LmDrafter(model, 4), {"lm": model.init(jax.random.key(0))})
+    random = LoadedDrafter(LmDrafter(model, 4), {"lm": model.init(jax.random.key(0))}, "lm:4")
     arms = {
         "plain": sd.SpeculativeDecoder(target),
         "draft model of random weights": sd.SpeculativeDecoder(target, random),
@@ -85,7 +85,7 @@ def turning(target: sd.Target) -> dict[str, Any]:
     """The tokens of each round, with a budget and without."""
     plain = sd.SpeculativeDecoder(target)
     prose = plain(PROMPT, max_new_tokens=400, ignore_eos=True, temperature=1.2, seed=1).token_ids
-    table = plain.encode(TABLE)[1:] if plain.encode("")[:1] else plain.encode(TABLE)
+    table = target.tokenizer(TABLE, add_special_tokens=False)["input_ids"]
     parts = [prose[:150], table * 2, prose[150:300]]
     dictated = Dictated(tuple(token for part in parts for token in part))
     turns = np.cumsum([len(part) for part in parts]).tolist()
@@ -126,7 +126,7 @@ def plot(found: dict[str, Any], path: str) -> None:
         ax.bar(range(len(steps)), steps, width=1.0)
         for turn, what in zip(turns, ("table", "prose"), strict=True):
             ax.axvline(turn, color="black", linewidth=0.8)
-            ax.text(turn + 2, 6.6, what, va="top")
+            ax.text(turn - 2, 6.6, f"{what} \u2192", va="top", ha="right")
         ax.set(ylabel="tokens", title=f"max-gram:6, {name}", ylim=(0, 7.2))
     axes[-1].set_xlabel("round")
     figure.savefig(path, dpi=110)
