@@ -124,9 +124,9 @@ def plot(found: dict[str, Any], path: str) -> None:
     for ax, name in zip(axes, ("budget", "no budget"), strict=True):
         steps, turns = found[name]["tokens_by_round"], found[name]["turns_at_round"]
         ax.bar(range(len(steps)), steps, width=1.0)
-        for turn, what in zip(turns, ("table", "prose"), strict=True):
+        for turn, what, side in zip(turns, ("table", "prose"), ("right", "left"), strict=True):
             ax.axvline(turn, color="black", linewidth=0.8)
-            ax.text(turn - 2, 6.6, f"{what} \u2192", va="top", ha="right")
+            ax.text(turn, 6.6, f" {what} ", va="top", ha=side)
         ax.set(ylabel="tokens", title=f"max-gram:6, {name}", ylim=(0, 7.2))
     axes[-1].set_xlabel("round")
     figure.savefig(path, dpi=110)
