@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from jax_specdec.checkpoints import draft_vocabulary
 from jax_specdec.checkpoints.dtypes import check_dtype
 from jax_specdec.checkpoints.hub import find_checkpoint
-from jax_specdec.checkpoints.targets import Target, load_target
+from jax_specdec.checkpoints.targets import Target, load_target, load_tokenizer, stored_config
 from jax_specdec.drafters import registry
 from jax_specdec.errors import UserError, a_kind
 from jax_specdec.generation import Generation
@@ -183,9 +184,6 @@ def train_vocabulary(
     Raises:
       UserError: any of these wrong, or a size that is out of range. RunError: the folder cannot be written.
     """
-    from jax_specdec.checkpoints import draft_vocabulary as files
-    from jax_specdec.checkpoints.targets import load_tokenizer, stored_config
-
     folder = Path(os.fspath(drafter))
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not the folder of a drafter: it has no config.json.")
@@ -205,13 +203,14 @@ def train_vocabulary(
         raise UserError("Counting tokens needs a tokenizer: load the target with one.")
     documents = documents_of(as_sources(data), tokenizer)
     ends, total = set(config.eos_ids), sum(map(len, documents))
-    if all(int(token) in {*ends, config.bos_id} for text in documents for token in text):
+    empty = {*ends, config.bos_id}
+    if all(int(token) in empty for text in documents for token in text):
         raise UserError("The data has no token to count.")
-    ids = files.most_frequent(documents, size, config.vocab_size, ends)
+    ids = draft_vocabulary.most_frequent(documents, size, config.vocab_size, ends)
     known = np.zeros(config.vocab_size, bool)
     known[ids] = True
     covered = sum(int(known[np.asarray(text)].sum()) for text in documents)
-    return files.write_draft_vocabulary(folder, ids, config.vocab_size), covered / total
+    return draft_vocabulary.write_draft_vocabulary(folder, ids, config.vocab_size), covered / total
 
 
 def _named(target: Any) -> Target | str | Path:
