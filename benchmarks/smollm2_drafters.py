@@ -1,15 +1,18 @@
 """Drafters of several forms, trained side by side on one reading of the target; writes what `checkpoints/smollm2` holds.
 
     python benchmarks/smollm2_drafters.py --target runs/smollm2/target --data WRITTEN.jsonl --readings DIR --out OUT \\
-        --steps 4000 --arm glide:target_layers=15:hidden_input=1 --arm vanilla:cross_attention=0
+        --steps 3000 --arm glide:mlp_size=1024:target_layers=15:hidden_input=1:trained_delay=5 \\
+        --arm vanilla:mlp_size=1024:cross_attention=0:trained_delay=5 --arm medusa:num_heads=4
 
 The target, which costs most, reads each text once: its keys and values at some layers, its last hidden states and the
 normalisers of its distributions are kept in DIR, some 2 KB a token. After that a step costs what the drafters cost.
-The draft vocabulary is that of the data, and the loss the cross-entropy to the target's distribution on it; every
+The draft vocabulary is that of the data, and the loss the cross-entropy to the target's distribution on it, prompts
+counting less than answers. Agreement is measured in the answers of held-out documents: every
 twentieth document, by a hash of its prompt, is held out. A run goes on where it was interrupted.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,10 +30,13 @@ from tqdm import tqdm
 import jax_specdec as sd
 from jax_specdec.checkpoints.draft_vocabulary import most_frequent, write_draft_vocabulary
 from jax_specdec.checkpoints.glide import save_glide, target_fingerprint
+from jax_specdec.checkpoints.medusa import save_medusa
 from jax_specdec.core.context import last_seen
+from jax_specdec.core.draft import TOP
 from jax_specdec.models.glide import GliDe, glimpse_text
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.models.layers import rms_norm
+from jax_specdec.models.medusa import Medusa, MedusaConfig
 from jax_specdec.training.config import TrainConfig
 from jax_specdec.training.glide_mask import visible_keys
 from jax_specdec.training.reading import positions
@@ -38,6 +44,7 @@ from jax_specdec.training.trainer import make_optimizer
 
 LENGTHS = (128, 192, 256, 320)  # tokens of a row; longer documents are cut
 READ_AT_ONCE = 8
+PROMPT_WEIGHT = 0.3
 ANSWER = "<|im_end|>\n<|im_start|>assistant\n"  # what stands before it in SmolLM2's template
 
 
@@ -65,12 +72,14 @@ class Readings:
     """What the target made of some texts: arrays by row length, each with the rows in front.
 
     Attributes:
-      x: `int32[R, T + 1]`. n: tokens of each, the last left out. k, v: `float16[R, L, T, K, D]` of the layers.
+      x: `int32[R, T + 1]`. n: tokens of each, the last left out. s: the place from which the answer's first
+        token is predicted. k, v: `float16[R, L, T, K, D]` of the layers.
       h: hidden states, `bfloat16[R, T, E]` as bits. z: the normalisers, `float32[R, T]`. a: the best tokens.
     """
 
     def __init__(self, target: sd.Target, layers: tuple[int, ...], folder: Path):
         self.target, self.layers, self.folder = target, layers, folder
+        self.before = target.tokenizer.encode(ANSWER)
         folder.mkdir(parents=True, exist_ok=True)
         self._read = jax.jit(self._reading)
 
@@ -95,6 +104,7 @@ class Readings:
             if parts:
                 whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
                 found[size] = {name: x[whole["n"] > 0] for name, x in whole.items()}
+                found[size]["s"] = np.array([begin(x, self.before) for x in found[size]["x"]])
         return found
 
     def _part(self, texts: list[np.ndarray], size: int) -> dict[str, np.ndarray]:
@@ -114,72 +124,161 @@ class Readings:
             return {name: file[name] for name in file.files}
 
 
+def begin(ids: np.ndarray, before: list[int]) -> int:
+    """The last token of the last `before` in `ids`, 0 where there is none."""
+    count = len(before)
+    at = np.flatnonzero((np.lib.stride_tricks.sliding_window_view(ids, count) == before).all(-1))
+    return int(at[-1]) + count - 1 if len(at) else 0
+
+
 class Arm:
-    """One drafter: its model, its loss, and how well it agrees with the target."""
+    """A drafter in training: its model, its loss, and how well it agrees with the target.
 
-    def __init__(self, model: GliDe, target: sd.Target, ids: np.ndarray, layers: tuple[int, ...]):
-        self.model, self.config, self.layers = model, target.config, layers
-        params = target.params
-        self.frozen = {"embed": params["embed"], "norm": params["norm"]}
-        self.frozen["head"] = jnp.asarray(np.asarray(params["embed"])[ids].T)
-        self.frozen["place"] = (
-            jnp.full(target.vocab_size, len(ids)).at[ids].set(np.arange(len(ids)))
-        )
+    Computation is in `dtype`, parameters are float32; sums, distributions and losses are float32.
+    """
 
-    def log_q(self, params: Any, frozen: Any, b: dict[str, Any], visible: Any) -> Any:
-        """`float32[B, T, S]` over the draft vocabulary."""
-        model, c = self.model, self.config
-        (layer,) = set(model.config.layers_read(c)) if model.config.cross_attention else (None,)
-        kv = None
-        if layer is not None:
-            place = self.layers.index(layer)
-            kv = tuple({layer: b[name][:, place].astype(jnp.float32)} for name in "kv")
-        glimpse = kv and glimpse_text(
-            kv,
-            visible,
-            c.windows,
-            scale=c.scale,
-            soft_cap=c.attention_cap,  # type: ignore[arg-type]
-        )
-        x = b["x"][:, :-1]
-        hidden = last_seen(_hidden(b), visible) if model.config.hidden_input else None
-        joined = {**params, "embed": frozen["embed"]}
-        out = model.apply(joined, x, positions(x), glimpse, hidden=hidden, logits=False)
-        y = rms_norm(out.hidden, params["norm"], c.norm_eps)
-        return jax.nn.log_softmax(y @ frozen["head"], axis=-1)
+    def __init__(self, target: sd.Target, ids: np.ndarray, dtype: Any):
+        self.config, self.dtype = target.config, dtype
+        embed = np.asarray(target.params["embed"], np.float32)
+        place = jnp.full(target.vocab_size, len(ids)).at[ids].set(np.arange(len(ids)))
+        self.frozen = {
+            "embed": jnp.asarray(embed, dtype),
+            "norm": jnp.asarray(target.params["norm"], jnp.float32),
+            "head": jnp.asarray(embed[ids].T, dtype),
+            "place": place,
+        }
+
+    def score(self, frozen: Any, x: Any) -> Any:
+        """Normed states `[..., E]` -> `float32[..., S]` over the draft vocabulary."""
+        return jnp.dot(x.astype(self.dtype), frozen["head"], preferred_element_type=jnp.float32)
 
     def log_p(self, frozen: Any, b: dict[str, Any]) -> Any:
         """The target's, of the whole vocabulary, at the tokens of the draft vocabulary."""
-        y = rms_norm(_hidden(b), frozen["norm"], self.config.norm_eps)
-        return y @ frozen["head"] - b["z"][..., None]
+        y = rms_norm(hidden_of(b), frozen["norm"], self.config.norm_eps)
+        return self.score(frozen, y) - b["z"][..., None]
+
+
+class GliDeArm(Arm):
+    def __init__(
+        self, target: sd.Target, ids: np.ndarray, dtype: Any, layers: tuple[int, ...], shape: Any
+    ):
+        super().__init__(target, ids, dtype)
+        config = GliDeConfig.like(target.config, **shape)
+        self.model, self.layers = GliDe(config, target.config, dtype), layers
+
+    def init(self, key: Any) -> Any:
+        return dataclasses.replace(self.model, dtype=jnp.float32).init(key)
+
+    def log_q(self, params: Any, frozen: Any, b: dict[str, Any], visible: Any) -> Any:
+        """`float32[B, T, S]` over the draft vocabulary."""
+        model, c, dtype = self.model, self.config, self.dtype
+        glimpse = None
+        if model.config.cross_attention:
+            kv = tuple(
+                {
+                    layer: b[name][:, self.layers.index(layer)].astype(dtype)
+                    for layer in model.config.layers_read(c)
+                }
+                for name in "kv"
+            )
+            glimpse = glimpse_text(
+                (kv[0], kv[1]), visible, c.windows, scale=c.scale, soft_cap=c.attention_cap
+            )
+        x = b["x"][:, :-1]
+        hidden = last_seen(hidden_of(b), visible) if model.config.hidden_input else None
+        joined = {**jax.tree.map(lambda w: w.astype(dtype), params), "embed": frozen["embed"]}
+        out = model.apply(joined, x, positions(x), glimpse, hidden=hidden, logits=False)
+        y = rms_norm(out.hidden.astype(jnp.float32), params["norm"], c.norm_eps)
+        return jax.nn.log_softmax(self.score(frozen, y), axis=-1)
 
     def loss(self, params: Any, frozen: Any, b: dict[str, Any], key: Any) -> Any:
         delay = self.model.config.trained_delay
         visible = visible_keys("shift", b["x"][:, :-1].shape, delay, key)
-        q = self.log_q(params, frozen, b, visible)
+        q, keep = self.log_q(params, frozen, b, visible), weights_of(b)
         every = -jnp.sum(jnp.exp(self.log_p(frozen, b)) * q, axis=-1)
-        keep = _kept(b)
         return (every * keep).sum() / keep.sum()
 
     def agreement(self, params: Any, frozen: Any, b: dict[str, Any]) -> Any:
         """By delay: sums of min(p, q), of equal best tokens, and of places; see `training.glide.Pair.agreement`."""
-        delay, keep = self.model.config.trained_delay, _kept(b)
+        delay, keep = self.model.config.trained_delay, answers_of(b)
         visible = visible_keys("block", keep.shape, delay, jax.random.key(0))
         q, p = self.log_q(params, frozen, b, visible), self.log_p(frozen, b)
-        accepted = jnp.exp(jnp.minimum(p, q)).sum(-1)
-        match = frozen["place"][b["a"]] == q.argmax(-1)
+        accepted, match = agree(frozen, b["a"], p, q)
         at = np.arange(keep.shape[1])[:, None]
         count = keep[..., None] * ((at % delay == np.arange(delay)) & (at >= delay))
-        sums = [jnp.einsum("bt,btd->d", x, count) for x in (accepted, match.astype(jnp.float32))]
-        return *sums, count.sum((0, 1))
+        return *(jnp.einsum("bt,btd->d", x, count) for x in (accepted, match)), count.sum((0, 1))
+
+    def save(self, folder: Path, params: Any, mark: str, measured: Any) -> None:
+        save_glide(folder, self.model, params, mark)
 
 
-def _hidden(b: dict[str, Any]) -> Any:
+class MedusaArm(Arm):
+    DECAY = 0.8
+
+    def __init__(self, target: sd.Target, ids: np.ndarray, dtype: Any, shape: Any):
+        super().__init__(target, ids, dtype)
+        self.model = Medusa(MedusaConfig(**shape), target.config, dtype)
+
+    def init(self, key: Any) -> Any:
+        model = dataclasses.replace(self.model, dtype=jnp.float32)
+        return model.init({"embed": self.frozen["embed"]})
+
+    def laws(self, params: Any, frozen: Any, b: dict[str, Any], index: int) -> Any:
+        """Head k = index + 1: what it says `[B, T - k, S]`, what the target does, and the rows' tails."""
+        joined = {**jax.tree.map(lambda w: w.astype(self.dtype), params), "norm": frozen["norm"]}
+        k = index + 1
+        y = self.model.states(joined, hidden_of(b)[:, :-k], index)
+        tail = {name: b[name][:, k:] for name in "hza"}
+        return jax.nn.log_softmax(self.score(frozen, y), axis=-1), self.log_p(frozen, tail), tail
+
+    def loss(self, params: Any, frozen: Any, b: dict[str, Any], key: Any) -> Any:
+        total: Any = 0.0
+        for index in range(self.model.config.num_heads):
+            q, p, _ = self.laws(params, frozen, b, index)
+            keep = weights_of(b)[:, index + 1 :]
+            every = -jnp.sum(jnp.exp(p) * q, axis=-1)
+            total = total + self.DECAY**index * (every * keep).sum() / keep.sum()
+        return total / self.model.config.num_heads
+
+    def agreement(self, params: Any, frozen: Any, b: dict[str, Any]) -> Any:
+        """By head, as of `GliDeArm`; further rows: how often the i-th best is the target's best token."""
+        found = []
+        for index in range(self.model.config.num_heads):
+            q, p, tail = self.laws(params, frozen, b, index)
+            keep = answers_of(b)[:, index + 1 :]
+            accepted, match = agree(frozen, tail["a"], p, q)
+            _, best = jax.lax.top_k(q, TOP)
+            ranks = frozen["place"][tail["a"]][..., None] == best
+            rows = jnp.einsum("btk,bt->k", ranks.astype(jnp.float32), keep)
+            found.append(
+                jnp.stack([(accepted * keep).sum(), (match * keep).sum(), keep.sum(), *rows])
+            )
+        return jnp.stack(found, axis=1)
+
+    def save(self, folder: Path, params: Any, mark: str, measured: Any) -> None:
+        save_medusa(folder, self.model, params, mark, tuple(map(tuple, measured["ranks"])))
+
+
+def agree(frozen: Any, best: Any, p: Any, q: Any) -> tuple[Any, Any]:
+    """Probability of acceptance under the rejection rule, and whether the best tokens are equal."""
+    match = frozen["place"][best] == q.argmax(-1)
+    return jnp.exp(jnp.minimum(p, q)).sum(-1), match.astype(jnp.float32)
+
+
+def hidden_of(b: dict[str, Any]) -> Any:
     return jax.lax.bitcast_convert_type(b["h"], jnp.bfloat16).astype(jnp.float32)
 
 
-def _kept(b: dict[str, Any]) -> Any:
-    return (jnp.arange(b["x"].shape[1] - 1)[None] < b["n"][:, None]).astype(jnp.float32)
+def answers_of(b: dict[str, Any]) -> Any:
+    """1 where the target predicts a token of the answer."""
+    at = jnp.arange(b["x"].shape[1] - 1)[None]
+    return ((at >= b["s"][:, None]) & (at < b["n"][:, None])).astype(jnp.float32)
+
+
+def weights_of(b: dict[str, Any]) -> Any:
+    """Of the loss: a prompt's tokens are text, too, but not of the target."""
+    at = jnp.arange(b["x"].shape[1] - 1)[None]
+    return jnp.where(at >= b["s"][:, None], 1.0, PROMPT_WEIGHT) * (at < b["n"][:, None])
 
 
 def batches(data: dict[int, Any], tokens: int, seed: int) -> Any:
@@ -200,7 +299,8 @@ def parse_arm(text: str) -> tuple[str, dict[str, Any]]:
     found: dict[str, Any] = {}
     for field in fields:
         key, _, value = field.partition("=")
-        found[key] = (int(value),) if key == "target_layers" else int(value)
+        layers = tuple(map(int, value.split("+")))
+        found[key] = layers if key == "target_layers" else layers[0]
         if key in ("cross_attention", "hidden_input"):
             found[key] = bool(found[key])
     return name, found
@@ -218,15 +318,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1536, help="of a batch")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--mlp-size", type=int, default=1024)
-    parser.add_argument("--trained-delay", type=int, default=8)
+    parser.add_argument("--dtype", default="bfloat16", help="of reading and computation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--every", type=int, default=200, help="steps between measurements and states"
     )
     args = parser.parse_args()
 
-    target = sd.load_target(args.target, dtype="float32")
+    target = sd.load_target(args.target, dtype=args.dtype)
     layers = tuple(map(int, args.layers.split(",")))
     train, held = documents(args.data)
     ids = most_frequent(train, args.vocabulary, target.vocab_size, target.config.eos_ids)
@@ -243,10 +342,12 @@ def main() -> None:
     for text in args.arm:
         name, fields = parse_arm(text)
         seed = fields.pop("seed", args.seed)
-        shape = {"mlp_size": args.mlp_size, "trained_delay": args.trained_delay, **fields}
-        model = GliDe(GliDeConfig.like(target.config, **shape), target.config, jnp.float32)
-        arms[name] = Arm(model, target, ids, layers)
-        params = model.init(jax.random.key(seed))
+        dtype = jnp.dtype(args.dtype)
+        if name.startswith("medusa"):
+            arms[name] = MedusaArm(target, ids, dtype, fields)
+        else:
+            arms[name] = GliDeArm(target, ids, dtype, layers, fields)
+        params = arms[name].init(jax.random.key(seed))
         state[name] = {"params": params, "opt": optimizer.init(params)}
         steps[name] = jax.jit(step_of(arms[name], optimizer), donate_argnums=0)
         tests[name] = jax.jit(arms[name].agreement)
@@ -278,8 +379,8 @@ def main() -> None:
                 manager.save(done, args=ocp.args.StandardSave(state))
     for name, arm in arms.items():
         folder = args.out / name
-        mark = target_fingerprint(target.path)
-        save_glide(folder, arm.model, state[name]["params"], mark)
+        found = measure(tests[name], state[name]["params"], arm.frozen, measured)
+        arm.save(folder, state[name]["params"], target_fingerprint(target.path), found)
         write_draft_vocabulary(folder, ids, target.vocab_size)
 
 
@@ -302,11 +403,12 @@ def measure(test: Any, params: Any, frozen: Any, data: dict[int, Any]) -> dict[s
                 name: np.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)) for name, x in part.items()
             }
             sums = sums + np.stack(jax.device_get(test(params, frozen, part)))
-    accepted, match, count = sums
-    return {
+    accepted, match, count, *ranks = sums
+    found = {
         "acceptance": np.round(accepted / count, 4).tolist(),
         "greedy_match": np.round(match / count, 4).tolist(),
     }
+    return found | ({"ranks": np.round(np.transpose(ranks / count), 4).tolist()} if ranks else {})
 
 
 if __name__ == "__main__":

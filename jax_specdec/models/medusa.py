@@ -130,7 +130,11 @@ class Medusa:
         Returns:
           Scores `float32[B, T, V]`.
         """
-        return self._unembed(params, self._read(params, self._norm(params, hidden), index), index)
+        return self._unembed(params, self.states(params, hidden, index), index)
+
+    def states(self, params: Params, hidden: Array, index: int) -> Array:
+        """What the output matrix of one head reads, `[B, T, E]`; arguments as of `head`."""
+        return self._read(params, self._norm(params, hidden), index)
 
     def first(self, params: Params, hidden: Array, count: int) -> Array:
         """What the first `count` heads say of one position.
