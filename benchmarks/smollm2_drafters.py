@@ -48,14 +48,15 @@ PROMPT_WEIGHT = 0.3
 ANSWER = "<|im_end|>\n<|im_start|>assistant\n"  # what stands before it in SmolLM2's template
 
 
-def documents(files: list[Path]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Token ids of the training and the held-out records."""
+def documents(data: list[Path], texts: list[Path]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Token ids of the training and the held-out records; of `texts` none is held out."""
     parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    for path in files:
+    for path in (*data, *texts):
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             prompt = record["text"].split(ANSWER, 1)[0]
             held = int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 20 == 0
+            held = held and path not in texts
             parts[held].append(np.asarray(record["token_ids"][: LENGTHS[-1] + 1], np.int32))
     return parts
 
@@ -309,7 +310,12 @@ def parse_arm(text: str) -> tuple[str, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", required=True)
-    parser.add_argument("--data", action="append", type=Path, required=True)
+    parser.add_argument(
+        "--data", action="append", type=Path, required=True, help="as `train regenerate` writes it"
+    )
+    parser.add_argument(
+        "--text", action="append", type=Path, default=[], help="the same, of other writers"
+    )
     parser.add_argument("--readings", type=Path, required=True)
     parser.add_argument("--layers", default="15,29", help="the target's layers that are kept")
     parser.add_argument("--arm", action="append", required=True, metavar="NAME:FIELD=VALUE:...")
@@ -327,7 +333,7 @@ def main() -> None:
 
     target = sd.load_target(args.target, dtype=args.dtype)
     layers = tuple(map(int, args.layers.split(",")))
-    train, held = documents(args.data)
+    train, held = documents(args.data, args.text)
     ids = most_frequent(train, args.vocabulary, target.vocab_size, target.config.eos_ids)
     readings = Readings(target, layers, args.readings)
     data, measured = readings.of(train), readings.of(held)
