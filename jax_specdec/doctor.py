@@ -303,9 +303,10 @@ def model(
     chosen = about["drafter"]
     text = f"auto takes {chosen['name']}:{chosen['length']} ({about['reason']})"
     yield Finding("drafters", "ok", text)
+    from jax_specdec.checkpoints.smollm2 import drafters_of
     from jax_specdec.specs.defaults import lengths_file
 
-    file = lengths_file(Path(about["model"]).parent)
+    file = lengths_file(drafters_of(Path(about["model"])))
     yield writable("tune", "its measurements are kept in", file.parent)
 
 

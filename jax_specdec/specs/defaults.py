@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from jax_specdec.checkpoints.int8 import PARTS
+from jax_specdec.checkpoints.smollm2 import drafters_of
 from jax_specdec.checkpoints.target_bound import target_fingerprint
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.draft import MAX_NODES
@@ -56,7 +57,7 @@ class Setting:
     @property
     def folder(self) -> Path:
         """Where drafters and measurements lie by default."""
-        return self.path.parent
+        return drafters_of(self.path)
 
 
 def setting_of(target: Target, batch_size: int = 1, draft_int8: Collection[str] = ()) -> Setting:
