@@ -4,8 +4,8 @@
 
 DATA holds `spec_bench/question.jsonl`, `gsm8k/test.jsonl` and `instructions/heldout.jsonl`; of each of Spec-Bench's
 categories, of GSM8K and of the instructions as many prompts are taken, evenly spread. All arms answer the same prompts
-with the same number of new tokens (end-of-text ignored), greedy and warm, and take turns prompt by prompt, each
-time in another order. Times are from the start of the prefill to the last token.
+greedily, with the same number of new tokens or, with `--until-eos`, to the end that the model makes, warm, and take turns
+prompt by prompt, each time in another order. Times are from the start of the prefill to the last token.
 """
 
 import argparse
@@ -48,29 +48,28 @@ def questions(data: Path, count: int) -> dict[str, list[str]]:
 class Ours:
     """One drafter; what it answered last, and how long that took."""
 
-    def __init__(self, target: sd.Target, drafter: Any, tokens: int, budget: bool):
+    def __init__(self, target: sd.Target, drafter: Any, tokens: int, until_eos: bool, budget: bool):
         self.decoder = sd.SpeculativeDecoder(target, drafter, budget=budget)
-        self.tokens, self.answers = tokens, []
+        self.tokens, self.until_eos, self.answers = tokens, until_eos, []
 
     def run(self, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
-        out = list(
-            self.decoder.generate(
-                prompts, max_new_tokens=self.tokens, ignore_eos=True, batch_size=len(prompts)
-            )
-        )
+        options = {"max_new_tokens": self.tokens, "ignore_eos": not self.until_eos}
+        out = list(self.decoder.generate(prompts, batch_size=len(prompts), **options))
         self.answers = out
         return [answer.token_ids for answer in out], out[0].stats.wall_time_s
 
 
-class Peer(Transformers):
+class Peer:
     """transformers' plain decoding, or its prompt lookup, one prompt at a time."""
 
-    def __init__(self, *args: Any, lookup: int = 0):
-        super().__init__(*args)
-        self.model.generation_config.prompt_lookup_num_tokens = lookup or None
+    def __init__(self, args: argparse.Namespace, eos_ids: list[int], lookup: int = 0):
+        self.one = Transformers(args.model, args.max_new_tokens, args.dtype, args.threads)
+        options = self.one.model.generation_config
+        options.prompt_lookup_num_tokens = lookup or None
+        options.eos_token_id = eos_ids if args.until_eos else None
 
-    def run(self, prompts: list[list[int]]) -> tuple[list[list[int]], float]:  # type: ignore[override]
-        outs = [super(Peer, self).run(ids) for ids in prompts]
+    def run(self, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
+        outs = [self.one.run(ids) for ids in prompts]
         return [out[0] for out in outs], sum(out[1] for out in outs)
 
 
@@ -86,6 +85,7 @@ def main() -> None:
     parser.add_argument("--draft", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--per-category", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--until-eos", action="store_true", help="answers may end by themselves")
     parser.add_argument("--longest", type=int, default=1024, help="prompt tokens kept, the last")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -96,7 +96,8 @@ def main() -> None:
 
     target = sd.load_target(args.model, dtype=args.dtype)
     drafts = dict(item.split("=", 1) for item in args.draft)
-    arms: dict[str, Any] = {"plain": Ours(target, None, args.max_new_tokens, True)}
+    length = (args.max_new_tokens, args.until_eos)
+    arms: dict[str, Any] = {"plain": Ours(target, None, *length, budget=True)}
     for item in specs.split(args.drafters):
         spec, _, off = item.partition("/")
         wanted = sd.default_spec(target) if spec == "auto" else spec
@@ -104,11 +105,11 @@ def main() -> None:
         name = (
             f"{'auto: ' if spec == 'auto' else ''}{drafter.spec}{' without budget' if off else ''}"
         )
-        arms[name] = Ours(target, drafter, args.max_new_tokens, not off)
+        arms[name] = Ours(target, drafter, *length, budget=not off)
     if args.peer:
-        about = (args.model, args.max_new_tokens, args.dtype, args.threads)
-        arms["transformers"] = Peer(*about)
-        arms["transformers prompt lookup"] = Peer(*about, lookup=10)
+        eos_ids = list(target.config.eos_ids)
+        arms["transformers"] = Peer(args, eos_ids)
+        arms["transformers prompt lookup"] = Peer(args, eos_ids, lookup=10)
 
     jobs = []
     for category, some in questions(args.data, args.per_category).items():
@@ -137,6 +138,7 @@ def main() -> None:
         row = {
             "category": category,
             "prompt_tokens": [len(ids) for ids in prompts],
+            "new_tokens": sum(map(len, taken["plain"][0])),
             "seconds": {name: round(taken[name][1], 4) for name in names},
             "same": {
                 name: sum(a == b for a, b in zip(taken[name][0], taken["plain"][0], strict=True))
@@ -155,7 +157,7 @@ def main() -> None:
 
 def summary(args: argparse.Namespace, arms: dict[str, Any], rows: list[Any]) -> dict[str, Any]:
     categories = list(dict.fromkeys(row["category"] for row in rows))
-    new = args.max_new_tokens
+    new = sum(row["new_tokens"] for row in rows)
     found = {}
     for name in arms:
         ratios = {
@@ -168,9 +170,8 @@ def summary(args: argparse.Namespace, arms: dict[str, Any], rows: list[Any]) -> 
         }
         every = [ratio for some in ratios.values() for ratio in some]
         seconds = sum(row["seconds"][name] for row in rows)
-        answers = sum(len(row["prompt_tokens"]) for row in rows)
         found[name] = {
-            "tokens_per_second": answers * new / seconds,
+            "tokens_per_second": new / seconds,
             "speed_over_plain": {
                 "mean": statistics.mean(every),
                 "median": statistics.median(every),
@@ -185,14 +186,15 @@ def summary(args: argparse.Namespace, arms: dict[str, Any], rows: list[Any]) -> 
             "same_tokens_as_plain": sum(row["same"][name] for row in rows),
         }
         if name in rows[0]["rounds"]:
-            found[name]["tau"] = answers * new / sum(row["rounds"][name] for row in rows)
+            found[name]["tau"] = new / sum(row["rounds"][name] for row in rows)
     return {
         "machine": machine(),
         "model": args.model,
         "dtype": args.dtype,
         "batch_size": args.batch_size,
         "answers": sum(len(row["prompt_tokens"]) for row in rows),
-        "new_tokens": new,
+        "max_new_tokens": args.max_new_tokens,
+        "until_eos": args.until_eos,
         "arms": found,
         "rows": rows,
     }

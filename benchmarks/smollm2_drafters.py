@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from _common import lines, machine, write_json
 from tqdm import tqdm
 
 import jax_specdec as sd
@@ -326,6 +327,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--dtype", default="bfloat16", help="of reading and computation")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path, help="JSON in which runs and their arms are kept")
     parser.add_argument(
         "--every", type=int, default=200, help="steps between measurements and states"
     )
@@ -388,6 +390,32 @@ def main() -> None:
         found = measure(tests[name], state[name]["params"], arm.frozen, measured)
         arm.save(folder, state[name]["params"], target_fingerprint(target.path), found)
         write_draft_vocabulary(folder, ids, target.vocab_size)
+    if args.record:
+        add_run(args, tokens, {name: arm.model.parameter_count() for name, arm in arms.items()})
+
+
+def add_run(args: argparse.Namespace, tokens: int, parameters: dict[str, int]) -> None:
+    """Adds to the record what this run measured, in place of an older one of the same arms."""
+    curve: dict[str, dict[int, Any]] = {}
+    for row in lines(args.out / "metrics.jsonl"):
+        curve.setdefault(row.pop("arm"), {})[row["step"]] = row
+        del row["time"]
+    run = {
+        "machine": machine(),
+        "arms": args.arm,
+        "own_parameters": parameters,
+        "tokens_of_data": tokens,
+        "steps": args.steps,
+        "tokens_per_step": args.tokens,
+        "draft_vocabulary": args.vocabulary,
+        "learning_rate": args.learning_rate,
+        "seed": args.seed,
+        "dtype": args.dtype,
+        "measured": {name: list(some.values()) for name, some in curve.items()},
+    }
+    old = json.loads(args.record.read_text())["runs"] if args.record.is_file() else []
+    runs = [other for other in old if other["arms"] != args.arm]
+    write_json(args.record, {"runs": [*runs, run]})
 
 
 def step_of(arm: Arm, optimizer: optax.GradientTransformation) -> Any:
