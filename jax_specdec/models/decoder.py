@@ -7,7 +7,7 @@ Parameters are one tree for both layer loops:
 
     {"embed": [V, E], "layers": (block, ...) or a stacked block, "norm": [E], "head": [E, V]}
 
-with `head` absent where it is tied, or a transposed copy of `embed` where that is faster (CPU); `parameters`
+with `head` absent where it is tied, or a transposed copy of `embed` where that is faster (CPU, not in bfloat16); `parameters`
 lists the rest.
 Projections that read the same input are stored and multiplied as
 one matrix (`qkv`, `gate_up`).

@@ -13,12 +13,16 @@ def matmul(x: Array, w: Any) -> Array:
     """`x [..., E] @ w [E, F]`, in the dtype of `x`; `w` is of that dtype or `Quantized`."""
     if isinstance(w, Quantized):
         return _product(x, w, "...E,EF->...F").astype(x.dtype)
-    rows = x.size // x.shape[-1]
-    # XLA's CPU backend multiplies a single bfloat16 row element by element; two rows take the fast path.
-    if rows == 1 and x.dtype == jnp.bfloat16 and tuning.device().platform == "cpu":
+    if _slow_row(x):
         row = x.reshape(1, x.shape[-1])
         return jnp.dot(jnp.concatenate([row, row]), w)[:1].reshape(*x.shape[:-1], w.shape[-1])
     return jnp.dot(x, w, precision=precision_of(x.dtype))
+
+
+def _slow_row(x: Array) -> bool:
+    """XLA's CPU backend multiplies a single bfloat16 row element by element; two rows take the fast path."""
+    single = x.size == x.shape[-1]
+    return single and x.dtype == jnp.bfloat16 and tuning.device().platform == "cpu"
 
 
 def _product(x: Array, w: Any, product: str) -> Array:
@@ -34,4 +38,5 @@ def _product(x: Array, w: Any, product: str) -> Array:
 def unembed(params: Params, x: Array) -> Array:
     """`x [B, T, E]` -> scores `float32[B, T, V]` by `head`, or by `embed` where the head is tied."""
     weights, product = ("head", "BTE,EV->BTV") if "head" in params else ("embed", "BTE,VE->BTV")
-    return _product(x, params[weights], product).astype(jnp.float32)
+    rows = jnp.concatenate([x, x], axis=1) if _slow_row(x) else x
+    return _product(rows, params[weights], product)[:, : x.shape[1]].astype(jnp.float32)

@@ -43,7 +43,7 @@ def test_round_trip(config, dtype, saved, loaded, tmp_path):
     assert (target.config, target.vocab_size, target.path) == (config, 48, tmp_path / "m")
     assert target.decoder.dtype == dtype and target.tokenizer is None
     want = random_params(config, dtype, loaded)
-    if config.tied_head:  # on CPU a transposed copy is kept for speed
+    if config.tied_head and dtype != "bfloat16":  # on CPU a transposed copy is kept for speed
         want["head"] = want["embed"].T
     assert_trees_equal(target.params, want)
 
