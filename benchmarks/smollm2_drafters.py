@@ -226,12 +226,12 @@ class MedusaArm(Arm):
         return model.init({"embed": self.frozen["embed"]})
 
     def laws(self, params: Any, frozen: Any, b: dict[str, Any], index: int) -> Any:
-        """Head k = index + 1: what it says `[B, T - k, S]`, what the target does, and the rows' tails."""
+        """Head k = index + 1: what it says `[B, T - k, S]`, what the target does, and the target's best tokens."""
         joined = {**jax.tree.map(lambda w: w.astype(self.dtype), params), "norm": frozen["norm"]}
         k = index + 1
         y = self.model.states(joined, hidden_of(b)[:, :-k], index)
-        tail = {name: b[name][:, k:] for name in "hza"}
-        return jax.nn.log_softmax(self.score(frozen, y), axis=-1), self.log_p(frozen, tail), tail
+        q = jax.nn.log_softmax(self.score(frozen, y), axis=-1)
+        return q, self.log_p(frozen, b)[:, k:], b["a"][:, k:]
 
     def loss(self, params: Any, frozen: Any, b: dict[str, Any], key: Any) -> Any:
         total: Any = 0.0
@@ -246,11 +246,10 @@ class MedusaArm(Arm):
         """By head, as of `GliDeArm`; further rows: how often the i-th best is the target's best token."""
         found = []
         for index in range(self.model.config.num_heads):
-            q, p, tail = self.laws(params, frozen, b, index)
+            q, p, best = self.laws(params, frozen, b, index)
             keep = answers_of(b)[:, index + 1 :]
-            accepted, match = agree(frozen, tail["a"], p, q)
-            _, best = jax.lax.top_k(q, TOP)
-            ranks = frozen["place"][tail["a"]][..., None] == best
+            accepted, match = agree(frozen, best, p, q)
+            ranks = frozen["place"][best][..., None] == jax.lax.top_k(q, TOP)[1]
             rows = jnp.einsum("btk,bt->k", ranks.astype(jnp.float32), keep)
             found.append(
                 jnp.stack([(accepted * keep).sum(), (match * keep).sum(), keep.sum(), *rows])
