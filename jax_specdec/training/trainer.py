@@ -58,6 +58,8 @@ MeasureFn = Callable[[Params, Any, jax.Array], dict[str, jax.Array]]
 
 # The parts of a parameter tree whose matrices Muon trains; not embeddings and output matrices.
 INNER = ("layers", "heads")
+# As are these: AdamW's steps are too large for a projection of hidden states, a few of whose numbers are large.
+PROJECTIONS = ("hidden_in", "embed_in", "head_out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +113,8 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
             numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 
             def of(name: str) -> Any:
+                if name in PROJECTIONS:
+                    return numbers
                 if name not in INNER:
                     return None
                 stacked = not isinstance(params[name], tuple)
