@@ -10,6 +10,7 @@ import pytest
 from jax_specdec import Decoder, ModelConfig, UserError
 from jax_specdec.training.data import Mixed, PackedWindows, training_batches
 from jax_specdec.training.lm import TrainConfig, train
+from jax_specdec.training.trainer import make_optimizer
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 
@@ -66,6 +67,26 @@ def test_a_killed_and_resumed_run_logs_the_losses_of_one_that_was_not(
     assert losses(resumed) == losses(whole)
     assert whole[-1]["loss"] < whole[0]["loss"]
     assert (tmp_path / "whole" / "loss.png").stat().st_size > 1000
+
+
+def test_muon_turns_inner_matrices_and_projections_and_no_other():
+    """Its updates are orthogonal up to a factor: all singular values are about equal."""
+    rng = np.random.default_rng(0)
+
+    def matrix():
+        low = rng.standard_normal((12, 2)) @ rng.standard_normal((2, 12))
+        return (low + 0.3 * rng.standard_normal((12, 12))).astype(np.float32)
+
+    params = {"layers": ({"out": matrix()},), "hidden_in": matrix(), "embed": matrix()}
+    optimizer = make_optimizer(dataclasses.replace(RUN, optimizer="muon", weight_decay=0.0))
+    state = optimizer.init(params)
+    for _ in range(3):  # the first step of the warm-up is of size 0
+        updates, state = optimizer.update(params, state, params)
+    spread = {
+        name: np.divide(*np.linalg.svd(update, compute_uv=False)[[0, -1]])
+        for name, update in {**updates, "layers": updates["layers"][0]["out"]}.items()
+    }
+    assert spread["layers"] < 3 and spread["hidden_in"] < 3 < 10 < spread["embed"]
 
 
 def test_a_used_folder_and_other_settings_are_refused(documents, tmp_path):
