@@ -34,8 +34,8 @@ class Costs:
         Args:
           nodes: T, where it is not a chain's.
         """
-        verify = _interpolate(self.verify, 1 + length if nodes is None else nodes)
-        return verify + _interpolate({0: 0.0, **self.draft}, length)
+        verify = interpolate(self.verify, 1 + length if nodes is None else nodes)
+        return verify + interpolate({0: 0.0, **self.draft}, length)
 
     def speedup(self, acceptance: Sequence[float], length: int, nodes: int | None = None) -> float:
         """Predicted speed against plain decoding; `acceptance[i]` is A_{i+1}."""
@@ -56,7 +56,7 @@ class Costs:
         )
 
 
-def _interpolate(points: Mapping[int, float], at: int) -> float:
+def interpolate(points: Mapping[int, float], at: int) -> float:
     xs = sorted(points)
     if not xs[0] <= at <= xs[-1]:
         raise ValueError(f"{at} lies outside the measured {xs[0]}..{xs[-1]}")

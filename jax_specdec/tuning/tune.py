@@ -28,7 +28,7 @@ from jax_specdec.specs.sizes import depth_of
 from jax_specdec.specs.whole import RULES, parse_drafter
 from jax_specdec.tuning.budgeted import budgeted_speedup
 from jax_specdec.tuning.cascades import BEHIND, PROPOSED, STATISTICAL, Played, candidates, play
-from jax_specdec.tuning.costs import Costs, _interpolate
+from jax_specdec.tuning.costs import Costs, interpolate
 from jax_specdec.tuning.measure import acceptance_by_position, draft_arm, medians, verify_arm
 from jax_specdec.tuning.replay import Record, acceptance, read_whole, record, rounds_of
 
@@ -189,8 +189,8 @@ def tune(
             )
         accepted = acceptance(rounds_of(found, most), most)
         nodes = usual_widths(1 + most)
-        v = [_interpolate(verify, width) for width in nodes]
-        c = [costs.round(length) - _interpolate(verify, 1 + length) for length in range(most + 1)]
+        v = [interpolate(verify, width) for width in nodes]
+        c = [costs.round(length) - interpolate(verify, 1 + length) for length in range(most + 1)]
         lengths = sorted(
             {costs.best_length(accepted), *(p.length or 0 for p in plans[spec.key])} - {0}
         )
@@ -238,15 +238,15 @@ def tune(
         for spec in candidates(neural, deepest):
             played, (first, *_) = play(spec, texts, chains), spec.inner
             drafts = {p.length or 0: seconds[p] for p in plans[first.name]}
-            took = _interpolate(verify, 1 + depth_of(spec))
+            took = interpolate(verify, 1 + depth_of(spec))
             if first.inner:
                 # The first verification reads weights that the target's have pushed out of the caches.
                 first_one = seconds[first._replace(length=1)]
-                step = (_interpolate(drafts, deepest) - drafts[1]) / max(1, deepest - 1)
+                step = (interpolate(drafts, deepest) - drafts[1]) / max(1, deepest - 1)
                 again = max(first_one - drafts[1] + step, 0.0)
                 took += first_one + (played.calls[0] - 1) * again
             else:
-                took += _interpolate(drafts, first.length or 1)
+                took += interpolate(drafts, first.length or 1)
             took += sum(played.calls[1:]) * seconds[Spec(STATISTICAL, max(BEHIND))]
             choices.append((played.tau * verify[1] / took, spec, played))
 
