@@ -28,7 +28,10 @@ def register(kinds: Any) -> None:
     common.add_model(group)
     common.add_drafter(group)
     parser.add_argument(
-        "--prompts", metavar="FILE", required=True, help='JSONL of {"id", "prompt"}'
+        "--prompts",
+        metavar="FILE",
+        required=True,
+        help='JSONL of {"id", "prompt"}, or of {"id", "messages"} (a chat, in the chat template)',
     )
     parser.add_argument("--out", metavar="FILE", required=True, help="JSONL to write")
     parser.add_argument(
@@ -61,7 +64,7 @@ def register(kinds: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.keep_last < 1 or args.batch_size < 1:
         raise UserError("--keep-last and --batch-size must be at least 1.")
-    records = read_prompts(args.prompts)
+    records = read_prompts(args.prompts, chats=True)
     temperatures = list(islice(cycle(args.temperature or [0.0]), len(records)))
     out = Path(args.out)
     done = _written(out, args.resume)
@@ -90,7 +93,9 @@ def run(args: argparse.Namespace) -> int:
     if not todo:
         common.say(f"{out} is complete: {done} documents.")
         return 0
-    prompts = [decoder.encode(record.prompt)[-args.keep_last :] for record in todo]
+    prompts = [
+        decoder.encode(record.messages or record.prompt)[-args.keep_last :] for record in todo
+    ]
     answers = decoder.generate(
         prompts,
         max_new_tokens=args.max_new_tokens,
@@ -107,9 +112,10 @@ def run(args: argparse.Namespace) -> int:
     with out.open("a", encoding="utf-8") as file:
         bar = tqdm(total=len(records), initial=done, unit="prompt")
         for record, prompt, answer in zip(todo, prompts, answers, strict=True):
+            text = target.tokenizer.decode(prompt) if record.messages else record.prompt
             document = {
                 "id": record.id,
-                "text": record.prompt + answer.text,
+                "text": text + answer.text,
                 "token_ids": prompt + answer.token_ids,
             }
             file.write(json.dumps(document, ensure_ascii=False) + "\n")

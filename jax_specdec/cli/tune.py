@@ -38,7 +38,8 @@ def register(commands: Any) -> None:
         action="append",
         required=True,
         metavar="FILE",
-        help='JSONL of {"id", "prompt"}, of text as it will be met; may be given several times',
+        help='JSONL of {"id", "prompt"}, of text as it will be met, or of {"id", "messages"} (a chat, in the chat '
+        "template); may be given several times",
     )
     for flag, default, text in (
         ("--per-file", 8, "prompts of each file"),
@@ -77,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
     check_names(names)  # before anything is loaded
     folders = common.draft_folders(args.draft)
     prompts = [
-        record.prompt for path in args.prompts for record in read_prompts(path)[: args.per_file]
+        record.messages or record.prompt
+        for path in args.prompts
+        for record in read_prompts(path, chats=True)[: args.per_file]
     ]
     if common.keeps_programs(args):
         keep_compiled()

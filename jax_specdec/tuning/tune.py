@@ -91,7 +91,7 @@ def tune(
     target: Target,
     make_drafter: Callable[[Spec], LoadedDrafter],
     names: Sequence[str],
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
     *,
     longest: int = 12,
     max_new_tokens: int = 64,
@@ -106,7 +106,7 @@ def tune(
       names: what to tune, drafters (`lm`) and drafters with an expansion (`lm+cape`), and `cascade`.
         Siblings of a chain are predicted for every length and budget; trees that grow are decoded with at
         a few.
-      prompts: real ones; the first `batch_size` of them are the text that costs are measured on. With fewer
+      prompts: real ones, texts or chats; the first `batch_size` of them are the text that costs are measured on. With fewer
         prompts the batch is as small as that, and recorded so.
       longest: lengths 1..longest are considered, as far as a drafter goes.
 

@@ -168,6 +168,34 @@ def test_train_glide(model, data, capsys, tmp_path):
 
 
 @pytest.mark.usefixtures("relaxed_promotion")
+def test_regenerate_and_tune_take_chats(model, capsys, tmp_path, monkeypatch):
+    chat = [{"role": "user", "content": PROMPT}]
+    prompts = lines(tmp_path / "chats.jsonl", {"id": 0, "messages": chat})
+    talking = tmp_path / "talking"
+    shutil.copytree(model, talking)
+    (talking / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}"
+    )
+    how = ["--model", talking, "--drafter", "none", "--prompts", prompts, "--max-new-tokens", 6]
+    (answer,) = records(capsys, "generate", *how)
+    ok(capsys, "train", "regenerate", *how, "--out", tmp_path / "out.jsonl")
+    document = json.loads((tmp_path / "out.jsonl").read_text())
+    assert document["text"].startswith(f"user {PROMPT}")
+    assert document["token_ids"][-6:] == answer["token_ids"]
+
+    tuned = []
+
+    def fake(target, drafters, names, prompts, **_):
+        tuned.extend(prompts)
+        return {"default": "none"}
+
+    monkeypatch.setattr("jax_specdec.tuning.tune.tune", fake)
+    given = ["--model", talking, "--drafters", "max-gram", "--prompts", prompts]
+    ok(capsys, "tune", *given, "--out", tmp_path / "lengths.json")
+    assert tuned == [chat]
+
+
+@pytest.mark.usefixtures("relaxed_promotion")
 def test_regenerate(model, tiny_checkpoints, capsys, tmp_path):
     """Documents are prompt and answer; a run that was cut off goes on as if it had not been."""
     prompts = lines(
