@@ -191,7 +191,10 @@ class GliDeArm(Arm):
         x = b["x"][:, :-1]
         hidden = last_seen(hidden_of(b), visible) if model.config.hidden_input else None
         joined = {**jax.tree.map(lambda w: w.astype(dtype), params), "embed": frozen["embed"]}
-        out = model.apply(joined, x, positions(x), glimpse, hidden=hidden, logits=False)
+        place = positions(x)
+        out = model.apply(
+            joined, x, place, glimpse, hidden=hidden, delay=place + 1 - visible, logits=False
+        )
         y = rms_norm(out.hidden.astype(jnp.float32), params["norm"], c.norm_eps)
         return jax.nn.log_softmax(self.score(frozen, y), axis=-1)
 

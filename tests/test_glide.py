@@ -150,6 +150,38 @@ def test_the_last_hidden_state_that_is_seen():
     assert got[0].tolist() == [[0, 0, 0], [1, 2, 3], [4, 5, 6], [4, 5, 6]]
 
 
+def test_each_delay_has_its_projection_of_the_hidden_state():
+    target, params, *_ = pair(1)
+    fields = {"cross_attention": False, "hidden_input": True, "hidden_delays": 3, "hidden_size": 24}
+    model = GliDe(config_like(target.config, **fields), target.config)
+    own = model.init(jax.random.key(0))
+    own["hidden_in"] = jax.random.normal(jax.random.key(1), own["hidden_in"].shape)
+    one = GliDe(dataclasses.replace(model.config, hidden_delays=1), target.config)
+    tokens = jnp.full((5, 1), 3, jnp.int32)
+    hidden = jax.random.normal(jax.random.key(2), (5, 1, target.config.hidden_size))
+
+    def scores(model, own, delay):
+        cache, joined = model.decoder.init_cache(5, 8), model.join(own, params)
+        place = jnp.full((5, 1), 4, jnp.int32)
+        return model.apply(joined, tokens, place, None, cache, hidden=hidden, delay=delay).logits
+
+    got = scores(model, own, jnp.asarray([[1], [2], [3], [4], [9]], jnp.int32))
+    for row, projection in enumerate([0, 1, 2, 2, 2]):
+        part = own["hidden_in"][:, 24 * projection : 24 * (projection + 1)]
+        want = scores(one, {**own, "hidden_in": part}, None)[row]
+        np.testing.assert_allclose(got[row], want, rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_numbers_of_projections():
+    target, *_ = pair(1)
+    with pytest.raises(ValueError, match="2 hidden_delays, and no hidden states are read"):
+        config_like(target.config, hidden_delays=2)
+    with pytest.raises(ValueError, match="5 hidden_delays, and delays up to 4 are read"):
+        config_like(target.config, hidden_input=True, hidden_delays=5, trained_delay=4)
+    with pytest.raises(ValueError, match="hidden_delays must be at least 1"):
+        config_like(target.config, hidden_input=True, hidden_delays=0)
+
+
 @pytest.mark.parametrize("kind", [Cape(9), DynamicTree(12, 3), None], ids=["cape", "tree", "chain"])
 @pytest.mark.parametrize("batch", [4, 17])
 def test_hidden_states_that_the_loop_keeps_are_the_targets(kind, batch):
@@ -352,6 +384,7 @@ def test_text_that_the_drafter_writes(length):
 VARIANTS = {
     "vanilla, own head, window": {"cross_attention": False, "share": False, "window": 4},
     "vanilla, hidden state": {"cross_attention": False, "hidden_input": True, "hidden_size": 24},
+    "projections by delay": {"hidden_input": True, "hidden_delays": 2, "trained_delay": 2},
     "narrow, greedy": {"hidden_size": 24, "num_layers": 1, "qkv_bias": True, "final_norm": False},
 }
 
@@ -361,7 +394,10 @@ def test_variants_decode(name):
     target, params, *_ = pair(1)
     fields = {"num_layers": 1, **VARIANTS[name]}
     model = GliDe(config_like(target.config, **fields), target.config)
-    joined = model.join(model.init(jax.random.key(2)), params)
+    own = model.init(jax.random.key(2))
+    if "hidden_in" in own:
+        own["hidden_in"] = jax.random.normal(jax.random.key(3), own["hidden_in"].shape)
+    joined = model.join(own, params)
     prompts, sampling = h.prompts_of([2, 9]), h.sampling_of(2, temperature=(0.0, 1.0))
     plain = h.decode(h.plain_loop(target=target), h.all_params(target=params), prompts, sampling)
     drafter = GliDeDrafter(model, 2, proposal="greedy" if "greedy" in name else "matched")

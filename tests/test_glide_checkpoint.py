@@ -72,6 +72,7 @@ def assert_equal(got, want):
         {"hidden_size": 32},
         {"cross_attention": False},
         {"hidden_size": 32, "hidden_input": True},
+        {"hidden_input": True, "hidden_delays": 4},
     ],
 )
 def test_round_trip(target, tmp_path, fields):

@@ -174,6 +174,7 @@ def test_a_killed_and_resumed_run_logs_the_losses_of_one_that_was_not(tmp_path):
         ({"visibility": "none", "loss": "jensen_shannon"}, {"trained_delay": 1}),
         ({"loss": "reverse_kl"}, {"cross_attention": False}),
         ({}, {"hidden_input": True}),
+        ({}, {"hidden_input": True, "hidden_delays": 3}),
     ],
 )
 def test_every_form_learns(recipe, fields, tmp_path):

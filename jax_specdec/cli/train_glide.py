@@ -17,6 +17,11 @@ SHAPE = (
     ("head-dim", "head_dim", "default: the target's"),
     ("window", "window", "sliding window of the self-attention (default: none)"),
     ("trained-delay", "trained_delay", "the longest draft (default: 16)"),
+    (
+        "hidden-delays",
+        "hidden_delays",
+        "projections of the hidden state, one for each place in a draft (default: 1)",
+    ),
 )
 SWITCHES = (
     ("cross-norm", "cross_norm", "norm before the cross-attention (default: yes)"),

@@ -172,6 +172,7 @@ class GliDeReader:
             cache,
             ancestors,
             hidden=hidden,
+            delay=positions + 1 - visible,
             drafted=drafted,
             logits=logits,
         )

@@ -7,11 +7,11 @@ cache: rotated already, so that only the query is rotated, and grouped by heads,
 Axis letters as in `models.decoder`; `N`, `K`, `D` of the cross-attention are the target's. Parameters:
 
     {"layers": (block + {"cross": {"norm", "q", "q_bias", "q_norm", "out"}}, ...), "norm": [E],
-     "embed": [V, E], "head": [E, V], "hidden_norm": [Et], "hidden_in": [Et, E]}
+     "embed": [V, E], "head": [E, V], "hidden_norm": [Et], "hidden_in": [Et, D E]}
 
 where embedding and head are the target's own arrays if they are shared, with `embed_in [Et, E]` and
 `head_out [E, Et]` between where the drafter is not as wide as the target. The last two are there where
-the target's hidden state is an input.
+the target's hidden state is an input; D is the number of delays that have a projection of their own.
 """
 
 import dataclasses
@@ -199,7 +199,8 @@ class GliDe:
         if c.hidden_input:
             params["hidden_norm"] = jnp.ones((t.hidden_size,), self.dtype)
             # At first it adds nothing: the embedding is much smaller than a state of norm 1.
-            params["hidden_in"] = jnp.zeros((t.hidden_size, c.hidden_size), self.dtype)
+            width = c.hidden_delays * c.hidden_size
+            params["hidden_in"] = jnp.zeros((t.hidden_size, width), self.dtype)
         return params
 
     def shapes(self) -> Params:
@@ -244,6 +245,7 @@ class GliDe:
         ancestors: Array | None = None,
         *,
         hidden: Array | None = None,
+        delay: Array | None = None,
         drafted: tuple[Any, Any] | None = None,
         logits: bool = True,
         remat: bool = False,
@@ -253,7 +255,8 @@ class GliDe:
         Args:
           params: as `join` returns them. tokens, positions: `int32[B, T]`.
           glimpse: how the target's keys are read; None without cross-attention.
-          hidden: `[B, T, Et]`, the target's at the last position that each token sees, where the target's hidden state is an input.
+          hidden: `[B, T, Et]`, the target's at the last position that each token sees, where the target's hidden state is
+            an input. delay: `int32[B, T]`, how far behind that is, from 1, where it counts (`GliDeConfig.hidden_delays`).
           cache, ancestors, drafted: of the self-attention, as in `Decoder.apply`.
         """
         x = jnp.take(params["embed"], tokens, axis=0).astype(self.dtype)
@@ -264,7 +267,7 @@ class GliDe:
         if self.config.hidden_input:
             assert hidden is not None, "the target's hidden states are an input"
             y = rms_norm(hidden.astype(self.dtype), params["hidden_norm"], self.target.norm_eps)
-            x = x + matmul(y, params["hidden_in"])
+            x = x + self._projected(matmul(y, params["hidden_in"]), delay)
         read = self.config.layers_read(self.target)
         angles = {layer: self._target_angles(layer, positions) for layer in set(read)}
         cross = CrossAttention(self.config, self.target, self.dtype, self.sharding)
@@ -287,6 +290,16 @@ class GliDe:
             remat=remat,
         )
         return Output(self.head(params, x) if logits else None, x, new_kv, {})
+
+    def _projected(self, all_delays: Array, delay: Array | None) -> Array:
+        """Of `[B, T, D E]` the part for each token's delay, `[B, T, E]`."""
+        count = self.config.hidden_delays
+        if count == 1:
+            return all_delays
+        assert delay is not None, "a hidden state is projected by its delay"
+        parts = all_delays.reshape(*delay.shape, count, self.config.hidden_size)
+        which = jnp.clip(delay - 1, 0, count - 1)[..., None, None]
+        return jnp.take_along_axis(parts, which, axis=2)[:, :, 0]
 
     def head(self, params: Params, hidden: Array) -> Array:
         """`hidden [B, T, E]` before the final norm -> `float32[B, T, V]`."""

@@ -27,6 +27,8 @@ class GliDeConfig:
       hidden_input: each token's embedding has the target's last hidden state added, normed and projected,
         of the last position whose keys the token sees, as EAGLE does (arXiv 2401.15077) with that of the
         position before.
+      hidden_delays: how many projections of that state there are, one for each delay (see `trained_delay`) from 1
+        on, the last for all larger ones: what a state says of a token depends on how far behind it is.
       qkv_bias: the query, key and value projections have biases (LongSpec).
       window: sliding window of the self-attention in tokens, or None.
       trained_delay: the largest delay of training, see `jax_specdec.training.glide_mask`: the distance
@@ -46,6 +48,7 @@ class GliDeConfig:
     final_norm: bool = True
     share: bool = True
     hidden_input: bool = False
+    hidden_delays: int = 1
     qkv_bias: bool = False
     window: int | None = None
     trained_delay: int = 16
@@ -58,6 +61,7 @@ class GliDeConfig:
             "num_kv_heads",
             "head_dim",
             "num_layers",
+            "hidden_delays",
             "trained_delay",
         ):
             if getattr(self, name) < 1:
@@ -70,6 +74,9 @@ class GliDeConfig:
             raise ValueError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key heads evenly"
             )
+        if self.hidden_delays > (self.trained_delay if self.hidden_input else 1):
+            most = f"delays up to {self.trained_delay}" if self.hidden_input else "no hidden states"
+            raise ValueError(f"{self.hidden_delays} hidden_delays, and {most} are read")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
         if self.target_layers and len(self.target_layers) != self.num_layers:

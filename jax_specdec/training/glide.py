@@ -101,8 +101,15 @@ class Pair:
         hidden = None
         if self.model.config.hidden_input:
             hidden = last_seen(reading.hidden, visible)
+        place = positions(inputs)
         out = self.model.apply(
-            joined, inputs, positions(inputs), glimpse, hidden=hidden, remat=self.remat
+            joined,
+            inputs,
+            place,
+            glimpse,
+            hidden=hidden,
+            delay=place + 1 - visible,
+            remat=self.remat,
         )
         assert out.logits is not None
         return jax.nn.log_softmax(out.logits, axis=-1)
