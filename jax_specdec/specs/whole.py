@@ -127,8 +127,9 @@ def complete(
                 "`jax-specdec tune --drafters lm,max-gram,cascade`."
             )
         spec = parse_drafter(chosen)._replace(rule=spec.rule, nodes=spec.nodes)
+    longest = longest or (lambda name: registry.longest(name, folder / name))
     if spec.inner:
-        spec = _filled(spec)
+        spec = _filled(spec, longest)
         if spec.rule is not None:
             spec = spec._replace(nodes=expand(spec.rule, depth_of(spec), spec.nodes).nodes)
         return spec
@@ -138,12 +139,7 @@ def complete(
     if length is None:
         found = measured(folder, setting)
         best = _usual_length(spec, found)
-        most = (
-            registry.longest(spec.name, folder / spec.name)
-            if longest is None
-            else longest(spec.name)
-        )
-        length = min(best, most)
+        length = min(best, longest(spec.name))
         if nodes is None and length == best:
             nodes = found.get("nodes", {}).get(spec.key)
     if spec.rule is not None:
@@ -165,10 +161,14 @@ def _usual_length(spec: Spec, found: dict[str, Any]) -> int:
     return best
 
 
-def _filled(spec: Spec) -> Spec:
-    """With a budget of 1 for what verifies, and the usual length for what does not."""
+def _filled(spec: Spec, longest: Callable[[str], int], most: int = MAX_NODES) -> Spec:
+    """With a budget of 1 for what verifies, and for what does not the usual length, or what is left of `most`."""
     if spec.name == CASCADE:
-        return spec._replace(inner=tuple(map(_filled, spec.inner)))
-    usual = 1 if spec.inner else spec.kind.usual_length
+        return spec._replace(inner=tuple(_filled(part, longest, most) for part in spec.inner))
+    most = min(most, longest(spec.name))
+    usual = 1 if spec.inner else min(spec.kind.usual_length, most)
     length = usual if spec.length is None else spec.length
-    return spec._replace(length=length, inner=tuple(map(_filled, spec.inner)))
+    left = max(1, most - length)
+    return spec._replace(
+        length=length, inner=tuple(_filled(part, longest, left) for part in spec.inner)
+    )
