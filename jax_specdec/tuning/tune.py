@@ -144,7 +144,10 @@ def tune(
     for name in neural if cascades else ():
         for proposed in PROPOSED:  # one verification
             spec = Spec(name, 1, inner=(Spec(STATISTICAL, proposed),))
-            arms[spec] = draft_arm(target, make_drafter(spec), ids)
+            # A drafter that may not verify so many is in cascades whose drafts are cut.
+            fewer = max(1, min(proposed, limits_of[name] - 1))
+            narrow = spec._replace(inner=(Spec(STATISTICAL, fewer),))
+            arms[spec] = draft_arm(target, make_drafter(narrow), ids)
         report(f"compiled verifications by {name}")
     if cascades:
         spec = Spec(STATISTICAL, max(BEHIND))
