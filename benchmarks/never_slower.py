@@ -138,7 +138,7 @@ def main() -> None:
         row = {
             "category": category,
             "prompt_tokens": [len(ids) for ids in prompts],
-            "new_tokens": sum(map(len, taken["plain"][0])),
+            "new_tokens": {name: sum(map(len, taken[name][0])) for name in names},
             "seconds": {name: round(taken[name][1], 4) for name in names},
             "same": {
                 name: sum(a == b for a, b in zip(taken[name][0], taken["plain"][0], strict=True))
@@ -157,12 +157,12 @@ def main() -> None:
 
 def summary(args: argparse.Namespace, arms: dict[str, Any], rows: list[Any]) -> dict[str, Any]:
     categories = list(dict.fromkeys(row["category"] for row in rows))
-    new = sum(row["new_tokens"] for row in rows)
     found = {}
     for name in arms:
+        new = sum(row["new_tokens"][name] for row in rows)
         ratios = {
             category: [
-                row["seconds"]["plain"] / row["seconds"][name]
+                per_token(row, "plain") / per_token(row, name)
                 for row in rows
                 if row["category"] == category
             ]
@@ -177,7 +177,8 @@ def summary(args: argparse.Namespace, arms: dict[str, Any], rows: list[Any]) -> 
                 "median": statistics.median(every),
                 "min": min(every),
                 "max": max(every),
-                "of_sums": sum(row["seconds"]["plain"] for row in rows) / seconds,
+                "of_sums": sum(per_token(row, "plain") * row["new_tokens"][name] for row in rows)
+                / seconds,
             },
             "by_category": {
                 category: {"mean": statistics.mean(some), "min": min(some), "max": max(some)}
@@ -198,6 +199,10 @@ def summary(args: argparse.Namespace, arms: dict[str, Any], rows: list[Any]) -> 
         "arms": found,
         "rows": rows,
     }
+
+
+def per_token(row: dict[str, Any], name: str) -> float:
+    return row["seconds"][name] / row["new_tokens"][name]
 
 
 def table(record: dict[str, Any]) -> None:

@@ -344,6 +344,12 @@ def main() -> None:
     readings = Readings(target, layers, args.readings)
     data, measured = readings.of(train), readings.of(held)
     tokens = sum(int(x["n"].sum()) for x in data.values())
+    if not measured or not any(len(x["n"]) * size >= args.tokens for size, x in data.items()):
+        raise SystemExit("There is too little data: no full batch, or nothing held out.")
+    if not target.config.tied_head:
+        raise SystemExit(
+            "The head of this target is not its embedding: this script wants one that is."
+        )
     print(f"{tokens:,} tokens of data, draft vocabulary {len(ids):,}", flush=True)
 
     config = TrainConfig(

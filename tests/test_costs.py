@@ -135,6 +135,11 @@ def test_speeds_with_a_budget(right, verify, draft, least, most):
 
 def test_candidates():
     some = list(candidates(["lm"], 6))
+    least = list(candidates(["lm"], 6, longest={"lm": 3}))
+    assert least and len(least) < len(some)
+    for spec in least:  # with itself, it verifies no more than three tokens
+        inner = spec.inner[0].inner
+        assert 1 + sum(part.length for part in inner) <= 3 or not inner
     assert len(set(some)) == len(some) > 20
     assert all(depth_of(spec) <= 6 and parse_drafter(str(spec)) == spec for spec in some)
 

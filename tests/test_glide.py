@@ -174,9 +174,9 @@ def test_each_delay_has_its_projection_of_the_hidden_state():
 
 def test_wrong_numbers_of_projections():
     target, *_ = pair(1)
-    with pytest.raises(ValueError, match="2 hidden_delays, and no hidden states are read"):
+    with pytest.raises(ValueError, match="hidden_delays of 2 need hidden_input"):
         config_like(target.config, hidden_delays=2)
-    with pytest.raises(ValueError, match="5 hidden_delays, and delays up to 4 are read"):
+    with pytest.raises(ValueError, match="hidden_delays must be at most trained_delay, 4, got 5"):
         config_like(target.config, hidden_input=True, hidden_delays=5, trained_delay=4)
     with pytest.raises(ValueError, match="hidden_delays must be at least 1"):
         config_like(target.config, hidden_input=True, hidden_delays=0)

@@ -32,7 +32,12 @@ def find() -> Path:
 
 
 def drafters_of(model: Path) -> Path:
-    """The folder in which a model's drafters and measurements lie by default: SmolLM2's, or the one around the model."""
+    """The folder in which a model's drafters and measurements lie by default: the one around the model.
+
+    SmolLM2's are a checkout's, for the model where `make smollm2` or its package put it, unless drafters lie beside it.
+    """
     model = model.expanduser()
-    ours = model.resolve() == (HOME / "target").resolve() or model.resolve().parent.name == _PACKAGE
-    return DRAFTERS if ours and DRAFTERS.is_dir() else model.parent
+    whole = model.resolve()
+    ours = whole == (HOME / "target").resolve() or _PACKAGE in (whole.name, whole.parent.name)
+    own = any((model.parent / name / "config.json").is_file() for name in ("lm", "glide", "medusa"))
+    return DRAFTERS if ours and not own and DRAFTERS.is_dir() else model.parent

@@ -45,7 +45,7 @@ def register(kinds: Any) -> None:
     )
     for flag, default, text in (
         ("--max-new-tokens", 160, "the longest answer"),
-        ("--keep-last", 256, "tokens of each prompt"),
+        ("--keep-last", 256, "tokens of each prompt, of a chat in its template, too"),
         ("--batch-size", 32, "prompts at a time"),
         ("--seed", 0, "of sampled text"),
     ):

@@ -20,7 +20,8 @@ SHAPE = (
     (
         "hidden-delays",
         "hidden_delays",
-        "projections of the hidden state, one for each place in a draft (default: 1)",
+        "with --hidden-input, projections of that state, one for each place in a draft, the last for all behind "
+        "(default: 1)",
     ),
 )
 SWITCHES = (

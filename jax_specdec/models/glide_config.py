@@ -74,9 +74,12 @@ class GliDeConfig:
             raise ValueError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key heads evenly"
             )
-        if self.hidden_delays > (self.trained_delay if self.hidden_input else 1):
-            most = f"delays up to {self.trained_delay}" if self.hidden_input else "no hidden states"
-            raise ValueError(f"{self.hidden_delays} hidden_delays, and {most} are read")
+        if self.hidden_delays > 1 and not self.hidden_input:
+            raise ValueError(f"hidden_delays of {self.hidden_delays} need hidden_input")
+        if self.hidden_delays > self.trained_delay:
+            raise ValueError(
+                f"hidden_delays must be at most trained_delay, {self.trained_delay}, got {self.hidden_delays}"
+            )
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
         if self.target_layers and len(self.target_layers) != self.num_layers:

@@ -162,13 +162,18 @@ def _usual_length(spec: Spec, found: dict[str, Any]) -> int:
 
 
 def _filled(spec: Spec, longest: Callable[[str], int], most: int = MAX_NODES) -> Spec:
-    """With a budget of 1 for what verifies, and for what does not the usual length, or what is left of `most`."""
+    """With a budget of 1 for what verifies, and for what does not the usual length, or its share of what is left of `most`.
+
+    What stands before a drafter of a horizontal cascade is not taken off: where that is too much, building it says so.
+    """
     if spec.name == CASCADE:
         return spec._replace(inner=tuple(_filled(part, longest, most) for part in spec.inner))
     most = min(most, longest(spec.name))
     usual = 1 if spec.inner else min(spec.kind.usual_length, most)
     length = usual if spec.length is None else spec.length
-    left = max(1, most - length)
+    # Each inner draft is verified on its own, which adds a token.
+    left = most - length * len(spec.inner) - sum(part.length or 0 for part in spec.inner)
+    share = max(1, left // max(1, sum(part.length is None for part in spec.inner)))
     return spec._replace(
-        length=length, inner=tuple(_filled(part, longest, left) for part in spec.inner)
+        length=length, inner=tuple(_filled(part, longest, share) for part in spec.inner)
     )

