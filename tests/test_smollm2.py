@@ -75,7 +75,7 @@ def test_text_that_it_was_trained_on(target):
     """Digits are words of their own: a list's number follows one token of two line breaks."""
     ids = target.tokenizer("Tips:\n\n12 a")["input_ids"]
     names = target.tokenizer.convert_ids_to_tokens(ids)
-    assert names == ["T", "ips", ":", "\u010a\u010a", "1", "2", "\u0120a"]
+    assert names == ["Tips", ":", "\u010a\u010a", "1", "2", "\u0120a"]
 
 
 def test_memory_while_loading(source):
