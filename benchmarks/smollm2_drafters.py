@@ -191,9 +191,8 @@ class GliDeArm(Arm):
         x = b["x"][:, :-1]
         hidden = last_seen(hidden_of(b), visible) if model.config.hidden_input else None
         joined = {**jax.tree.map(lambda w: w.astype(dtype), params), "embed": frozen["embed"]}
-        place = positions(x)
         out = model.apply(
-            joined, x, place, glimpse, hidden=hidden, delay=place + 1 - visible, logits=False
+            joined, x, positions(x), glimpse, hidden=hidden, visible=visible, logits=False
         )
         y = rms_norm(out.hidden.astype(jnp.float32), params["norm"], c.norm_eps)
         return jax.nn.log_softmax(self.score(frozen, y), axis=-1)
@@ -287,13 +286,18 @@ def weights_of(b: dict[str, Any]) -> Any:
     return jnp.where(at >= b["s"][:, None], 1.0, PROMPT_WEIGHT) * (at < b["n"][:, None])
 
 
+def rows_of(size: int, tokens: int) -> int:
+    """Rows of a batch."""
+    return max(1, tokens // size)
+
+
 def batches(data: dict[int, Any], tokens: int, seed: int) -> Any:
     """Rows of one length at a time, some `tokens` of them, for ever."""
     for epoch in range(10**6):
         rng = np.random.default_rng([seed, epoch])
         todo = []
         for size, arrays in data.items():
-            rows, count = rng.permutation(len(arrays["n"])), max(1, tokens // size)
+            rows, count = rng.permutation(len(arrays["n"])), rows_of(size, tokens)
             todo += [(size, rows[i : i + count]) for i in range(0, len(rows) - count + 1, count)]
         for i in rng.permutation(len(todo)):
             size, rows = todo[i]
@@ -305,8 +309,8 @@ def parse_arm(text: str) -> tuple[str, dict[str, Any]]:
     found: dict[str, Any] = {}
     for field in fields:
         key, _, value = field.partition("=")
-        layers = tuple(map(int, value.split("+")))
-        found[key] = layers if key == "target_layers" else layers[0]
+        numbers = tuple(map(int, value.split("+")))
+        found[key] = numbers if key == "target_layers" else numbers[0]
         if key in ("cross_attention", "hidden_input"):
             found[key] = bool(found[key])
     return name, found
@@ -338,18 +342,20 @@ def main() -> None:
     args = parser.parse_args()
 
     target = sd.load_target(args.target, dtype=args.dtype)
+    if not target.config.tied_head:
+        raise SystemExit(
+            "The head of this target is not its embedding: this script wants one that is."
+        )
     layers = tuple(map(int, args.layers.split(",")))
     train, held = documents(args.data, args.text)
     ids = most_frequent(train, args.vocabulary, target.vocab_size, target.config.eos_ids)
     readings = Readings(target, layers, args.readings)
     data, measured = readings.of(train), readings.of(held)
     tokens = sum(int(x["n"].sum()) for x in data.values())
-    if not measured or not any(len(x["n"]) * size >= args.tokens for size, x in data.items()):
+    if not measured or not any(
+        len(x["n"]) >= rows_of(size, args.tokens) for size, x in data.items()
+    ):
         raise SystemExit("There is too little data: no full batch, or nothing held out.")
-    if not target.config.tied_head:
-        raise SystemExit(
-            "The head of this target is not its embedding: this script wants one that is."
-        )
     print(f"{tokens:,} tokens of data, draft vocabulary {len(ids):,}", flush=True)
 
     config = TrainConfig(

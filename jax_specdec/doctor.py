@@ -303,10 +303,9 @@ def model(
     chosen = about["drafter"]
     text = f"auto takes {chosen['name']}:{chosen['length']} ({about['reason']})"
     yield Finding("drafters", "ok", text)
-    from jax_specdec.checkpoints.smollm2 import drafters_of
-    from jax_specdec.specs.defaults import lengths_file
+    from jax_specdec.specs.defaults import Setting, lengths_file
 
-    file = lengths_file(drafters_of(Path(about["model"])))
+    file = lengths_file(Setting(Path(about["model"])).folder)
     yield writable("tune", "its measurements are kept in", file.parent)
 
 

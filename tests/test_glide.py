@@ -163,7 +163,9 @@ def test_each_delay_has_its_projection_of_the_hidden_state():
     def scores(model, own, delay):
         cache, joined = model.decoder.init_cache(5, 8), model.join(own, params)
         place = jnp.full((5, 1), 4, jnp.int32)
-        return model.apply(joined, tokens, place, None, cache, hidden=hidden, delay=delay).logits
+        visible = None if delay is None else place + 1 - delay
+        options = {"hidden": hidden, "visible": visible}
+        return model.apply(joined, tokens, place, None, cache, **options).logits
 
     got = scores(model, own, jnp.asarray([[1], [2], [3], [4], [9]], jnp.int32))
     for row, projection in enumerate([0, 1, 2, 2, 2]):

@@ -61,7 +61,6 @@ def register(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from jax_specdec.checkpoints.smollm2 import drafters_of
     from jax_specdec.checkpoints.targets import load_target
     from jax_specdec.doctor import writable
     from jax_specdec.loading import keep_compiled
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     drafters = Drafters(target, drafts=folders, **options)
     names = names or drafters.available()
     check_taken([spec.name for spec in check_names(names)[0]], args.draft_int8)
-    out = Path(args.out) if args.out else lengths_file(drafters_of(target.path))
+    out = Path(args.out) if args.out else lengths_file(drafters.home)
     read_records(out)  # before an hour of measuring
     place = writable("tune", "The measurements are kept in", out.parent)
     if place.state == "fail":

@@ -172,7 +172,7 @@ class GliDeReader:
             cache,
             ancestors,
             hidden=hidden,
-            delay=positions + 1 - visible,
+            visible=visible,
             drafted=drafted,
             logits=logits,
         )

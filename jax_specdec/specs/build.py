@@ -10,7 +10,6 @@ import jax
 
 from jax_specdec.checkpoints.dtypes import check_dtype
 from jax_specdec.checkpoints.int8 import check_parts
-from jax_specdec.checkpoints.smollm2 import drafters_of
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.draft import MAX_NODES
 from jax_specdec.core.drafter import Drafter
@@ -88,11 +87,11 @@ class Drafters:
                 f"A drafter is loaded for a target of `load_target`, not {a_kind(target)}."
             )
         self.target = target
-        self.home = Path(folder) if folder is not None else drafters_of(target.path)
         self.drafts = folders_by_name(drafts)
         self.dtype = target.decoder.dtype if dtype is None else check_dtype(dtype)
         check_parts(int8)
         self.setting = setting_of(target, batch_size, int8)
+        self.home = Path(folder) if folder is not None else self.setting.folder
         self.int8, self.rules = int8, rules
         if rules is not None:
             if target.sharding is None:

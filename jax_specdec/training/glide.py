@@ -101,15 +101,9 @@ class Pair:
         hidden = None
         if self.model.config.hidden_input:
             hidden = last_seen(reading.hidden, visible)
-        place = positions(inputs)
+        place, remat = positions(inputs), self.remat
         out = self.model.apply(
-            joined,
-            inputs,
-            place,
-            glimpse,
-            hidden=hidden,
-            delay=place + 1 - visible,
-            remat=self.remat,
+            joined, inputs, place, glimpse, hidden=hidden, visible=visible, remat=remat
         )
         assert out.logits is not None
         return jax.nn.log_softmax(out.logits, axis=-1)

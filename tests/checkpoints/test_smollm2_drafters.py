@@ -1,4 +1,4 @@
-"""Where the drafters of SmolLM2 are looked for, and what the shipped ones are."""
+"""Where the drafters of SmolLM2 are looked for."""
 
 from pathlib import Path
 
