@@ -52,9 +52,9 @@ class State:
 class Machine:
     """Programs that take a known time by a clock of their own, and are disturbed now and then."""
 
-    def __init__(self, monkeypatch, loop, capacity=64, disturbed=0.0, noise=0.0):
+    def __init__(self, monkeypatch, loop, capacity=64, disturbed=0.0, noise=0.0, busy=0.0):
         self.now, self.begun, self.rounds, self.noise = 0.0, 0, [], noise
-        self.capacity, self.disturbed, self.loop = capacity, disturbed, loop
+        self.capacity, self.disturbed, self.busy, self.loop = capacity, disturbed, busy, loop
         self.rng = np.random.default_rng(0)
         monkeypatch.setattr(forced_rounds, "time", SimpleNamespace(perf_counter=lambda: self.now))
         rows = 2
@@ -78,7 +78,8 @@ class Machine:
         self.rounds.append((depth, index, count))
         one = VERIFY[index] + (DRAFT[0] + DRAFT[1] * depth if depth else 0)
         slow = 1 + self.noise * self.rng.uniform() + 2 * (self.rng.uniform() < self.disturbed)
-        self.now += count * one * slow * 1e-3
+        lost = (self.rng.uniform(size=count) < self.busy) * (1 + 2 * index)
+        self.now += one * (count * slow + lost.sum()) * 1e-3
         assert state.length + count <= self.capacity, "a row is full and ends"
         return state.replace(length=state.length + count)
 
@@ -117,6 +118,17 @@ def test_noise_is_measured_for_longer_and_distrusted(monkeypatch):
         assert draft[0] == 0 and draft[1] >= 0.0099 * verify[0]
         rounds.append(len(machine.rounds))
     assert rounds[0] < rounds[2]
+
+
+def test_what_rounds_cost_on_a_busy_machine(monkeypatch):
+    """Two rounds of three lose their turn, wide ones more: the costs are nearly those of a quiet machine."""
+    loop = loop_of(MaxGram(7))
+    machine = Machine(monkeypatch, loop, noise=0.1, busy=0.67)
+    found, sure = measure(loop, machine.arrays, machine.begin, machine.run)
+    assert not sure
+    np.testing.assert_allclose(found.verify / found.verify[0], np.asarray(VERIFY) / 5, rtol=0.1)
+    want = [(DRAFT[0] + DRAFT[1] * d) / 5 for d in range(1, 8)]
+    np.testing.assert_allclose(found.draft[0, 1:] / found.verify[0], want, atol=0.05)
 
 
 def tables(target, monkeypatch, spec="max-gram:7", noise=0.0, **fields):

@@ -2,7 +2,9 @@
 
 Its rounds can be forced to draft so deep and to verify so wide (`Budget.forced`), so that nothing is compiled
 for it. Machines are disturbed: each kind of round is compared with rounds of plain decoding right before
-and behind it, and what the passes disagree by says how far the result can be trusted.
+and behind it, and what the passes disagree by says how far the result can be trusted. Where other work takes turns
+with this all the time no long timing is undisturbed, and wide rounds, which use more threads, look dearer than they
+are: then short timings are made, and the fastest few of each kind compared.
 """
 
 import math
@@ -18,10 +20,11 @@ from jax_specdec.core.budget import RoundCosts
 from jax_specdec.core.drafter import ways_of
 from jax_specdec.core.loop import DecodeLoop, LoopState
 
-# Seconds that measuring usually takes, and takes where passes disagree, unless `FEWEST` passes take longer; of
-# one timing.
-SECONDS, MOST_SECONDS, SLICE = 2.5, 6.0, 0.03
-FEWEST, USUAL, MOST = 3, 9, 27
+# Seconds that measuring takes, and takes in addition where passes disagree, unless `FEWEST` passes take longer; of
+# one timing, and of one that is short.
+SECONDS, MORE_SECONDS, SLICE, SHORT = 2.5, 3.5, 0.03, 0.003
+FEWEST, USUAL, MOST = 3, 9, 150
+FASTEST = 0.03
 # The standard error of a cost up to which it is trusted, and the least that a draft is taken to cost, in plain
 # rounds.
 TRUSTED, LEAST = 0.04, 0.01
@@ -37,7 +40,7 @@ def measure(loop: DecodeLoop, arrays: Any, begin: Begin, run: Run) -> tuple[Roun
 
     Either emits one token a row. Each kind is timed between two timings of plain rounds, and counted in them:
     whatever else runs makes something slower, never faster, so the faster of the two is what it is held
-    against, and the median over passes is taken. Where passes disagree there are more of them.
+    against, and the median over passes is taken; where passes disagree, see above.
 
     Args:
       arrays, begin, run: see `round_costs.CostTables.get`.
@@ -50,24 +53,19 @@ def measure(loop: DecodeLoop, arrays: Any, begin: Begin, run: Run) -> tuple[Roun
     drafting = [(n, depth, 0) for n, way in enumerate(ways) for depth in depths(way.info.depth)]
     kinds: list[Kind] = [*wider, *drafting]
     first = [rounds.seconds(kind, 1) for kind in (PLAIN, *kinds)]  # nothing was in any cache
-    each = max(1, min(16, round(SLICE / max(first[0], 1e-6))))
-    plain, ratios = [], {kind: [] for kind in kinds}
-    spent, passes = 0.0, 0
-    while True:
-        before = rounds.seconds(PLAIN, each)
-        for kind in kinds[:: -1 if passes % 2 else 1]:
-            took = rounds.seconds(kind, each)
-            behind = rounds.seconds(PLAIN, each)
-            ratios[kind].append(took / min(before, behind))
-            plain.append(min(before, behind))
-            spent, before = spent + each * (took + behind), behind
-        passes += 1
-        sure = passes >= FEWEST and all(map(trusted, ratios.values()))
-        usual, most = (USUAL, SECONDS) if sure else (MOST, MOST_SECONDS)
-        if passes >= FEWEST and (passes >= usual or spent >= most):
-            break
-    one = float(np.quantile(plain, 0.25))
-    usually = {kind: float(np.median(values)) for kind, values in ratios.items()}
+    times = _Passes(rounds, kinds, _count(SLICE, first[0]))
+    while times.passes < FEWEST or (times.passes < USUAL and times.spent < SECONDS):
+        times.add()
+    sure = all(map(trusted, times.ratios.values()))
+    if sure:
+        one = float(np.quantile(times.plain, 0.25))
+        usually = {kind: float(np.median(values)) for kind, values in times.ratios.items()}
+    else:
+        times = _Passes(rounds, kinds, _count(SHORT, first[0]))
+        while times.passes < FEWEST or (times.passes < MOST and times.spent < MORE_SECONDS):
+            times.add()
+        one = float(np.quantile(times.plain, FASTEST))
+        usually = {kind: np.quantile(some, FASTEST) / one for kind, some in times.of.items()}
     verify = _rising([1.0, *(usually[kind] for kind in wider)])
     draft = []
     for n, way in enumerate(ways):
@@ -76,6 +74,38 @@ def measure(loop: DecodeLoop, arrays: Any, begin: Begin, run: Run) -> tuple[Roun
         more = np.maximum(more, LEAST)
         draft.append(one * np.interp(range(way.info.depth + 1), [0, *known], [0.0, *more]))
     return as_costs(loop, [one * ratio for ratio in verify], draft), sure
+
+
+def _count(seconds: float, one: float) -> int:
+    """Rounds of a timing that takes so long."""
+    return max(1, min(16, round(seconds / max(one, 1e-6))))
+
+
+class _Passes:
+    """Timings of each kind of round between timings of plain ones.
+
+    Attributes:
+      of: seconds of a round of each kind, by pass. ratios: the same in plain rounds. plain: seconds of those.
+    """
+
+    def __init__(self, rounds: "_Rounds", kinds: Sequence[Kind], each: int):
+        self._rounds, self._each = rounds, each
+        self.of: dict[Kind, list[float]] = {kind: [] for kind in kinds}
+        self.ratios: dict[Kind, list[float]] = {kind: [] for kind in kinds}
+        self.plain: list[float] = []
+        self.spent, self.passes = 0.0, 0
+
+    def add(self) -> None:
+        """One more, in the other order than the last one."""
+        before = self._rounds.seconds(PLAIN, self._each)
+        for kind in list(self.of)[:: -1 if self.passes % 2 else 1]:
+            took = self._rounds.seconds(kind, self._each)
+            behind = self._rounds.seconds(PLAIN, self._each)
+            self.of[kind].append(took)
+            self.plain.append(behind)
+            self.ratios[kind].append(took / min(before, behind))
+            self.spent, before = self.spent + self._each * (took + behind), behind
+        self.passes += 1
 
 
 def depths(most: int) -> list[int]:
