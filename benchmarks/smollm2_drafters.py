@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import jax_specdec as sd
 from jax_specdec.checkpoints.draft_vocabulary import most_frequent, write_draft_vocabulary
-from jax_specdec.checkpoints.glide import save_glide, target_fingerprint
+from jax_specdec.checkpoints.glide import load_own_params, save_glide, target_fingerprint
 from jax_specdec.checkpoints.medusa import save_medusa
 from jax_specdec.core.context import last_seen
 from jax_specdec.core.draft import TOP
@@ -39,12 +39,14 @@ from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.models.layers import rms_norm
 from jax_specdec.models.medusa import Medusa, MedusaConfig
 from jax_specdec.training.config import TrainConfig
-from jax_specdec.training.glide_mask import visible_keys
+from jax_specdec.training.glide import twice
+from jax_specdec.training.glide_mask import Drafts, drafts, random_drafts
 from jax_specdec.training.reading import positions
 from jax_specdec.training.trainer import make_optimizer
 
 LENGTHS = (128, 192, 256, 320)  # tokens of a row; longer documents are cut
 READ_AT_ONCE = 8
+SCORED_AT_ONCE = 1536
 PROMPT_WEIGHT = 0.3
 ANSWER = "<|im_end|>\n<|im_start|>assistant\n"  # what stands before it in SmolLM2's template
 
@@ -159,6 +161,22 @@ class Arm:
         y = rms_norm(hidden_of(b), frozen["norm"], self.config.norm_eps)
         return self.score(frozen, y) - b["z"][..., None]
 
+    def cross_entropy(self, frozen: Any, b: dict[str, Any], states: list[Any], ahead: int) -> Any:
+        """The mean over tokens and drafters of -sum p log q, the target's p read once for all.
+
+        Args:
+          states: of each drafter, before the head, `float32[B, T - ahead, E]`. ahead: what they predict is so many
+            places behind the target's next token.
+        """
+        p = jnp.exp(self.log_p(frozen, b)[:, ahead:])
+        keep, mass = weights_of(b)[:, ahead:], p.sum(-1)
+        total: Any = 0.0
+        for x in states:
+            score = self.score(frozen, x)
+            every = jax.nn.logsumexp(score, axis=-1) * mass - (p * score).sum(-1)
+            total = total + (every * keep).sum()
+        return total / (keep.sum() * len(states))
+
 
 class GliDeArm(Arm):
     def __init__(
@@ -173,8 +191,8 @@ class GliDeArm(Arm):
         # The target's embedding makes large scores of random states: nearer to none, a hundred steps are saved.
         return {**params, "norm": 0.3 * params["norm"]}
 
-    def log_q(self, params: Any, frozen: Any, b: dict[str, Any], visible: Any) -> Any:
-        """`float32[B, T, S]` over the draft vocabulary."""
+    def states(self, params: Any, frozen: Any, b: dict[str, Any], seen: Drafts) -> Any:
+        """Before the head, `float32[B, 2T, E]`."""
         model, c, dtype = self.model, self.config, self.dtype
         glimpse = None
         if model.config.cross_attention:
@@ -186,33 +204,41 @@ class GliDeArm(Arm):
                 for name in "kv"
             )
             glimpse = glimpse_text(
-                (kv[0], kv[1]), visible, c.windows, scale=c.scale, soft_cap=c.attention_cap
+                (kv[0], kv[1]), seen.visible, c.windows, scale=c.scale, soft_cap=c.attention_cap
             )
-        x = b["x"][:, :-1]
-        hidden = last_seen(hidden_of(b), visible) if model.config.hidden_input else None
+        x = twice(b["x"][:, :-1])
+        place = twice(positions(b["x"][:, :-1]))
+        hidden = last_seen(hidden_of(b), seen.visible) if model.config.hidden_input else None
         joined = {**jax.tree.map(lambda w: w.astype(dtype), params), "embed": frozen["embed"]}
         out = model.apply(
-            joined, x, positions(x), glimpse, hidden=hidden, visible=visible, logits=False
+            joined,
+            x,
+            place,
+            glimpse,
+            ancestors=seen.ancestors,
+            hidden=hidden,
+            visible=seen.visible,
+            logits=False,
         )
-        y = rms_norm(out.hidden.astype(jnp.float32), params["norm"], c.norm_eps)
-        return jax.nn.log_softmax(self.score(frozen, y), axis=-1)
+        return rms_norm(out.hidden.astype(jnp.float32), params["norm"], c.norm_eps)
 
     def loss(self, params: Any, frozen: Any, b: dict[str, Any], key: Any) -> Any:
-        delay = self.model.config.trained_delay
-        visible = visible_keys("shift", b["x"][:, :-1].shape, delay, key)
-        q, keep = self.log_q(params, frozen, b, visible), weights_of(b)
-        every = -jnp.sum(jnp.exp(self.log_p(frozen, b)) * q, axis=-1)
-        return (every * keep).sum() / keep.sum()
+        shape, delay = b["x"][:, :-1].shape, self.model.config.trained_delay
+        y = self.states(params, frozen, b, random_drafts(shape, delay, key))
+        return self.cross_entropy(frozen, b, jnp.split(y, 2, axis=1), 0)
 
     def agreement(self, params: Any, frozen: Any, b: dict[str, Any]) -> Any:
         """By delay: sums of min(p, q), of equal best tokens, and of places; see `training.glide.Pair.agreement`."""
         delay, keep = self.model.config.trained_delay, answers_of(b)
-        visible = visible_keys("block", keep.shape, delay, jax.random.key(0))
-        q, p = self.log_q(params, frozen, b, visible), self.log_p(frozen, b)
-        accepted, match = agree(frozen, b["a"], p, q)
-        at = np.arange(keep.shape[1])[:, None]
-        count = keep[..., None] * ((at % delay == np.arange(delay)) & (at >= delay))
+        seen = drafts(keep.shape, delay, jnp.ones((keep.shape[0], 1), jnp.int32))
+        y, p = self.states(params, frozen, b, seen), twice(self.log_p(frozen, b))
+        q = jax.nn.log_softmax(self.score(frozen, y), axis=-1)
+        accepted, match = agree(frozen, twice(b["a"]), p, q)
+        count = twice(keep)[..., None] * (seen.delay[..., None] == jnp.arange(1, delay + 1))
         return *(jnp.einsum("bt,btd->d", x, count) for x in (accepted, match)), count.sum((0, 1))
+
+    def load(self, folder: Path) -> Any:
+        return load_own_params(folder, dataclasses.replace(self.model, dtype=jnp.float32))
 
     def save(self, folder: Path, params: Any, mark: str, measured: Any) -> None:
         save_glide(folder, self.model, params, mark)
@@ -231,19 +257,21 @@ class MedusaArm(Arm):
 
     def laws(self, params: Any, frozen: Any, b: dict[str, Any], index: int) -> Any:
         """Head k = index + 1: what it says `[B, T - k, S]`, what the target does, and the target's best tokens."""
-        joined = {**jax.tree.map(lambda w: w.astype(self.dtype), params), "norm": frozen["norm"]}
         k = index + 1
-        y = self.model.states(joined, hidden_of(b)[:, :-k], index)
+        y = self.states(params, frozen, b, index)
         q = jax.nn.log_softmax(self.score(frozen, y), axis=-1)
         return q, self.log_p(frozen, b)[:, k:], b["a"][:, k:]
+
+    def states(self, params: Any, frozen: Any, b: dict[str, Any], index: int) -> Any:
+        """Before the head, `[B, T - k, E]`."""
+        joined = {**jax.tree.map(lambda w: w.astype(self.dtype), params), "norm": frozen["norm"]}
+        return self.model.states(joined, hidden_of(b)[:, : -index - 1], index)
 
     def loss(self, params: Any, frozen: Any, b: dict[str, Any], key: Any) -> Any:
         total: Any = 0.0
         for index in range(self.model.config.num_heads):
-            q, p, _ = self.laws(params, frozen, b, index)
-            keep = weights_of(b)[:, index + 1 :]
-            every = -jnp.sum(jnp.exp(p) * q, axis=-1)
-            total = total + self.DECAY**index * (every * keep).sum() / keep.sum()
+            y = self.states(params, frozen, b, index).astype(jnp.float32)
+            total = total + self.DECAY**index * self.cross_entropy(frozen, b, [y], index + 1)
         return total / self.model.config.num_heads
 
     def agreement(self, params: Any, frozen: Any, b: dict[str, Any]) -> Any:
@@ -335,6 +363,11 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--dtype", default="bfloat16", help="of reading and computation")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--init",
+        type=Path,
+        help="a folder of drafters: arms named as they are begin with their weights",
+    )
     parser.add_argument("--record", type=Path, help="JSON in which runs and their arms are kept")
     parser.add_argument(
         "--every", type=int, default=200, help="steps between measurements and states"
@@ -372,6 +405,8 @@ def main() -> None:
         else:
             arms[name] = GliDeArm(target, ids, dtype, layers, fields)
         params = arms[name].init(jax.random.key(seed))
+        if args.init and (args.init / name).is_dir():
+            params = arms[name].load(args.init / name)
         state[name] = {"params": params, "opt": optimizer.init(params)}
         steps[name] = jax.jit(step_of(arms[name], optimizer), donate_argnums=0)
         tests[name] = jax.jit(arms[name].agreement)
@@ -426,6 +461,7 @@ def add_run(args: argparse.Namespace, tokens: int, parameters: dict[str, int]) -
         "draft_vocabulary": args.vocabulary,
         "learning_rate": args.learning_rate,
         "seed": args.seed,
+        "init": args.init and args.init.name,
         "dtype": args.dtype,
         "measured": {name: list(some.values()) for name, some in curve.items()},
     }

@@ -15,7 +15,7 @@ from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.training import glide, losses
 from jax_specdec.training.config import GliDeRecipe, TrainConfig
-from jax_specdec.training.glide_mask import visible_keys
+from jax_specdec.training.glide_mask import drafts, random_drafts, visible_keys
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 
@@ -96,6 +96,50 @@ def test_nothing_of_the_hidden_keys_reaches_a_prediction(hidden):
     assert not np.allclose(changed[8:], want[8:])
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"num_layers": 2},
+        {"hidden_input": True, "hidden_delays": 3},
+        {"num_layers": 2, "hidden_input": True, "window": 3},
+        {"num_layers": 2, "cross_attention": False},
+    ],
+    ids=str,
+)
+def test_both_readings_of_a_text_are_decodings(fields):
+    """For each root, the reading of all before it at delay 1 and of its draft behind it, one after the other."""
+    length, longest = 13, 4
+    config = dataclasses.replace(MODEL.config, **fields)
+    pair = glide.Pair(GliDe(config, h.SMALL_CONFIG), h.SMALL, GliDeRecipe(visibility="draft"))
+    own = pair.model.init(jax.random.key(0))
+    if "hidden_in" in own:
+        own["hidden_in"] = jax.random.normal(jax.random.key(1), own["hidden_in"].shape)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, h.VOCAB, (2, length + 1)), jnp.int32)
+    reading = pair.read(h.small_params(), tokens)
+    read = functools.partial(pair.drafter_reads, own, h.small_params(), reading, tokens)
+    first = jnp.asarray([[0], [2]], jnp.int32)
+    seen = drafts((2, length), longest, first, config.window)
+    got = np.asarray(read(seen.visible, seen.ancestors))
+    at, delay = np.arange(length), np.asarray(seen.delay)
+    assert (delay[:, :length] == 1).all() and set(delay[:, length:].flat) == {0, 2, 3, 4}
+    for root in range(length):
+        want = np.asarray(read(jnp.broadcast_to(jnp.minimum(at, root), (2, length))))
+        np.testing.assert_allclose(got[:, root], want[:, root], atol=1e-4)
+        for row in range(2):
+            if (root + 1 - int(first[row, 0])) % (longest - 1) == 0:
+                draft = slice(root + 1, root + longest)
+                assert delay[row, length:][draft].tolist() == [2, 3, 4][: length - root - 1]
+                found = got[row, length:][draft]
+                np.testing.assert_allclose(found, want[row, draft], atol=1e-4)
+
+
+def test_random_drafts_begin_anywhere():
+    seen = random_drafts((300, 20), 5, jax.random.key(0))
+    share = np.bincount(np.asarray(seen.delay)[:, -1], minlength=6)[2:] / 300
+    assert abs(share * 4 - 1).max() < 0.3, "the delays of one place are uniform"
+
+
 # Losses
 
 
@@ -173,6 +217,8 @@ def test_a_killed_and_resumed_run_logs_the_losses_of_one_that_was_not(tmp_path):
         ({"loss": "cross_entropy", "visibility": "block"}, {"cross_norm": False, "share": False}),
         ({"visibility": "none", "loss": "jensen_shannon"}, {"trained_delay": 1}),
         ({"loss": "reverse_kl"}, {"cross_attention": False}),
+        ({"visibility": "draft"}, {"num_layers": 2, "window": 3}),
+        ({"visibility": "draft"}, {"trained_delay": 1}),
         ({}, {"hidden_input": True}),
         ({}, {"hidden_input": True, "hidden_delays": 3}),
     ],
@@ -213,7 +259,10 @@ def test_the_measured_acceptance_of_a_drafter_that_is_its_target():
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"visibility": "some"}, "shift, block or none"), ({"jensen_shannon_beta": 1.0}, "between 0")],
+    [
+        ({"visibility": "some"}, "draft, shift, block or none"),
+        ({"jensen_shannon_beta": 1.0}, "between 0"),
+    ],
 )
 def test_recipes_that_are_refused(fields, message):
     with pytest.raises(UserError, match=message):

@@ -92,14 +92,16 @@ class GliDeRecipe:
       jensen_shannon_beta: weight of the target in the Jensen-Shannon divergence, in (0, 1).
     """
 
-    visibility: Literal["shift", "block", "none"] = "shift"
+    visibility: Literal["draft", "shift", "block", "none"] = "shift"
     loss: str = "forward_kl"
     jensen_shannon_beta: float = 0.5
 
     def __post_init__(self):
         _check_beta(self.jensen_shannon_beta)
-        if self.visibility not in ("shift", "block", "none"):
-            raise UserError(f"visibility must be shift, block or none, got {self.visibility!r}.")
+        if self.visibility not in ("draft", "shift", "block", "none"):
+            raise UserError(
+                f"visibility must be draft, shift, block or none, got {self.visibility!r}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from jax_specdec.models.glide import GliDe, glimpse_text
 from jax_specdec.training import losses, trainer
 from jax_specdec.training.config import GliDeRecipe, TrainConfig
 from jax_specdec.training.data import Documents
-from jax_specdec.training.glide_mask import visible_keys
+from jax_specdec.training.glide_mask import drafts, random_drafts, visible_keys
 from jax_specdec.training.reading import Reading, positions, read
 
 # Held-out agreement is measured at delays up to this, whatever was trained.
@@ -49,48 +49,68 @@ class Pair:
     ) -> Array:
         """The mean loss over `tokens [B, T+1]`, keys hidden as the recipe says."""
         shape = (tokens.shape[0], tokens.shape[1] - 1)
-        delay = self.model.config.trained_delay
-        visible = visible_keys(self.recipe.visibility, shape, delay, key)
+        config, kind = self.model.config, self.recipe.visibility
+        if kind == "draft" and config.trained_delay > 1:
+            seen = random_drafts(shape, config.trained_delay, key, config.window)
+            log_q = self.drafter_reads(
+                params, target_params, reading, tokens, seen.visible, seen.ancestors
+            )
+            return self._losses(reading, log_q, tokens).mean()
+        visible = visible_keys(
+            "none" if kind == "draft" else kind, shape, config.trained_delay, key
+        )
         log_q = self.drafter_reads(params, target_params, reading, tokens, visible)
         return self._losses(reading, log_q, tokens).mean()
 
     def agreement(
         self, params: Params, target_params: Params, reading: Reading, tokens: Array
     ) -> dict[str, Array]:
-        """Every block is a draft: one pass measures all delays, each on its share of positions.
-
-        For one layer without the target's hidden state this is decoding's acceptance, since the drafter's
-        own keys depend on the text alone. For other forms it is an estimate: decoding reads committed tokens
-        again at delay 1, while here the keys of a block carry the delays of their own places.
-        """
-        length = tokens.shape[1] - 1
-        delays = max(1, min(MEASURED_DELAYS, length // 2))
-        visible = visible_keys("block", (tokens.shape[0], length), delays, jax.random.key(0))
-        log_q = self.drafter_reads(params, target_params, reading, tokens, visible)
-        position = jnp.arange(length, dtype=jnp.int32)[:, None]
-        place = jnp.arange(delays, dtype=jnp.int32)[None]
-        # The first block sees nothing, which happens once in a text.
-        counts = ((position % delays == place) & (position >= delays)).astype(jnp.float32)
+        """What decoding accepts, by delay, in one pass: each delay but 1 on its share of positions, see `drafts`."""
+        batch, length = tokens.shape[0], tokens.shape[1] - 1
+        delays = max(2, min(MEASURED_DELAYS, length // 2))
+        first = jnp.ones((batch, 1), jnp.int32)  # of the roots one is the first token
+        seen = drafts((batch, length), delays, first % (delays - 1), self.model.config.window)
+        log_q = self.drafter_reads(
+            params, target_params, reading, tokens, seen.visible, seen.ancestors
+        )
+        counts = (seen.delay[..., None] == jnp.arange(1, delays + 1)).astype(jnp.float32)
 
         def by_delay(values: Array) -> Array:
-            total = jnp.matmul(values, counts, precision=lax.Precision.HIGHEST)
-            return total.mean(axis=0) / counts.sum(axis=0)
+            total = jnp.einsum("bt,btd->d", values, counts, precision=lax.Precision.HIGHEST)
+            return total / counts.sum(axis=(0, 1))
 
-        acceptance, match = losses.agreement(reading.log_p, log_q)
+        acceptance, match = losses.agreement(twice(reading.log_p), log_q)
+        labels = twice(tokens[:, 1:])
         return {
-            "heldout_loss": self._losses(reading, log_q, tokens).mean(),
-            "heldout_cross_entropy": losses.cross_entropy(log_q, tokens[:, 1:]).mean(),
+            "heldout_loss": by_delay(self._losses(reading, log_q, tokens)).mean(),
+            "heldout_cross_entropy": by_delay(losses.cross_entropy(log_q, labels)).mean(),
             "acceptance": by_delay(acceptance),
             "greedy_match": by_delay(match),
         }
 
     def drafter_reads(
-        self, params: Params, target_params: Params, reading: Reading, tokens: Array, visible: Array
+        self,
+        params: Params,
+        target_params: Params,
+        reading: Reading,
+        tokens: Array,
+        visible: Array,
+        ancestors: Array | None = None,
     ) -> Array:
-        """Log-probabilities `float32[B, T, V]` of the token after each of `tokens [B, T+1]` but the last."""
+        """Log-probabilities `float32[B, T, V]` of the token after each of `tokens [B, T+1]` but the last.
+
+        With the `visible` and `ancestors` of `Drafts`, `float32[B, 2T, V]`.
+        """
         inputs = tokens[:, :-1]
-        joined = self.model.join(params, target_params)
-        target = self.model.target
+        place, model = positions(inputs), self.model
+        if ancestors is not None:
+            inputs, place = twice(inputs), twice(place)
+            # The mask holds the window, of positions: the two readings lie one behind the other.
+            model = dataclasses.replace(
+                model, config=dataclasses.replace(model.config, window=None)
+            )
+        joined = model.join(params, target_params)
+        target = model.target
         glimpse = glimpse_text(
             reading.kv,
             visible,
@@ -99,17 +119,31 @@ class Pair:
             soft_cap=target.attention_cap,
         )
         hidden = None
-        if self.model.config.hidden_input:
+        if model.config.hidden_input:
             hidden = last_seen(reading.hidden, visible)
-        place, remat = positions(inputs), self.remat
-        out = self.model.apply(
-            joined, inputs, place, glimpse, hidden=hidden, visible=visible, remat=remat
+        out = model.apply(
+            joined,
+            inputs,
+            place,
+            glimpse,
+            ancestors=ancestors,
+            hidden=hidden,
+            visible=visible,
+            remat=self.remat,
         )
         assert out.logits is not None
         return jax.nn.log_softmax(out.logits, axis=-1)
 
     def _losses(self, reading: Reading, log_q: Array, tokens: Array) -> Array:
-        return losses.of_recipe(self.recipe, reading.log_p, log_q, tokens[:, 1:])
+        log_p, labels = reading.log_p, tokens[:, 1:]
+        if log_q.shape[1] != log_p.shape[1]:
+            log_p, labels = twice(log_p), twice(labels)
+        return losses.of_recipe(self.recipe, log_p, log_q, labels)
+
+
+def twice(x: Array) -> Array:
+    """`[B, T, ...]` -> the same behind itself, `[B, 2T, ...]`."""
+    return jnp.concatenate([x, x], axis=1)
 
 
 def make_objective(
