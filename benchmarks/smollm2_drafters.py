@@ -40,7 +40,7 @@ from jax_specdec.models.layers import rms_norm
 from jax_specdec.models.medusa import Medusa, MedusaConfig
 from jax_specdec.training.config import TrainConfig
 from jax_specdec.training.glide import twice
-from jax_specdec.training.glide_mask import Drafts, drafts, random_drafts
+from jax_specdec.training.glide_mask import drafts, random_drafts, visible_keys
 from jax_specdec.training.reading import positions
 from jax_specdec.training.trainer import make_optimizer
 
@@ -183,6 +183,7 @@ class GliDeArm(Arm):
         self, target: sd.Target, ids: np.ndarray, dtype: Any, layers: tuple[int, ...], shape: Any
     ):
         super().__init__(target, ids, dtype)
+        self.visibility = shape.pop("visibility", "draft")
         config = GliDeConfig.like(target.config, **shape)
         self.model, self.layers = GliDe(config, target.config, dtype), layers
 
@@ -191,8 +192,10 @@ class GliDeArm(Arm):
         # The target's embedding makes large scores of random states: nearer to none, a hundred steps are saved.
         return {**params, "norm": 0.3 * params["norm"]}
 
-    def states(self, params: Any, frozen: Any, b: dict[str, Any], seen: Drafts) -> Any:
-        """Before the head, `float32[B, 2T, E]`."""
+    def states(
+        self, params: Any, frozen: Any, b: dict[str, Any], visible: Any, ancestors: Any = None
+    ) -> Any:
+        """Before the head, `float32[B, T, E]`; or `float32[B, 2T, E]`, with the `visible` and `ancestors` of `Drafts`."""
         model, c, dtype = self.model, self.config, self.dtype
         glimpse = None
         if model.config.cross_attention:
@@ -204,34 +207,41 @@ class GliDeArm(Arm):
                 for name in "kv"
             )
             glimpse = glimpse_text(
-                (kv[0], kv[1]), seen.visible, c.windows, scale=c.scale, soft_cap=c.attention_cap
+                (kv[0], kv[1]), visible, c.windows, scale=c.scale, soft_cap=c.attention_cap
             )
-        x = twice(b["x"][:, :-1])
-        place = twice(positions(b["x"][:, :-1]))
-        hidden = last_seen(hidden_of(b), seen.visible) if model.config.hidden_input else None
+        x = b["x"][:, :-1]
+        place = positions(x)
+        if ancestors is not None:
+            x, place = twice(x), twice(place)
+        hidden = last_seen(hidden_of(b), visible) if model.config.hidden_input else None
         joined = {**jax.tree.map(lambda w: w.astype(dtype), params), "embed": frozen["embed"]}
         out = model.apply(
             joined,
             x,
             place,
             glimpse,
-            ancestors=seen.ancestors,
+            ancestors=ancestors,
             hidden=hidden,
-            visible=seen.visible,
+            visible=visible,
             logits=False,
         )
         return rms_norm(out.hidden.astype(jnp.float32), params["norm"], c.norm_eps)
 
     def loss(self, params: Any, frozen: Any, b: dict[str, Any], key: Any) -> Any:
         shape, delay = b["x"][:, :-1].shape, self.model.config.trained_delay
-        y = self.states(params, frozen, b, random_drafts(shape, delay, key))
-        return self.cross_entropy(frozen, b, jnp.split(y, 2, axis=1), 0)
+        if self.visibility == "draft" and self.model.config.sees_target:
+            seen = random_drafts(shape, delay, key)
+            y = self.states(params, frozen, b, seen.visible, seen.ancestors)
+            return self.cross_entropy(frozen, b, jnp.split(y, 2, axis=1), 0)
+        visible = visible_keys("shift", shape, delay, key)  # which no vanilla drafter looks at
+        return self.cross_entropy(frozen, b, [self.states(params, frozen, b, visible)], 0)
 
     def agreement(self, params: Any, frozen: Any, b: dict[str, Any]) -> Any:
         """By delay: sums of min(p, q), of equal best tokens, and of places; see `training.glide.Pair.agreement`."""
         delay, keep = self.model.config.trained_delay, answers_of(b)
         seen = drafts(keep.shape, delay, jnp.ones((keep.shape[0], 1), jnp.int32))
-        y, p = self.states(params, frozen, b, seen), twice(self.log_p(frozen, b))
+        y = self.states(params, frozen, b, seen.visible, seen.ancestors)
+        p = twice(self.log_p(frozen, b))
         q = jax.nn.log_softmax(self.score(frozen, y), axis=-1)
         accepted, match = agree(frozen, twice(b["a"]), p, q)
         count = twice(keep)[..., None] * (seen.delay[..., None] == jnp.arange(1, delay + 1))
@@ -337,6 +347,9 @@ def parse_arm(text: str) -> tuple[str, dict[str, Any]]:
     found: dict[str, Any] = {}
     for field in fields:
         key, _, value = field.partition("=")
+        if key == "visibility":
+            found[key] = value
+            continue
         numbers = tuple(map(int, value.split("+")))
         found[key] = numbers if key == "target_layers" else numbers[0]
         if key in ("cross_attention", "hidden_input"):

@@ -15,8 +15,11 @@ MOST_BYTES = 4 << 30
 
 def cache_folder() -> Path | None:
     """This library's part of the user's cache, which need not exist; None for a user without a home."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    if not given and os.environ.get("HOME") == "":
+        return None
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jax_specdec"
+        return Path(given or "~/.cache").expanduser() / "jax_specdec"
     except RuntimeError:
         return None
 

@@ -130,7 +130,30 @@ def test_speeds_with_a_budget(right, verify, draft, least, most):
         jnp.asarray([1.0, 1 + verify / 2, 1 + verify], jnp.float32),
         jnp.asarray([draft * np.arange(depth + 1)], jnp.float32),
     )
-    assert least < budgeted_speedup(found, costs, (1, 4, 8)) <= most
+    assert least < budgeted_speedup([found], costs, (1, 4, 8)) <= most
+
+
+def test_speeds_of_alternatives():
+    """Two drafters that are right in turns: together they are faster than the better one alone."""
+    tokens, depth = 400, 7
+    place = np.arange(tokens)
+    nothing, copied = np.zeros((tokens, depth)), place // 100 % 2 == 0
+
+    def of(right, proposed):
+        right = np.where(right, np.minimum(depth, 99 - place % 100), 0)
+        return replay.Record(0 * place, 5 + place, nothing, right, nothing, nothing, proposed)
+
+    copy = of(copied, np.where(copied, depth, 0))
+    model = of(~copied, np.full(tokens, depth))
+    verify = jnp.asarray([1.0, 1.2, 1.4], jnp.float32)
+    ways = [c * np.arange(depth + 1) for c in (0.002, 0.05)]
+
+    def speed(*some):
+        table = jnp.asarray([ways[i] for i in some], jnp.float32)
+        found = [(copy, model)[i] for i in some]
+        return budgeted_speedup(found, RoundCosts(verify, table), (1, 4, 8))
+
+    assert speed(0, 1) > 1.4 * max(speed(0), speed(1))
 
 
 def test_candidates():
@@ -225,6 +248,24 @@ def test_tune_chooses_a_cascade(target, tmp_path, monkeypatch):
         sd.load_drafter("cascade", target, tmp_path / "elsewhere")
     with pytest.raises(sd.UserError, match="needs a drafter that can verify"):
         tune(target, lambda s: sd.load_drafter(s, target), ["max-gram", "cascade"], PROMPTS)
+
+
+def test_tune_chooses_a_copy_before_a_model(target, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "verify_arm", lambda target, nodes, ids: lambda: 1 + nodes / 50)
+    monkeypatch.setattr(tuning, "draft_arm", lambda target, drafter, ids: lambda: 0.01)
+    settings = {"longest": 4, "max_new_tokens": 8, "repeats": 1}
+    out = tune(target, lambda s: sd.load_drafter(s, target), ["lm", "first"], PROMPTS, **settings)
+    spec = parse_drafter(out["first"])
+    copy, model = spec.inner
+    assert (copy.name, copy.length, model.name) == ("max-gram", 4, "lm") and copy.match in (1, 2, 3)
+    assert out["measured"]["first"]["budgeted_speedup"] > 0.9
+    (tmp_path / "draft_lengths.json").write_text(json.dumps(out))
+    drafts = {"lm": target.path.parent / "lm"}
+    assert sd.load_drafter("first", target, tmp_path, drafts=drafts).spec == str(spec)
+    with pytest.raises(sd.UserError, match="No combination `first` was chosen"):
+        sd.load_drafter("first", target, tmp_path / "elsewhere")
+    with pytest.raises(sd.UserError, match="behind a copy is a model"):
+        tune(target, lambda s: sd.load_drafter(s, target), ["max-gram", "first"], PROMPTS)
 
 
 def test_tune_stops_at_the_trained_delay_and_decodes_with_trees(target, tmp_path, monkeypatch):

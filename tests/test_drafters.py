@@ -13,9 +13,10 @@ from jax_specdec.core.draft import Text
 from jax_specdec.core.drafter import Drafter
 from jax_specdec.core.plain import NoDrafter
 from jax_specdec.drafters.bigram import Bigram, count_bigrams, successors
+from jax_specdec.drafters.first import First
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
-from jax_specdec.drafters.ngram import longest_suffix_match
+from jax_specdec.drafters.ngram import longest_suffix_match, occurs_before
 from jax_specdec.drafters.prompt_lookup import PromptLookup
 from jax_specdec.testing import check_drafter
 
@@ -87,6 +88,7 @@ def test_search(ties, min_match, max_match):
     )
     texts, packed = random_texts(min_match)
     match, end = map(np.asarray, search(packed))
+    assert (np.asarray(occurs_before(packed, min_match)) == (match > 0)).all()
     for row, text in enumerate(texts):
         want = best_match(text, min_match, max_match, ties)
         assert (match[row] > 0) == (want is not None)
@@ -175,6 +177,25 @@ def test_successors():
     assert got.tolist() == [[1, 2, 0, 1], [3, 3, 3, 3]]
 
 
+def test_the_first_that_finds_something():
+    """Row by row: a copy where the text repeats itself, and what the next one says elsewhere."""
+    table = np.random.default_rng(0).integers(0, 5, 5).astype(np.int32)
+    gram, follow = MaxGram(4, min_match=3), Bigram(2)
+    texts, packed = random_texts(3)
+    params = {"bigram": jnp.asarray(table)}
+    both, one, other = (draft(x, packed, params) for x in (First((gram, follow)), gram, follow))
+    copied = one.valid[:, 1]
+    assert 10 < copied.sum() < len(texts) - 10
+    found = First((gram, follow)).available(packed)
+    assert (np.asarray(found) == np.stack([copied, np.ones_like(copied)], axis=1)).all()
+    for row, mine in enumerate(copied):
+        want = one if mine else other
+        assert both.valid[row].sum() == want.valid[row].sum() == (5 if mine else 3)
+        many = int(want.valid[row].sum())
+        assert (both.tokens[row, :many] == want.tokens[row, :many]).all()
+        assert (both.source[row, 1:many] == (1 if mine else 2)).all()
+
+
 # The contract
 
 
@@ -185,6 +206,10 @@ CONFORMING = {
     "prompt-lookup": (PromptLookup(4), dict),
     "bigram": (Bigram(2), lambda: {"bigram": jnp.arange(h.VOCAB, dtype=jnp.int32)}),
     "siblings": (h.Siblings(LmDrafter(h.TARGET, 2)), lambda: {"lm": h.close_params()}),
+    "first": (
+        First((MaxGram(5, min_match=2), LmDrafter(h.TARGET, 3))),
+        lambda: {"lm": h.close_params()},
+    ),
 }
 
 

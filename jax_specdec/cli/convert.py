@@ -1,6 +1,7 @@
 """`convert`: a checkpoint in another dtype, other shards or no longer quantized, or another project's drafter."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from jax_specdec.cli import common
@@ -18,7 +19,9 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("source", metavar="SRC", help="checkpoint folder, GGUF file or hub id")
     parser.add_argument(
-        "out", metavar="OUT", help="folder to write; SRC itself is replaced once all is written"
+        "out",
+        metavar="OUT",
+        help="folder to write, without a checkpoint in it; SRC itself is replaced once all is written",
     )
     parser.add_argument(
         "--dtype", choices=common.DTYPES, help="of what is written (default: as it is)"
@@ -38,6 +41,11 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.max_shard_mb < 10**9:
         raise UserError(f"--max-shard-mb must be above 0, got {args.max_shard_mb}.")
     shard = int(args.max_shard_mb * 10**6)
+    out = Path(args.out)
+    if (out / "config.json").exists() and not _same(Path(args.source), out):
+        raise UserError(
+            f"{out} holds a checkpoint already: name another folder, or remove it first."
+        )
     if args.target is None:
         from jax_specdec.checkpoints.targets import convert
 
@@ -46,6 +54,10 @@ def run(args: argparse.Namespace) -> int:
         import_drafter(args, shard)
     common.say(f"Wrote {args.out}.")
     return 0
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.exists() and one.samefile(other)
 
 
 def import_drafter(args: argparse.Namespace, max_shard_bytes: int) -> None:

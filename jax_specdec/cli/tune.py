@@ -16,15 +16,16 @@ def register(commands: Any) -> None:
         "prompts; chooses each drafter's length, its nodes with an expansion, and the default drafter.",
         examples=(
             "--prompts FILE",
-            "--model DIR --drafters lm,max-gram,cascade --prompts FILE --batch-size 8",
+            "--model DIR --drafters lm,max-gram,first --prompts FILE --batch-size 8",
         ),
     )
     common.add_model(parser)
     parser.add_argument(
         "--drafters",
         metavar="A,B,...",
-        help="drafters to tune, by name, with an expansion (`lm+path`) or without, and `cascade` for the best "
-        "cascade of them (default: all drafters that there are)",
+        help="drafters to tune, by name, with an expansion (`lm+path`) or without, `cascade` for the best "
+        "cascade of them, and `first` for the best of copying and a model behind it (default: all drafters that there "
+        "are, and `first` where a model is among them)",
     )
     parser.add_argument(
         "--draft",
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     target = load_target(common.model_source(args), dtype=args.dtype, int8=args.int8)
     options = {"batch_size": args.batch_size, "int8": args.draft_int8}
     drafters = Drafters(target, drafts=folders, **options)
-    names = names or drafters.available()
+    names = names or _all_of(drafters)
     check_taken([spec.name for spec in check_names(names)[0]], args.draft_int8)
     out = Path(args.out) if args.out else lengths_file(drafters.home)
     read_records(out)  # before an hour of measuring
@@ -108,3 +109,13 @@ def run(args: argparse.Namespace) -> int:
     add_record(out, found)
     common.say(f"default {found['default']}; wrote {out}")
     return 0
+
+
+def _all_of(drafters: Any) -> list[str]:
+    """What is tuned where nothing is named."""
+    from jax_specdec.drafters import registry
+    from jax_specdec.specs.language import FIRST
+
+    names = drafters.available()
+    models = any(registry.of(name).needs_checkpoint for name in names)
+    return [*names, FIRST] if models else names

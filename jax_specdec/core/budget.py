@@ -7,8 +7,8 @@ draft is known; both maximise tokens per second (arXiv 2211.17192, section 3.3, 
 of constants and the row's own acceptance in place of a mean). All rows of a batch share a round, and so its
 depth and width; their acceptance is estimated row by row.
 
-A drafter that is made of drafters may draft in several ways, the later ones with a part of them
-(`drafter.ways_of`): each has its own costs and its own acceptance, and `plan` chooses among them, too.
+A drafter that is made of drafters may draft in several ways (`drafter.ways_of`), with all of them or with some: each
+has its own costs and its own acceptance, and `plan` chooses among them, too.
 
 Nothing here changes a text: it decides what is drafted and verified, never what is accepted.
 """
@@ -54,10 +54,18 @@ class RoundCosts(flax.struct.PyTreeNode):
     draft: Float[Array, "N D"]
 
     @classmethod
-    def unknown(cls, widths: int, ways: int, depth: int) -> "RoundCosts":
-        """As if all rounds took as long: each drafts all that it can, and is as wide as what was drafted."""
+    def unknown(
+        cls, widths: int, ways: int, depth: int, alternatives: Sequence[int] = ()
+    ) -> "RoundCosts":
+        """As if all rounds took as long: each drafts all that it can, and is as wide as what was drafted.
+
+        Args:
+          alternatives: the depth of each way, where none has more drafters than another; otherwise the first
+            way has all of them, and is taken.
+        """
         draft = np.zeros((ways, depth + 1), np.float32)
-        draft[1:, 1:] = np.inf
+        for way, most in enumerate(alternatives or (depth, *[0] * (ways - 1))):
+            draft[way, most + 1 :] = np.inf
         return cls(jnp.ones((widths,), jnp.float32), jnp.asarray(draft))
 
     def check(self, widths: int, ways: int, depth: int) -> None:
@@ -172,12 +180,26 @@ class Budget(flax.struct.PyTreeNode):
         reach = jnp.maximum(jnp.cumprod(self.acceptance(), axis=-1), _LEAST)
         return 1 + jnp.pad(jnp.cumsum(reach, axis=-1), ((0, 0), (0, 0), (1, 0)))
 
-    def plan(self, active: Bool[Array, " B"], widths: tuple[int, ...], is_chain: bool) -> Plan:
+    @property
+    def several(self) -> bool:
+        """Whether there is a way to choose."""
+        return self.costs.draft.shape[0] > 1
+
+    def plan(
+        self,
+        active: Bool[Array, " B"],
+        widths: tuple[int, ...],
+        is_chain: bool,
+        available: Bool[Array, "B N"] | None = None,
+    ) -> Plan:
         """How to draft in this round.
 
         Where drafting does not pay it is still asked for one token now and then, at once after one that was
         right, else after twice as many rounds as before until it is as seldom as `_PROBING` asks; and where one way
         pays, the others are tried every so often.
+
+        Args:
+          available: which ways have something to propose, by row; None: all. In others a row emits one token.
         """
         costs = self.costs
         ways, depths = costs.draft.shape
@@ -188,7 +210,12 @@ class Budget(flax.struct.PyTreeNode):
             if is_chain
             else np.minimum(drafts, 1) * (len(widths) - 1)
         )
-        tokens = jnp.sum(jnp.where(active[:, None, None], self.expected(), 0), axis=0)
+        able = jnp.broadcast_to(active[:, None], self.waited.shape)
+        expected = self.expected()
+        if available is not None:
+            able = able & available
+            expected = jnp.where(available[..., None], expected, 1)
+        tokens = jnp.sum(jnp.where(active[:, None, None], expected, 0), axis=0)
         seconds = costs.verify[index][None] + costs.draft
         rate = tokens / seconds
         # Of equally good ones the first way, and in it the deepest.
@@ -201,7 +228,7 @@ class Budget(flax.struct.PyTreeNode):
         every = jnp.minimum(every, 1 + jnp.exp2(self.tries[..., 0]))
         every = jnp.where(idle, every, 2 * _RAREST_PROBE)
         due = (self.waited + 1).astype(jnp.float32) >= every
-        due = jnp.any(due & active[:, None], axis=0) & (idle | (place != way))
+        due = jnp.any(due & able, axis=0) & (idle | (place != way))
         # What would not pay if all of it were right is never asked.
         most = jnp.asarray(1 + drafts, jnp.float32)[None] / seconds
         due = due & (jnp.max(most[:, 1:], axis=1, initial=0) * costs.verify[0] > 1)

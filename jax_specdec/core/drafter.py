@@ -121,9 +121,13 @@ class Drafter(Protocol):
 def ways_of(drafter: Drafter) -> tuple[Drafter, ...]:
     """How a drafter can draft: itself, then with a part of its drafters, where it has `cheaper` ones.
 
-    They work on the drafter's states, draft chains as it does, and give no distribution.
+    Where it has `alternatives`, these are all: each of its drafters alone. Its `available(text)` says, `bool[B, N]`,
+    which of them have something to propose.
+
+    Ways work on the drafter's states, draft chains as it does, and give no distribution.
     """
-    return (drafter, *getattr(drafter, "cheaper", ()))
+    alternatives = getattr(drafter, "alternatives", ())
+    return alternatives or (drafter, *getattr(drafter, "cheaper", ()))
 
 
 @runtime_checkable

@@ -83,7 +83,10 @@ class DecodeLoop:
 
     def unknown_costs(self) -> RoundCosts | None:
         """`RoundCosts.unknown` of this loop; None where all rounds are alike."""
-        return RoundCosts.unknown(*self._costs) if len(self.widths) > 1 else None
+        if len(self.widths) < 2:
+            return None
+        alike = [way.info.depth for way in getattr(self.drafter, "alternatives", ())]
+        return RoundCosts.unknown(*self._costs, alike)
 
     def check_costs(self, costs: RoundCosts) -> None:
         """Raises `UserError` for costs that are not this loop's."""

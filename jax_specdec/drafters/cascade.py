@@ -35,12 +35,11 @@ from jax_specdec.core.drafter import (
 )
 from jax_specdec.drafters.cascade_sizes import (
     check_budget,
-    check_depth,
     check_lenience,
     turns,
     verified,
 )
-from jax_specdec.drafters.composed import Composed, larger
+from jax_specdec.drafters.composed import Composed, check_models, larger, taps_of
 from jax_specdec.errors import UserError
 
 
@@ -77,7 +76,7 @@ class Horizontal(Composed):
                 raise UserError(
                     f"The drafter {drafter.info.name!r} cannot propose in a cascade: it drafts no chain."
                 )
-        _check(self.info)
+        check_models(self.info)
 
     @property
     def parts(self):
@@ -117,7 +116,7 @@ class Horizontal(Composed):
             depth=depth,
             sizes=sizes,
             sources=tuple(dict.fromkeys(name for info in infos for name in info.sources)),
-            taps=_taps(infos),
+            taps=taps_of(infos),
             distribution=any(info.distribution for info in infos),
             ranked=all(info.ranked for info in infos),
             rewinds=all(info.rewinds for info in infos),
@@ -242,7 +241,7 @@ class Cascade(Composed):
             name = self.verifier.info.name
             raise UserError(f"The drafter {name!r} cannot verify what others propose.")
         check_lenience(self.lenience)
-        _check(self.info)
+        check_models(self.info)
 
     @functools.cached_property
     def inner(self) -> Horizontal:
@@ -274,7 +273,7 @@ class Cascade(Composed):
             depth=depth,
             sizes=sizes,
             sources=(own.name, *(f"{own.name}[{name}]" for name in inner.sources)),
-            taps=_taps((own, inner)),
+            taps=taps_of((own, inner)),
             distribution=own.distribution,
             ranked=own.ranked and self.lenience == 1,
             rewinds=own.rewinds and inner.rewinds,
@@ -330,26 +329,6 @@ class Cascade(Composed):
 def _further(use: ModelUse, before: int, most: int) -> ModelUse:
     """The use of a model that is called with `before` tokens drafted, when tokens behind `most` are dropped."""
     return dataclasses.replace(use, deepest=min(before + use.deepest, most))
-
-
-def _taps(infos) -> tuple[int, ...]:
-    return tuple(sorted({tap for info in infos for tap in info.taps}))
-
-
-def _check(info: Info) -> None:
-    """What must hold of a whole nesting, and is checked at each of its levels."""
-    check_depth(info.depth)
-    identities: dict[str, object] = {}
-    for use in info.models:
-        if identities.setdefault(use.name, use.identity) != use.identity:
-            raise UserError(f"Two drafters of this cascade are named {use.name!r}: rename one.")
-        if use.max_depth is not None and use.deepest > use.max_depth:
-            what = "verifies tokens" if use.verifies else "drafts"
-            raise UserError(
-                f"In this cascade {use.name!r} {what} up to {use.deepest} places behind the text, its own "
-                f"next token included, and it was trained for at most {use.max_depth}: lower the budgets "
-                "and lengths, or cut."
-            )
 
 
 def _has_distribution(top_probs: Array | None, valid: Bool[Array, "B M"]) -> Bool[Array, "B M"]:

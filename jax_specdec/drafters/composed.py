@@ -1,8 +1,12 @@
 """States of drafters that are made of drafters."""
 
+from collections.abc import Iterable
+
 import jax
 
-from jax_specdec.core.drafter import Drafter, States
+from jax_specdec.core.drafter import Drafter, Info, States
+from jax_specdec.drafters.cascade_sizes import check_depth
+from jax_specdec.errors import UserError
 
 
 class Composed:
@@ -47,3 +51,24 @@ def larger(states: States, more: States) -> States:
 
     kept = {k: v for k, v in more.items() if k not in states or size(v) > size(states[k])}
     return {**states, **kept}
+
+
+def taps_of(infos: Iterable[Info]) -> tuple[int, ...]:
+    """What any of some drafters reads of the target."""
+    return tuple(sorted({tap for info in infos for tap in info.taps}))
+
+
+def check_models(info: Info) -> None:
+    """Raises `UserError` for what may not be of a whole nesting; it is checked at each of its levels."""
+    check_depth(info.depth)
+    identities: dict[str, object] = {}
+    for use in info.models:
+        if identities.setdefault(use.name, use.identity) != use.identity:
+            raise UserError(f"Two drafters of this cascade are named {use.name!r}: rename one.")
+        if use.max_depth is not None and use.deepest > use.max_depth:
+            what = "verifies tokens" if use.verifies else "drafts"
+            raise UserError(
+                f"In this cascade {use.name!r} {what} up to {use.deepest} places behind the text, its own "
+                f"next token included, and it was trained for at most {use.max_depth}: lower the budgets "
+                "and lengths, or cut."
+            )

@@ -8,7 +8,7 @@ from jax_specdec.core.draft import chain
 from jax_specdec.core.drafter import StatelessDrafter, chain_info
 from jax_specdec.drafters import registry
 from jax_specdec.drafters.bigram import successors
-from jax_specdec.drafters.ngram import Ties, longest_suffix_match
+from jax_specdec.drafters.ngram import Ties, longest_suffix_match, occurs_before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,11 @@ class MaxGram(StatelessDrafter):
         sizes = KIND.sizes(self.length) if self.fill is None else (self.length,)
         return chain_info(self.name, self.length, sizes, noise=False)
 
+    def finds(self, text):
+        """Whether there is something to propose, `bool[B]`."""
+        found = occurs_before(text, self.min_match)
+        return found if self.fill is None else jnp.ones_like(found)
+
     def draft(self, params, states, ctx):
         text = ctx.text
         match, end = longest_suffix_match(
@@ -61,6 +66,7 @@ KIND = registry.register(
         "max-gram",
         lambda request: MaxGram,
         usual_length=6,
+        matches=True,
         sizes=lambda length: (0, length),
     )
 )

@@ -5,7 +5,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import lax
 
-from jax_specdec._types import Array, Int
+from jax_specdec._types import Array, Bool, Int
 from jax_specdec.core.draft import Text
 
 Ties = Literal["earliest", "latest"]
@@ -61,3 +61,14 @@ def longest_suffix_match(
         end = jnp.min(jnp.where(alive, place, capacity), axis=1)
     found = match >= min_match
     return jnp.where(found, match, 0), jnp.where(found, end, 0)
+
+
+def occurs_before(text: Text, count: int) -> Bool[Array, " B"]:
+    """Whether the last `count` tokens of each row stand somewhere before, too: whether `longest_suffix_match` finds them."""
+    tokens, length = text.tokens, text.length
+    place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    here = (place < length[:, None] - 1) & (place >= count - 1)
+    for i in range(count):
+        last = jnp.maximum(length - 1 - i, 0)[:, None]
+        here = here & (jnp.roll(tokens, i, axis=1) == jnp.take_along_axis(tokens, last, axis=1))
+    return jnp.any(here, axis=1)

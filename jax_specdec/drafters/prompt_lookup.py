@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax_specdec.core.draft import chain
 from jax_specdec.core.drafter import StatelessDrafter, chain_info
 from jax_specdec.drafters import registry
-from jax_specdec.drafters.ngram import longest_suffix_match
+from jax_specdec.drafters.ngram import longest_suffix_match, occurs_before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,10 @@ class PromptLookup(StatelessDrafter):
     @property
     def info(self):
         return chain_info(self.name, self.length, KIND.sizes(self.length), noise=False)
+
+    def finds(self, text):
+        """Whether there is something to propose, `bool[B]`."""
+        return occurs_before(text, self.min_ngram)
 
     def draft(self, params, states, ctx):
         del params

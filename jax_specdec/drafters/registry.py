@@ -24,7 +24,7 @@ ENTRY_POINTS = "jax_specdec.drafters"
 # In the order in which messages name them.
 _BUILT_IN = ("none", "lm", "glide", "medusa", "max_gram", "prompt_lookup", "bigram")
 # Words of `--drafter` that no kind may take.
-_RESERVED = ("auto", "cascade")
+_RESERVED = ("auto", "cascade", "first")
 _NAME = re.compile(r"[a-z][a-z0-9-]*")
 LONGEST = 63  # tokens of a draft, `core.draft.MAX_NODES` without the root
 
@@ -169,6 +169,7 @@ class Kind:
       grows: whether it can read branches, see `expansions.grown.Grower`.
       independent: whether its candidates do not depend on each other, see `expansions.static_tree`.
       ends_early: whether `make(length)` has a field `stop`, see `drafters.early_exit.Stop`.
+      matches: whether it has a field `min_match`, tokens of the text's end that must stand somewhere before, too.
       like_target: whether it is a whole model, which takes sharding rules and an int8 cache as the target does.
       sizes: `Info.sizes` of a draft length.
       read: of a checkpoint, what `longest`, `make` and `describe` need, without the weights.
@@ -189,6 +190,7 @@ class Kind:
     grows: bool = False
     independent: bool = False
     ends_early: bool = False
+    matches: bool = False
     like_target: bool = False
     sizes: Callable[[int], tuple[int, ...]] = _all
     read: Callable[[Path], Any] = _read_nothing

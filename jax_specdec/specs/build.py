@@ -18,12 +18,13 @@ from jax_specdec.display import short
 from jax_specdec.drafters import registry
 from jax_specdec.drafters.cascade import Cascade, Horizontal
 from jax_specdec.drafters.early_exit import Stop
+from jax_specdec.drafters.first import First
 from jax_specdec.drafters.registry import Make, Request
 from jax_specdec.errors import UserError, a_kind
 from jax_specdec.expansions.expand import Expand
 from jax_specdec.models.config import ModelConfig
 from jax_specdec.specs.defaults import setting_of
-from jax_specdec.specs.language import CASCADE, Spec, folders_by_name
+from jax_specdec.specs.language import COMBINATIONS, FIRST, Spec, folders_by_name
 from jax_specdec.specs.whole import complete, expand, parse_drafter
 
 
@@ -164,7 +165,7 @@ class Drafters:
         params = {key: p for name in names for key, p in self._loaded[name][1].items()}
         drafter = _assemble(whole, lambda name: self._loaded[name][0])
         _warn_of_larger(whole, params)
-        longest = MAX_NODES - 1 if whole.name == CASCADE else self.request(whole.name).longest
+        longest = MAX_NODES - 1 if whole.name in COMBINATIONS else self.request(whole.name).longest
         made_for = (self.target.path, self.target.config)
         return LoadedDrafter(drafter, params, str(whole), longest, made_for)
 
@@ -223,21 +224,28 @@ def _assemble(whole: Spec, make: Callable[[str], Make]) -> Drafter:
 
     def single(item: Spec, length: int) -> Any:
         drafter: Any = make(item.name)(length)
+        if item.match > 1:
+            drafter = dataclasses.replace(drafter, min_match=item.match)
         return drafter if item.stop is None else dataclasses.replace(drafter, stop=Stop(*item.stop))
 
     def build(item: Spec) -> Any:
         if not item.inner:
             return single(item, item.length or 0)
+        if item.name == FIRST:
+            return First(tuple(map(several, item.inner)))
         inner = tuple(map(build, item.inner))
         budgets = tuple(part.length or 1 for part in item.inner)
-        if item.name == CASCADE:
+        if not item.verifies:
             return Horizontal(inner, budgets, item.cut)
         copies = True if item.copies else None
         return Cascade(single(item, 1), inner, budgets, item.lenience, copies, item.cut)
 
-    drafter, budget = build(whole), whole.length or 1
-    if whole.inner and budget > 1:  # several verifications for one draft
-        drafter = Horizontal((drafter,), (budget,))
+    def several(item: Spec) -> Any:
+        """With as many verifications for one draft as it has a budget for."""
+        drafter, budget = build(item), item.length or 1
+        return Horizontal((drafter,), (budget,)) if item.verifies and budget > 1 else drafter
+
+    drafter = several(whole)
     if whole.rule is not None:
         drafter = Expand(drafter, expand(whole.rule, drafter.info.depth, whole.nodes))
     return drafter
@@ -250,7 +258,7 @@ def _warn_of_larger(spec: Spec, params: dict[str, Any]) -> None:
         return sum(leaf.size for leaf in jax.tree.leaves(params.get(name, ())))
 
     for part in spec.inner:
-        if spec.name != CASCADE:
+        if spec.verifies:
             for name in part.names:
                 if size(name) > size(spec.name):
                     warnings.warn(

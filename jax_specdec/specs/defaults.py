@@ -144,7 +144,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def _good(record: dict[str, Any]) -> bool:
     counts = [*record.get("lengths", {}).values(), *record.get("nodes", {}).values()]
-    texts = ("default", "cascade", "model", "device", "dtype")
+    texts = ("default", "cascade", "first", "model", "device", "dtype")
     return (
         all(n is None or 0 <= n <= MAX_NODES for n in counts)
         and all(isinstance(record.get(name, ""), str) for name in texts)

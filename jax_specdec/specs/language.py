@@ -7,7 +7,9 @@ medusa:3+static:16                            Medusa's tree, chosen by the accur
 lm[max-gram:10]                               lm verifies what max-gram drafts
 cascade(lm[max-gram:10]:2, max-gram:10)       drafters in turn, each with its budget
 lm[lm2[max-gram:10]:1, max-gram:10; lenience=3]:8     any nesting, with options behind semicolons
-cascade                                       the one that `jax-specdec tune` chose for the checkpoint
+cascade, first                                the one that `jax-specdec tune` chose for the checkpoint
+first(max-gram[match=2]:12, glide:4)          of some drafters the first that finds something; matches of two tokens
+                                              at least
 """
 
 import difflib
@@ -24,10 +26,14 @@ from jax_specdec.specs.presets import PRESETS
 
 OPTIONS = ("lenience", "copies", "cut")
 STOPS = ("confidence", "entropy")
-CASCADE = "cascade"
+MATCH = "match"
+CASCADE, FIRST = "cascade", "first"
+COMBINATIONS = (CASCADE, FIRST)
 EXAMPLE = "cascade(lm[max-gram:10]:2, max-gram:10)"
+EXAMPLES = {CASCADE: EXAMPLE, FIRST: "first(max-gram:12, lm:4)"}
 # Longer or deeper ones mean nothing: a draft has 63 tokens at most.
 MOST_CHARACTERS, MOST_LEVELS = 1000, 16
+MOST_MATCH = 16
 
 
 GRAMMAR = r"""
@@ -52,8 +58,9 @@ class Spec(NamedTuple):
 
     Attributes:
       length: tokens per draft, or the budget of a drafter that verifies.
-      inner: the drafters whose draft it verifies, or those of a `cascade`.
+      inner: the drafters whose draft it verifies, or those of a combination.
       lenience, copies, cut: as in `drafters.cascade`. stop: as in `drafters.early_exit.Stop`.
+      match: as `min_match` in `drafters.max_gram`.
     """
 
     name: str
@@ -65,16 +72,17 @@ class Spec(NamedTuple):
     copies: bool = False
     cut: bool = False
     stop: tuple[Any, float] | None = None
+    match: int = 1
 
     @property
     def kind(self) -> registry.Kind:
-        """Not of a `cascade`, which is made of others."""
+        """Not of a combination, which is made of others."""
         return registry.of(self.name)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The drafters that it is made of, each once."""
-        own = () if self.name == CASCADE else (self.name,)
+        own = () if self.name in COMBINATIONS else (self.name,)
         return tuple(dict.fromkeys((*own, *(name for part in self.inner for name in part.names))))
 
     @property
@@ -83,7 +91,14 @@ class Spec(NamedTuple):
         return self.name if self.rule is None else f"{self.name}+{self.rule}"
 
     @property
+    def verifies(self) -> bool:
+        """Whether it verifies what others draft."""
+        return bool(self.inner) and self.name not in COMBINATIONS
+
+    @property
     def has_distribution(self) -> bool:
+        if self.name == FIRST:
+            return False
         if self.name == CASCADE:  # without drafters: the one that was chosen by measurement
             return not self.inner or any(inner.has_distribution for inner in self.inner)
         return self.kind.distribution
@@ -96,11 +111,13 @@ class Spec(NamedTuple):
         if self.lenience != 1:
             inside += f"; lenience={_number(self.lenience)}"
         inside += "; copies" * self.copies + "; cut" * self.cut
-        if self.name == CASCADE:
-            text = f"{CASCADE}({inside})" if self.inner else CASCADE
+        if self.name in COMBINATIONS:
+            text = f"{self.name}({inside})" if self.inner else self.name
         else:
             if self.stop is not None:
                 inside = f"{self.stop[0]}={_number(self.stop[1])}"
+            if self.match > 1:
+                inside = f"{MATCH}={self.match}"
             text = item(f"{self.name}[{inside}]" if inside else self.name, self.length)
         return text if self.rule is None else f"{text}+{item(self.rule, self.nodes)}"
 
@@ -127,8 +144,8 @@ def parse(text: str) -> Spec:
         if plus and "+" in chain:
             raise UserError(f"The preset {text.partition('+')[0].strip()!r} is expanded already.")
         return parse(chain + plus + rule)
-    if chain.strip() == CASCADE:
-        return parse(f"lm{plus}{rule}")._replace(name=CASCADE)
+    if chain.strip() in COMBINATIONS:
+        return parse(f"lm{plus}{rule}")._replace(name=chain.strip())
     try:
         return _Build().transform(_parser().parse(text))
     except lark.exceptions.VisitError as error:
@@ -223,6 +240,12 @@ def _short(token: lark.Token) -> str:
     return str(token)
 
 
+def _whole(value: float) -> int:
+    if value != int(value) or not 1 <= value <= MOST_MATCH:
+        raise UserError(f"A match is of 1 to {MOST_MATCH} tokens, got {_number(value)}.")
+    return int(value)
+
+
 class _Build(lark.Transformer):
     """From the syntax tree to a `Spec`."""
 
@@ -257,7 +280,9 @@ class _Build(lark.Transformer):
 
     def unsure(self, children):
         name, value = children
-        return {"stop": (known_name(name, "option", STOPS), value)}
+        if name == MATCH:
+            return {MATCH: value}
+        return {"stop": (known_name(name, "option", (*STOPS, MATCH)), value)}
 
     def item(self, children):
         name, verify, length = children
@@ -271,6 +296,13 @@ class _Build(lark.Transformer):
         if verify is None:
             return spec
         if isinstance(verify, dict):
+            if MATCH in verify:
+                if not kind.matches:
+                    able = registry.listed(registry.names("matches"))
+                    raise UserError(
+                        f"The drafter {shown(name)} copies nothing that must match: {able} does."
+                    )
+                return spec._replace(match=_whole(verify[MATCH]))
             if not kind.ends_early:
                 raise UserError(
                     f"The drafter {shown(name)} has no probabilities to stop a draft by."
@@ -289,7 +321,11 @@ class _Build(lark.Transformer):
 
     def turns(self, children):
         name, inner, options = children
-        known_name(name, "combination", (CASCADE,))
+        known_name(name, "combination", COMBINATIONS)
+        if name == FIRST:
+            if options:
+                raise UserError(f"`{FIRST}` takes no option, got {next(iter(options))!r}.")
+            return Spec(FIRST, inner=_drafting(inner))
         if "lenience" in options or "copies" in options:
             raise UserError(
                 "The target takes no lenience, which would change its output: a verifying drafter does, "

@@ -1,20 +1,26 @@
 """How long the drafts of a specification can get, by the algebra of `drafters.cascade_sizes`."""
 
 from jax_specdec.drafters.cascade_sizes import ended_early, turns, verified
-from jax_specdec.specs.language import CASCADE, Spec
+from jax_specdec.specs.language import CASCADE, FIRST, Spec
 
 
 def depth_of(spec: Spec) -> int:
     """The most tokens of a draft, without what an expansion adds; nothing may be left out."""
-    if spec.inner and spec.name != CASCADE:  # several verifications for one draft
-        return max(turns([_sizes(spec)], [spec.length or 1], [False], cut=False)[1])
-    return max(_sizes(spec), default=0)
+    return max(_whole(spec), default=0)
+
+
+def _whole(spec: Spec) -> tuple[int, ...]:
+    if spec.verifies:  # several verifications for one draft
+        return turns([_sizes(spec)], [spec.length or 1], [False], cut=False)[1]
+    return _sizes(spec)
 
 
 def _sizes(spec: Spec) -> tuple[int, ...]:
     """The sizes of one call."""
     if spec.name == CASCADE:
         return _turns(spec)
+    if spec.name == FIRST:
+        return tuple(sorted({size for inner in spec.inner for size in _whole(inner)}))
     if spec.inner:
         return verified(_turns(spec))
     if not spec.length:

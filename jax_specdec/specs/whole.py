@@ -17,7 +17,14 @@ from jax_specdec.expansions.expand import Rule
 from jax_specdec.expansions.siblings import Fixed, PathProbability
 from jax_specdec.expansions.static_tree import StaticTree
 from jax_specdec.specs.defaults import Setting, measured, measured_on
-from jax_specdec.specs.language import CASCADE, EXAMPLE, Spec, known_name, parse
+from jax_specdec.specs.language import (
+    CASCADE,
+    COMBINATIONS,
+    EXAMPLES,
+    Spec,
+    known_name,
+    parse,
+)
 from jax_specdec.specs.sizes import depth_of
 
 RULES: dict[str, type[Rule]] = {
@@ -50,7 +57,11 @@ def parse_drafter(text: str) -> Spec:
         raise UserError(
             f"The drafter {spec.name!r} has no distribution to expand: leave out +{spec.rule}."
         )
-    if not spec.inner and spec.name != CASCADE and spec.rule not in expansions_of(spec.kind):
+    if (
+        not spec.inner
+        and spec.name not in COMBINATIONS
+        and spec.rule not in expansions_of(spec.kind)
+    ):
         able = registry.listed([f"+{name}" for name in expansions_of(spec.kind)], "or")
         raise UserError(f"The drafter {spec.name!r} takes no +{spec.rule}: {able} expand it.")
     if length is not None:
@@ -119,12 +130,13 @@ def complete(
         checkpoint in the folder says; a length that was left out is at most that.
       setting: which measurements count, see `defaults.measured`.
     """
-    if spec.name == CASCADE and not spec.inner:
-        chosen = measured(folder, setting).get(CASCADE)
+    if spec.name in COMBINATIONS and not spec.inner:
+        chosen = measured(folder, setting).get(spec.name)
         if chosen is None:
+            what = "cascade" if spec.name == CASCADE else f"combination `{spec.name}`"
             raise UserError(
-                f"No cascade was chosen for the checkpoints in {folder}: name one, as in {EXAMPLE}, or run "
-                "`jax-specdec tune --drafters lm,max-gram,cascade`."
+                f"No {what} was chosen for the checkpoints in {folder}: name one, as in {EXAMPLES[spec.name]}, or "
+                f"run `jax-specdec tune --drafters lm,max-gram,{spec.name}`."
             )
         spec = parse_drafter(chosen)._replace(rule=spec.rule, nodes=spec.nodes)
     longest = longest or (lambda name: registry.longest(name, folder / name))
@@ -166,7 +178,7 @@ def _filled(spec: Spec, longest: Callable[[str], int], most: int = MAX_NODES) ->
 
     What stands before a drafter of a horizontal cascade is not taken off: where that is too much, building it says so.
     """
-    if spec.name == CASCADE:
+    if spec.name in COMBINATIONS:
         return spec._replace(inner=tuple(_filled(part, longest, most) for part in spec.inner))
     most = min(most, longest(spec.name))
     usual = 1 if spec.inner else min(spec.kind.usual_length, most)

@@ -23,7 +23,7 @@ from jax_specdec.expansions.siblings import LeafSiblings
 from jax_specdec.generation import Generation
 from jax_specdec.pipeline import SpeculativeDecoder
 from jax_specdec.specs.build import LoadedDrafter
-from jax_specdec.specs.language import CASCADE, Spec
+from jax_specdec.specs.language import CASCADE, COMBINATIONS, FIRST, Spec
 from jax_specdec.specs.sizes import depth_of
 from jax_specdec.specs.whole import RULES, parse_drafter
 from jax_specdec.tuning.budgeted import budgeted_speedup
@@ -31,6 +31,9 @@ from jax_specdec.tuning.cascades import BEHIND, PROPOSED, STATISTICAL, Played, c
 from jax_specdec.tuning.costs import Costs, interpolate
 from jax_specdec.tuning.measure import acceptance_by_position, draft_arm, medians, verify_arm
 from jax_specdec.tuning.replay import Record, acceptance, read_whole, record, rounds_of
+
+# Tokens that must match for a copy to be tried before a model.
+MATCHES = (1, 2, 3)
 
 
 class _Choice(NamedTuple):
@@ -65,8 +68,8 @@ def _plans(spec: Spec, longest: int, widest: int) -> list[Spec]:
     return [spec._replace(length=g, nodes=n) for g, n in budgets if n <= widest and rule(n).fits(g)]
 
 
-def check_names(names: Sequence[str]) -> tuple[list[Spec], bool]:
-    """The drafters to tune, and whether a cascade of them is to be chosen.
+def check_names(names: Sequence[str]) -> tuple[list[Spec], set[str]]:
+    """The drafters to tune, and which combinations of them are to be chosen.
 
     Raises:
       UserError: a name that says what is to be chosen, or more than one drafter.
@@ -75,16 +78,16 @@ def check_names(names: Sequence[str]) -> tuple[list[Spec], bool]:
     for spec in specs:
         if spec.inner:
             raise UserError(
-                f"{spec} has no single draft length to tune: name its drafters alone, and `{CASCADE}` for the "
-                "best one of them."
+                f"{spec} has no single draft length to tune: name its drafters alone, and `{CASCADE}` or `{FIRST}` "
+                "for the best combination of them."
             )
-        if str(spec) != spec.key or (spec.name == CASCADE and spec.rule is not None):
-            name = spec.name if spec.name == CASCADE else spec.key
+        if str(spec) != spec.key or (spec.name in COMBINATIONS and spec.rule is not None):
+            name = spec.name if spec.name in COMBINATIONS else spec.key
             raise UserError(
                 f"What is tuned is the draft length and the nodes, without a threshold: name {name} for {spec}."
             )
-    drafters = [spec for spec in specs if spec.name != CASCADE and spec.kind.usual_length]
-    return drafters, any(spec.name == CASCADE for spec in specs)
+    drafters = [spec for spec in specs if spec.name not in COMBINATIONS and spec.kind.usual_length]
+    return drafters, {spec.name for spec in specs} & set(COMBINATIONS)
 
 
 def tune(
@@ -103,7 +106,7 @@ def tune(
 
     Args:
       make_drafter: specification -> drafter; `specs.build.Drafters` keeps one copy of each one's weights.
-      names: what to tune, drafters (`lm`) and drafters with an expansion (`lm+cape`), and `cascade`.
+      names: what to tune, drafters (`lm`) and drafters with an expansion (`lm+cape`), `cascade` and `first`.
         Siblings of a chain are predicted for every length and budget; trees that grow are decoded with at
         a few.
       prompts: real ones, texts or chats; the first `batch_size` of them are the text that costs are measured on. With fewer
@@ -112,14 +115,19 @@ def tune(
 
     Returns:
       A JSON-ready record: `lengths` by name (0: drafting does not pay), `nodes` by name of an
-      expansion, `cascade` where it was among the names, `default`, `model` and what else it belongs to, and
+      expansion, `cascade` and `first` where they were among the names, `default`, `model` and what else it belongs to, and
       under `measured` the figures that decided.
 
     Raises:
-      UserError: a name with a length, nodes or a threshold, which would not be kept; or a cascade without a
-        drafter that can verify.
+      UserError: a name with a length, nodes or a threshold, which would not be kept; a cascade without a
+        drafter that can verify; or `first` without a model.
     """
-    specs, cascades = check_names(names)
+    specs, combinations = check_names(names)
+    cascades, most = CASCADE in combinations, longest
+    models = [spec.name for spec in specs if spec.rule is None and spec.kind.needs_checkpoint]
+    if FIRST in combinations and not models:
+        able = registry.listed(registry.names("needs_checkpoint"), "or")
+        raise UserError(f"What comes behind a copy is a model, {able}: name one to be tuned too.")
     neural = [spec.name for spec in specs if spec.rule is None and spec.kind.verifies]
     if cascades and not neural:
         able = registry.listed(registry.names("verifies"), "or")
@@ -128,7 +136,9 @@ def tune(
     trained = {spec.name: make_drafter(Spec(spec.name, 1)).longest for spec in specs}
     limits = {spec.key: min(longest, trained[spec.name]) for spec in specs}
     limits_of = {spec.name: limits[spec.key] for spec in specs}
-    longest = max(limits.values(), default=1)
+    if FIRST not in combinations:
+        most = max(limits.values(), default=1)
+    longest = max(most, *limits.values()) if limits else most
     ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts[:rows]]
     widths = {1, 2, 4, 8, 1 + longest} & set(range(1, longest + 2))
     if any(spec.rule for spec in specs):
@@ -148,7 +158,7 @@ def tune(
                 spec = Spec(name, 1, inner=(Spec(STATISTICAL, proposed),))
                 arms[spec] = draft_arm(target, make_drafter(spec), ids)
         report(f"compiled verifications by {name}")
-    if cascades:
+    if combinations:
         spec = Spec(STATISTICAL, max(BEHIND))
         arms[spec] = draft_arm(target, make_drafter(spec), ids)
     seconds = {key: statistics.median(v) for key, v in medians(arms, repeats).items()}
@@ -163,9 +173,10 @@ def tune(
     views: dict[tuple[int, ...], TargetView] = {}
     records: dict[str, Record] = {}
 
-    def drafted(name: str) -> Record | None:
+    def drafted(name: str, match: int = 1) -> Record | None:
         """Chains of a drafter from everywhere in the answers; None of one that drafts trees."""
-        loaded = make_drafter(Spec(name, limits_of[name]))
+        spec = Spec(name, limits_of.get(name, longest), match=match)
+        loaded, name = make_drafter(spec), str(spec)
         info = loaded.drafter.info
         if not info.is_chain:
             return None
@@ -200,7 +211,7 @@ def tune(
         for length in lengths:
             draft = np.where(np.arange(most + 1) <= length, c, np.inf)
             table = RoundCosts(jnp.asarray(v, jnp.float32), jnp.asarray(draft[None], jnp.float32))
-            speed = budgeted_speedup(found, table, nodes)
+            speed = budgeted_speedup([found], table, nodes)
             best = max(best, (speed, length), key=lambda one: one[0])
         budgeted, length = best
         speedup = costs.speedup(accepted, length)
@@ -260,6 +271,37 @@ def tune(
         gaining = [choice for choice in choices if gain(choice) >= 1]
         return max(gaining, key=lambda choice: choice[0]) if gaining else max(choices, key=gain)
 
+    def best_first() -> tuple[float, Spec]:
+        """The fastest combination of copying and a model, with a budget."""
+        copying = limits_of.get(STATISTICAL, longest)
+        again = seconds[Spec(STATISTICAL, max(BEHIND))]
+        choices = []
+        for name in models:
+            found, most = drafted(name), limits_of[name]
+            if found is None:
+                continue
+            nodes, costs = usual_widths(1 + max(copying, most)), chosen[name].costs
+            v = jnp.asarray([interpolate(verify, width) for width in nodes], jnp.float32)
+            drafts = np.full((2, nodes[-1]), np.inf)
+            drafts[0, : copying + 1] = again
+            drafts[:, 0] = 0
+            for length in sorted({plan.length or 1 for plan in plans[name]}):
+                c = [costs.round(n) - interpolate(verify, 1 + n) for n in range(1, length + 1)]
+                drafts[1, 1:] = np.inf
+                drafts[1, 1 : length + 1] = c
+                table = RoundCosts(v, jnp.asarray(drafts, jnp.float32))
+                for match in MATCHES:
+                    copies = drafted(STATISTICAL, match)
+                    assert copies is not None
+                    inner = (Spec(STATISTICAL, copying, match=match), Spec(name, length))
+                    speed = budgeted_speedup([copies, found], table, nodes)
+                    choices.append((speed, Spec(FIRST, inner=inner)))
+        if not choices:
+            raise UserError(
+                f"None of {', '.join(models)} drafts chains, which `{FIRST}` is made of."
+            )
+        return max(choices, key=lambda choice: choice[0])
+
     chosen: dict[str, _Choice] = {}
     for spec in specs:
         choice = chosen[spec.key] = choose(spec)
@@ -275,9 +317,16 @@ def tune(
         cascade = {"spec": str(spec), "tau": played.tau, "predicted_speedup": speedup}
         ranking[str(spec)] = speedup
         report(f"{spec}: predicted {speedup:.2f} times plain")
+    first: dict[str, Any] = {}
+    if FIRST in combinations:
+        speedup, spec = best_first()
+        first = {"spec": str(spec), "budgeted_speedup": speedup}
+        ranking[str(spec)] = speedup
+        report(f"{spec}: predicted {speedup:.2f} times plain, with its budget")
     best = max(ranking, key=lambda spec: ranking[spec])
+    combined = {name: one for name, one in ((CASCADE, cascade), (FIRST, first)) if one}
     return {
-        **({CASCADE: cascade["spec"]} if cascade else {}),
+        **{name: one["spec"] for name, one in combined.items()},
         "lengths": {key: c.spec.length for key, c in chosen.items()},
         "nodes": {key: c.spec.nodes for key, c in chosen.items() if c.spec.nodes is not None},
         "default": best if ranking[best] > 1 else "none",
@@ -299,6 +348,6 @@ def tune(
                 }
                 for key, c in chosen.items()
             },
-            **({CASCADE: cascade} if cascade else {}),
+            **combined,
         },
     }

@@ -10,10 +10,13 @@ from k_matrix import from_matrix
 from test_glide import pair
 
 from jax_specdec import SpeculativeDecoder, UserError, load_drafter, load_target
+from jax_specdec.core.drafter import ways_of
 from jax_specdec.drafters.cascade import Cascade, Horizontal, turns
+from jax_specdec.drafters.first import First
 from jax_specdec.drafters.glide import GliDeDrafter
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
+from jax_specdec.drafters.none import NoDrafter
 from jax_specdec.expansions.cape import Cape
 from jax_specdec.expansions.expand import Expand
 from jax_specdec.specs.language import split
@@ -118,6 +121,9 @@ def test_a_delay_that_was_trained_for():
         ("cascade(lm[lm2[lm3[max-gram]]:3])", "cascade(lm[lm2[lm3[max-gram]]:3])"),
         ("csd-vicuna", PRESETS["csd-vicuna"]),
         ("csd-vicuna+fixed:40", PRESETS["csd-vicuna"] + "+fixed:40"),
+        ("first(max-gram[match=2]:12,glide:4)", "first(max-gram[match=2]:12, glide:4)"),
+        ("first(max-gram[match=1], lm[max-gram:3]:2)", "first(max-gram, lm[max-gram:3]:2)"),
+        (" first ", "first"),
     ],
 )
 def test_specifications(text, again):
@@ -163,6 +169,12 @@ def test_a_list_of_specifications_is_split_outside_of_brackets():
         ("cascade(lm[max-gram:40]:40)", "may draft 80 tokens at once"),
         ("cascade(max-gram:4)+cape:9", "has no distribution to expand"),
         ("lm[max-gram:2]+cape:4", "takes 5 to 25 nodes.*got 4"),
+        ("first(max-gram:4, lm:2; cut)", "`first` takes no option, got 'cut'"),
+        ("first(max-gram:4, lm:64)", "must be in 1..63, got 64"),
+        ("first(max-gram:4, lm:2)+cape:9", "'first' has no distribution to expand"),
+        ("max-gram[match=0]:4", "A match is of 1 to 16 tokens, got 0"),
+        ("max-gram[match=1.5]:4", "A match is of 1 to 16 tokens, got 1.5"),
+        ("lm[match=2]:4", "'lm' copies nothing that must match: max-gram does"),
     ],
 )
 def test_specifications_that_are_wrong(text, sentence):
@@ -200,6 +212,25 @@ def test_loading(tiny_checkpoints):
     text = [g.token_ids for g in SpeculativeDecoder(target).generate(["ab"], max_new_tokens=12)]
     decoder = SpeculativeDecoder(target, loaded)
     assert [g.token_ids for g in decoder.generate(["ab"], max_new_tokens=12)] == text
+
+
+def test_the_first_that_finds_something(tiny_checkpoints):
+    target = load_target(tiny_checkpoints / "target", dtype="float32")
+    loaded = load_drafter("first(max-gram[match=2]:5, lm[max-gram:3]:2, lm)", target)
+    assert loaded.spec == "first(max-gram[match=2]:5, lm[max-gram:3]:2, lm:4)"
+    assert set(loaded.params) == {"lm"} and loaded.drafter.info.depth == 5
+    assert loaded.drafter.info.depth == depth_of(parse_drafter(loaded.spec))
+    assert [way.info.depth for way in ways_of(loaded.drafter)] == [5, 5, 4]
+    text = [g.token_ids for g in SpeculativeDecoder(target).generate(["ab"], max_new_tokens=12)]
+    for budget in (True, False):
+        decoder = SpeculativeDecoder(target, loaded, budget=budget)
+        assert [g.token_ids for g in decoder.generate(["ab"], max_new_tokens=12)] == text
+    with pytest.raises(UserError, match=r"Two drafters .* are named 'lm'"):
+        First((LM, LmDrafter(h.SMALL, 1)))
+    with pytest.raises(UserError, match="drafts no chain"):
+        First((MaxGram(2), NoDrafter()))
+    with pytest.raises(UserError, match="a drafter to ask"):
+        First(())
 
 
 def test_a_larger_drafter_is_warned_of(tiny_checkpoints):

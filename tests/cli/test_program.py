@@ -19,6 +19,13 @@ def test_convert(model, capsys, tmp_path):
     config, stored = checkpoints.inspect_checkpoint(out)
     assert stored == "bfloat16" and config == checkpoints.load_config(model)
     assert len(list(out.glob("model-*.safetensors"))) > 1
+    written = {path: path.read_bytes() for path in out.iterdir()}
+    assert "holds a checkpoint already" in fails(capsys, "convert", model, out)
+    assert written == {path: path.read_bytes() for path in out.iterdir()}
+    ok(
+        capsys, "convert", out, out, "--dtype", "float32"
+    )  # its source is replaced, as the help says
+    assert checkpoints.inspect_checkpoint(out)[1] == "float32"
 
 
 def test_info(model, capsys, monkeypatch):

@@ -13,6 +13,7 @@ from jax_specdec.core.budget import RoundCosts
 from jax_specdec.core.drafter import ways_of
 from jax_specdec.drafters.bigram import Bigram
 from jax_specdec.drafters.cascade import Cascade, Horizontal
+from jax_specdec.drafters.first import First
 from jax_specdec.drafters.glide import GliDeDrafter
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
@@ -84,6 +85,11 @@ CASES = {
     "horizontal": (
         Horizontal((LmDrafter(h.SMALL, 2), Bigram(1), MaxGram(2)), (2, 1, 2)),
         lambda _: {"lm": close(), "bigram": jnp.arange(h.VOCAB)[::-1]},
+    ),
+    "first": (First((MaxGram(5, min_match=2), LM)), lambda _: {"lm": close()}),
+    "first of three": (
+        First((PromptLookup(4, min_ngram=2), GliDeDrafter(GLIDE, 3), Bigram(1))),
+        lambda _: {"glide": joined(GLIDE, 3), "bigram": jnp.arange(h.VOCAB)[::-1]},
     ),
 }
 UNTRAINED = ("bigram", "glide", "glide+cape", "medusa")
