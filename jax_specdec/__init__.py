@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jax_specdec.core.sampling import Sampling, make_sampling
     from jax_specdec.core.sharding import Sharding, ShardingRules
     from jax_specdec.drafters.cascade import Cascade, Horizontal
+    from jax_specdec.drafters.first import First
     from jax_specdec.expansions.beam_search import BeamSearch
     from jax_specdec.expansions.cape import Cape
     from jax_specdec.expansions.dynamic_tree import DynamicTree
@@ -53,6 +54,7 @@ _HOMES = {
     "core.drafter": ("Drafter", "Info", "ModelUse", "Outcome", "Verifier"),
     "core.model": ("Model", "Output"),
     "drafters.cascade": ("Cascade", "Horizontal"),
+    "drafters.first": ("First",),
     "expansions.beam_search": ("BeamSearch",),
     "expansions.cape": ("Cape",),
     "expansions.dynamic_tree": ("DynamicTree",),
@@ -91,6 +93,7 @@ __all__ = [
     "Drafter",
     "DynamicTree",
     "Expand",
+    "First",
     "Fixed",
     "Generation",
     "GliDe",
