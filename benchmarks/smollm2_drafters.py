@@ -48,6 +48,7 @@ LENGTHS = (128, 192, 256, 320)  # tokens of a row; longer documents are cut
 READ_AT_ONCE = 8
 SCORED_AT_ONCE = 1536
 PROMPT_WEIGHT = 0.3
+OWN = ("arms", "seed", "init", "steps")  # by which a run is known in a record
 ANSWER = "<|im_end|>\n<|im_start|>assistant\n"  # what stands before it in SmolLM2's template
 
 
@@ -459,7 +460,7 @@ def main() -> None:
 
 
 def add_run(args: argparse.Namespace, tokens: int, parameters: dict[str, int]) -> None:
-    """Adds to the record what this run measured, in place of an older one of the same arms."""
+    """Adds to the record what this run measured, in place of an older one of the same kind."""
     curve: dict[str, dict[int, Any]] = {}
     for row in lines(args.out / "metrics.jsonl"):
         curve.setdefault(row.pop("arm"), {})[row["step"]] = row
@@ -479,7 +480,7 @@ def add_run(args: argparse.Namespace, tokens: int, parameters: dict[str, int]) -
         "measured": {name: list(some.values()) for name, some in curve.items()},
     }
     old = json.loads(args.record.read_text())["runs"] if args.record.is_file() else []
-    runs = [other for other in old if other["arms"] != args.arm]
+    runs = [old_run for old_run in old if any(old_run.get(key) != run[key] for key in OWN)]
     write_json(args.record, {"runs": [*runs, run]})
 
 

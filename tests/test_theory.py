@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from jax_specdec.errors import UserError
 from jax_specdec.tuning import theory
 
 pytestmark = pytest.mark.smoke
@@ -148,3 +149,10 @@ def test_simulator_of_a_nesting():
         theory.simulate(parse("cascade(lm[max-gram:10]:2, max-gram:10; cut)"), certain, {}).tau
         == 13
     )
+
+
+def test_what_depends_on_the_text_is_not_simulated():
+    from jax_specdec.specs.language import parse
+
+    with pytest.raises(UserError, match="depends on the text"):
+        theory.simulate(parse("first(max-gram:4, lm:3)"), {}, {})

@@ -86,7 +86,8 @@ class GliDeRecipe:
     """What a GliDe drafter is trained on, beside `TrainConfig`.
 
     Attributes:
-      visibility: how keys of the target are hidden, see `jax_specdec.training.glide_mask`.
+      visibility: how keys of the target are hidden, see `jax_specdec.training.glide_mask`; draft is for drafters of
+        several layers, or with the target's hidden state as an input.
       loss: a name of `jax_specdec.training.losses.LOSSES`, or a mixture such as
         forward_kl=0.9,cross_entropy=0.1.
       jensen_shannon_beta: weight of the target in the Jensen-Shannon divergence, in (0, 1).

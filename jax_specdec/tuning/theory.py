@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from jax_specdec.errors import UserError
+
 
 def acceptance_rate(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """Chance that a token drawn from q is accepted for p: the sum of min(p, q), `[..., V] -> [...]`.
@@ -168,7 +170,14 @@ def simulate(
         the last verifier is `target`. A drafter without one is never right.
       costs: of one forward of each drafter in units of the target's; 0 where there is none.
       verify: cost of a verification of so many nodes, in the same units.
+
+    Raises:
+      UserError: `first`, whose drafters propose where the text is one that they know.
     """
+    if nesting.name == "first":
+        raise UserError(
+            "`first` cannot be simulated from rates: which drafter is asked depends on the text."
+        )
     rng = random.Random(seed)
     forwards: dict[str, int] = {}
 
