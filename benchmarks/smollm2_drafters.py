@@ -46,7 +46,6 @@ from jax_specdec.training.trainer import make_optimizer
 
 LENGTHS = (128, 192, 256, 320)  # tokens of a row; longer documents are cut
 READ_AT_ONCE = 8
-SCORED_AT_ONCE = 1536
 PROMPT_WEIGHT = 0.3
 OWN = ("arms", "seed", "init", "steps")  # by which a run is known in a record
 ANSWER = "<|im_end|>\n<|im_start|>assistant\n"  # what stands before it in SmolLM2's template
@@ -185,7 +184,11 @@ class GliDeArm(Arm):
     ):
         super().__init__(target, ids, dtype)
         self.visibility = shape.pop("visibility", "draft")
+        if self.visibility not in ("draft", "shift") or shape.get("window"):
+            raise SystemExit("An arm's visibility is draft or shift, and it has no window.")
         config = GliDeConfig.like(target.config, **shape)
+        if config.trained_delay < 2:
+            raise SystemExit("An arm is trained and measured at a delay of 2 at least.")
         self.model, self.layers = GliDe(config, target.config, dtype), layers
 
     def init(self, key: Any) -> Any:
@@ -420,6 +423,8 @@ def main() -> None:
             arms[name] = GliDeArm(target, ids, dtype, layers, fields)
         params = arms[name].init(jax.random.key(seed))
         if args.init and (args.init / name).is_dir():
+            if not isinstance(arms[name], GliDeArm):
+                raise SystemExit(f"Only a GliDe drafter begins with known weights, not {name}.")
             params = arms[name].load(args.init / name)
         state[name] = {"params": params, "opt": optimizer.init(params)}
         steps[name] = jax.jit(step_of(arms[name], optimizer), donate_argnums=0)

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--max-shard-mb must be above 0, got {args.max_shard_mb}.")
     shard = int(args.max_shard_mb * 10**6)
     out = Path(args.out)
-    if (out / "config.json").exists() and not _same(Path(args.source), out):
+    if _holds_checkpoint(out) and not _same(Path(args.source), out):
         raise UserError(
             f"{out} holds a checkpoint already: name another folder, or remove it first."
         )
@@ -56,8 +56,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _same(one: Path, other: Path) -> bool:
-    return one.exists() and one.samefile(other)
+def _holds_checkpoint(folder: Path) -> bool:
+    names = ("config.json", "*.safetensors", "*.gguf")
+    return any(next(folder.glob(name), None) is not None for name in names)
+
+
+def _same(source: Path, out: Path) -> bool:
+    folder = source.parent if source.is_file() else source
+    return folder.exists() and folder.samefile(out)
 
 
 def import_drafter(args: argparse.Namespace, max_shard_bytes: int) -> None:

@@ -117,5 +117,5 @@ def _all_of(drafters: Any) -> list[str]:
     from jax_specdec.specs.language import FIRST
 
     names = drafters.available()
-    models = any(registry.of(name).needs_checkpoint for name in names)
+    models = any(registry.of(name).distribution for name in names)
     return [*names, FIRST] if models else names

@@ -122,7 +122,7 @@ def ways_of(drafter: Drafter) -> tuple[Drafter, ...]:
     """How a drafter can draft: itself, then with a part of its drafters, where it has `cheaper` ones.
 
     Where it has `alternatives`, these are all: each of its drafters alone. Its `available(text)` says, `bool[B, N]`,
-    which of them have something to propose.
+    which of them have something to propose; a drafter that often has nothing says so by a method `finds(text)`, `bool[B]`.
 
     Ways work on the drafter's states, draft chains as it does, and give no distribution.
     """

@@ -97,11 +97,15 @@ class NeuralDrafter:
         return self._with(states, self.body.rollback(cache, jnp.where(rows, 0, cache.length)))
 
     def extend(self, params: Params, states: States, ctx: Context) -> States:
+        return self._extended(params, states, ctx, None)
+
+    def _extended(self, params: Params, states: States, ctx: Context, chunk: int | None) -> States:
         # The last tokens are left to the first step of the draft, which needs their logits.
         text = ctx.text
         upto = jnp.maximum(text.length - self.pending, 0)
         reader, weights = self.reader(ctx.view), params[self.name]
-        return self._with(states, read_text(reader, weights, states[self.name], text.tokens, upto))
+        cache = read_text(reader, weights, states[self.name], text.tokens, upto, chunk)
+        return self._with(states, cache)
 
     def commit(self, states: States, outcome: Outcome) -> States:
         cache = states[self.name]
@@ -119,7 +123,8 @@ class NeuralDrafter:
         self, params: Params, states: States, ctx: Context
     ) -> tuple[Any, Float[Array, "B 1 V"]]:
         """The cache with the whole text in it, the root included, and the logits after the root."""
-        cache = self.extend(params, states, ctx)[self.name]
+        # Where another drafter has drafted, a few tokens were missed.
+        cache = self._extended(params, states, ctx, VERIFY_CHUNK)[self.name]
         reader, weights = self.reader(ctx.view), params[self.name]
         cache, hidden = read_ending(reader, weights, cache, ctx.text, self.pending)
         return cache, reader.head(weights, hidden)

@@ -299,9 +299,7 @@ class _Build(lark.Transformer):
             if MATCH in verify:
                 if not kind.matches:
                     able = registry.listed(registry.names("matches"))
-                    raise UserError(
-                        f"The drafter {shown(name)} copies nothing that must match: {able} does."
-                    )
+                    raise UserError(f"The drafter {shown(name)} takes no `{MATCH}`: {able} does.")
                 return spec._replace(match=_whole(verify[MATCH]))
             if not kind.ends_early:
                 raise UserError(

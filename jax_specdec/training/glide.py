@@ -55,7 +55,8 @@ class Pair:
             log_q = self.drafter_reads(
                 params, target_params, reading, tokens, seen.visible, seen.ancestors
             )
-            return self._losses(reading, log_q, tokens).mean()
+            keep = (seen.delay > 0).astype(jnp.float32)  # which have a root in their text
+            return jnp.sum(self._losses(reading, log_q, tokens) * keep) / jnp.sum(keep)
         visible = visible_keys(
             "none" if kind == "draft" else kind, shape, config.trained_delay, key
         )

@@ -326,9 +326,11 @@ def _costs(loop: DecodeLoop, table: Mapping[str, Any], file: Path) -> RoundCosts
 
 def _line(of: Mapping[str, Any], costs: RoundCosts, widths: Sequence[int], took: float) -> str:
     """What was measured, for people."""
-    v, c = 1e3 * np.asarray(costs.verify), 1e3 * np.asarray(costs.draft[0])
+    v, ways = 1e3 * np.asarray(costs.verify), 1e3 * np.asarray(costs.draft)
     several = ", ".join(f"{time:.3g} for {width}" for time, width in zip(v, widths, strict=True))
+    known = [c[np.isfinite(c)] for c in ways]
+    drafts = " or ".join(f"{c[1]:.2g} to {c[-1]:.2g}" for c in known)
     return (
         f"measured what rounds with {of['drafter']} cost at batch {of['rows']}, in {took:.1f} s: {several} nodes (ms), "
-        f"and {c[1]:.2g} to {c[-1]:.2g} for a draft"
+        f"and {drafts} for a draft"
     )

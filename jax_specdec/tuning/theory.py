@@ -172,7 +172,7 @@ def simulate(
       verify: cost of a verification of so many nodes, in the same units.
 
     Raises:
-      UserError: `first`, whose drafters propose where the text is one that they know.
+      UserError: `first`, since which of its drafters is asked depends on the text.
     """
     if nesting.name == "first":
         raise UserError(

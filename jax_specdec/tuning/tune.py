@@ -124,7 +124,11 @@ def tune(
     """
     specs, combinations = check_names(names)
     cascades, most = CASCADE in combinations, longest
-    models = [spec.name for spec in specs if spec.rule is None and spec.kind.needs_checkpoint]
+    models = [
+        spec.name
+        for spec in specs
+        if spec.rule is None and make_drafter(Spec(spec.name, 1)).drafter.info.models
+    ]
     if FIRST in combinations and not models:
         able = registry.listed(registry.names("needs_checkpoint"), "or")
         raise UserError(f"What comes behind a copy is a model, {able}: name one to be tuned too.")
@@ -271,8 +275,8 @@ def tune(
         gaining = [choice for choice in choices if gain(choice) >= 1]
         return max(gaining, key=lambda choice: choice[0]) if gaining else max(choices, key=gain)
 
-    def best_first() -> tuple[float, Spec]:
-        """The fastest combination of copying and a model, with a budget."""
+    def best_first() -> tuple[float, Spec] | None:
+        """The fastest combination of copying and a model, with a budget, for a batch of one; None where no model drafts chains."""
         copying = limits_of.get(STATISTICAL, longest)
         again = seconds[Spec(STATISTICAL, max(BEHIND))]
         choices = []
@@ -296,11 +300,7 @@ def tune(
                     inner = (Spec(STATISTICAL, copying, match=match), Spec(name, length))
                     speed = budgeted_speedup([copies, found], table, nodes)
                     choices.append((speed, Spec(FIRST, inner=inner)))
-        if not choices:
-            raise UserError(
-                f"None of {', '.join(models)} drafts chains, which `{FIRST}` is made of."
-            )
-        return max(choices, key=lambda choice: choice[0])
+        return max(choices, key=lambda choice: choice[0], default=None)
 
     chosen: dict[str, _Choice] = {}
     for spec in specs:
@@ -318,11 +318,18 @@ def tune(
         ranking[str(spec)] = speedup
         report(f"{spec}: predicted {speedup:.2f} times plain")
     first: dict[str, Any] = {}
-    if FIRST in combinations:
-        speedup, spec = best_first()
+    found_first = best_first() if FIRST in combinations else None
+    if FIRST in combinations and found_first is None:
+        report(f"{FIRST}: no model here drafts chains")
+    if found_first is not None:
+        speedup, spec = found_first
         first = {"spec": str(spec), "budgeted_speedup": speedup}
-        ranking[str(spec)] = speedup
-        report(f"{spec}: predicted {speedup:.2f} times plain, with its budget")
+        how = "with its budget"
+        if rows == 1:
+            ranking[str(spec)] = speedup
+        else:  # the rows of a batch share what is asked, and here each text was played alone
+            how += ", were each row alone: no default of a batch"
+        report(f"{spec}: predicted {speedup:.2f} times plain, {how}")
     best = max(ranking, key=lambda spec: ranking[spec])
     combined = {name: one for name, one in ((CASCADE, cascade), (FIRST, first)) if one}
     return {

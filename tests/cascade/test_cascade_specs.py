@@ -174,7 +174,7 @@ def test_a_list_of_specifications_is_split_outside_of_brackets():
         ("first(max-gram:4, lm:2)+cape:9", "'first' has no distribution to expand"),
         ("max-gram[match=0]:4", "A match is of 1 to 16 tokens, got 0"),
         ("max-gram[match=1.5]:4", "A match is of 1 to 16 tokens, got 1.5"),
-        ("lm[match=2]:4", "'lm' copies nothing that must match: max-gram does"),
+        ("lm[match=2]:4", "'lm' takes no `match`: max-gram does"),
     ],
 )
 def test_specifications_that_are_wrong(text, sentence):
