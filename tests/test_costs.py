@@ -212,9 +212,19 @@ def test_the_best_expansion(found):
     assert steep.round(3, 12) == 12.0 and steep.round(3) == 4.0
 
 
-def test_tune_chooses_lengths_and_budgets(target, monkeypatch):
+def costing(monkeypatch, draft):
+    """Known costs: of a verification by its nodes, and of a draft."""
     monkeypatch.setattr(tuning, "verify_arm", lambda target, nodes, ids: lambda: 1 + nodes / 50)
-    monkeypatch.setattr(tuning, "draft_arm", lambda target, drafter, ids: lambda: 0.1)
+    monkeypatch.setattr(tuning, "draft_arm", lambda target, drafter, ids: lambda: draft)
+
+
+def tuned_quickly(target, *names):
+    settings = {"longest": 4, "max_new_tokens": 8, "repeats": 1}
+    return tune(target, lambda spec: sd.load_drafter(spec, target), names, PROMPTS, **settings)
+
+
+def test_tune_chooses_lengths_and_budgets(target, monkeypatch):
+    costing(monkeypatch, draft=0.1)
     out = tune(
         target,
         lambda spec: sd.load_drafter(spec, target),
@@ -235,10 +245,8 @@ def test_tune_chooses_lengths_and_budgets(target, monkeypatch):
 
 def test_tune_chooses_a_cascade(target, tmp_path, monkeypatch):
     """The best of those that it played; it is what the name stands for beside this checkpoint."""
-    monkeypatch.setattr(tuning, "verify_arm", lambda target, nodes, ids: lambda: 1 + nodes / 50)
-    monkeypatch.setattr(tuning, "draft_arm", lambda target, drafter, ids: lambda: 0.01)
-    settings = {"longest": 4, "max_new_tokens": 8, "repeats": 1}
-    out = tune(target, lambda s: sd.load_drafter(s, target), ["lm", "cascade"], PROMPTS, **settings)
+    costing(monkeypatch, draft=0.01)
+    out = tuned_quickly(target, "lm", "cascade")
     spec = parse_drafter(out["cascade"])
     assert spec in list(candidates(["lm"], 4))
     (tmp_path / "draft_lengths.json").write_text(json.dumps(out))
@@ -251,10 +259,8 @@ def test_tune_chooses_a_cascade(target, tmp_path, monkeypatch):
 
 
 def test_tune_chooses_a_copy_before_a_model(target, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning, "verify_arm", lambda target, nodes, ids: lambda: 1 + nodes / 50)
-    monkeypatch.setattr(tuning, "draft_arm", lambda target, drafter, ids: lambda: 0.01)
-    settings = {"longest": 4, "max_new_tokens": 8, "repeats": 1}
-    out = tune(target, lambda s: sd.load_drafter(s, target), ["lm", "first"], PROMPTS, **settings)
+    costing(monkeypatch, draft=0.01)
+    out = tuned_quickly(target, "lm", "first")
     spec = parse_drafter(out["first"])
     copy, model = spec.inner
     assert (copy.name, copy.length, model.name) == ("max-gram", 4, "lm") and copy.match in (1, 2, 3)

@@ -67,8 +67,9 @@ def copied(text, end, length):
 
 def draft(drafter, text, params=None):
     def call(text):
-        sampling = h.sampling_of(text.length.shape[0])
-        ctx = make_context(text, TargetView(None), sampling)
+        batch = text.length.shape[0]
+        noise = jnp.zeros((batch, 8, 5), jnp.float32)
+        ctx = make_context(text, TargetView(None), h.sampling_of(batch), noise)
         return jax.jit(drafter.draft)(params or {}, {}, ctx)[0]
 
     return jax.device_get(call(text))

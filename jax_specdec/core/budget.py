@@ -180,11 +180,6 @@ class Budget(flax.struct.PyTreeNode):
         reach = jnp.maximum(jnp.cumprod(self.acceptance(), axis=-1), _LEAST)
         return 1 + jnp.pad(jnp.cumsum(reach, axis=-1), ((0, 0), (0, 0), (1, 0)))
 
-    @property
-    def several(self) -> bool:
-        """Whether there is a way to choose."""
-        return self.costs.draft.shape[0] > 1
-
     def plan(
         self,
         active: Bool[Array, " B"],

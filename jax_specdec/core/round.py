@@ -49,7 +49,7 @@ def decode_round(loop: "DecodeLoop", params: Params, state: LoopState) -> LoopSt
     plan, index = Plan(jnp.int32(0), jnp.int32(info.depth)), jnp.int32(0)
     if budget is not None:
         peek = getattr(loop.drafter, "available", None)
-        available = None if peek is None or not budget.several else peek(text)
+        available = None if peek is None else peek(text)
         plan = budget.plan(active, loop.widths, info.is_chain, available)
     with jax.named_scope("draft"):
         ctx, draft, drafts = _propose(loop, params["drafters"], state, plan)

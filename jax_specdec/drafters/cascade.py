@@ -71,6 +71,10 @@ class Horizontal(Composed):
             )
         for budget in self.budgets:
             check_budget(budget)
+        self.check_drafters()
+
+    def check_drafters(self) -> None:
+        """Raises `UserError` for drafters that cannot take turns, or not with these budgets."""
         for drafter in self.drafters:
             if not drafter.info.is_chain or not drafter.info.depth:
                 raise UserError(
@@ -176,7 +180,8 @@ class Horizontal(Composed):
             need, length = lacking(carry), text.length + count
             here = ctx.replace(
                 text=Text(tokens, length),
-                noise=_ahead(noise, count, info.depth + 1),
+                # A turn of one token begins its draft.
+                noise=noise if budget == 1 else _ahead(noise, count, info.depth + 1),
                 active=need,
                 budget=ctx.budget - count,
             )

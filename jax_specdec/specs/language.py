@@ -240,7 +240,7 @@ def _short(token: lark.Token) -> str:
     return str(token)
 
 
-def _whole(value: float) -> int:
+def _tokens(value: float) -> int:
     if value != int(value) or not 1 <= value <= MOST_MATCH:
         raise UserError(f"A match is of 1 to {MOST_MATCH} tokens, got {_number(value)}.")
     return int(value)
@@ -280,9 +280,8 @@ class _Build(lark.Transformer):
 
     def unsure(self, children):
         name, value = children
-        if name == MATCH:
-            return {MATCH: value}
-        return {"stop": (known_name(name, "option", (*STOPS, MATCH)), value)}
+        known_name(name, "option", (*STOPS, MATCH))
+        return {MATCH: value} if name == MATCH else {"stop": (name, value)}
 
     def item(self, children):
         name, verify, length = children
@@ -300,7 +299,7 @@ class _Build(lark.Transformer):
                 if not kind.matches:
                     able = registry.listed(registry.names("matches"))
                     raise UserError(f"The drafter {shown(name)} takes no `{MATCH}`: {able} does.")
-                return spec._replace(match=_whole(verify[MATCH]))
+                return spec._replace(match=_tokens(verify[MATCH]))
             if not kind.ends_early:
                 raise UserError(
                     f"The drafter {shown(name)} has no probabilities to stop a draft by."

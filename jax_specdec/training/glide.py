@@ -69,8 +69,8 @@ class Pair:
         """What decoding accepts, by delay, in one pass: each delay but 1 on its share of positions, see `drafts`."""
         batch, length = tokens.shape[0], tokens.shape[1] - 1
         delays = max(2, min(MEASURED_DELAYS, length // 2))
-        first = jnp.ones((batch, 1), jnp.int32)  # of the roots one is the first token
-        seen = drafts((batch, length), delays, first % (delays - 1), self.model.config.window)
+        first = jnp.full((batch, 1), 1 % (delays - 1), jnp.int32)  # at best its root is token 0
+        seen = drafts((batch, length), delays, first, self.model.config.window)
         log_q = self.drafter_reads(
             params, target_params, reading, tokens, seen.visible, seen.ancestors
         )

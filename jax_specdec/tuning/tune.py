@@ -123,11 +123,10 @@ def tune(
         drafter that can verify; or `first` without a model.
     """
     specs, combinations = check_names(names)
-    cascades, most = CASCADE in combinations, longest
+    cascades = CASCADE in combinations
+    ones = {spec.name: make_drafter(Spec(spec.name, 1)) for spec in specs}
     models = [
-        spec.name
-        for spec in specs
-        if spec.rule is None and make_drafter(Spec(spec.name, 1)).drafter.info.models
+        spec.name for spec in specs if spec.rule is None and ones[spec.name].drafter.info.models
     ]
     if FIRST in combinations and not models:
         able = registry.listed(registry.names("needs_checkpoint"), "or")
@@ -137,12 +136,11 @@ def tune(
         able = registry.listed(registry.names("verifies"), "or")
         raise UserError(f"A cascade needs a drafter that can verify, {able}, to be tuned too.")
     rows = min(batch_size, len(prompts))
-    trained = {spec.name: make_drafter(Spec(spec.name, 1)).longest for spec in specs}
+    trained = {name: one.longest for name, one in ones.items()}
     limits = {spec.key: min(longest, trained[spec.name]) for spec in specs}
     limits_of = {spec.name: limits[spec.key] for spec in specs}
-    if FIRST not in combinations:
-        most = max(limits.values(), default=1)
-    longest = max(most, *limits.values()) if limits else most
+    if FIRST not in combinations:  # else copies may be so long
+        longest = max(limits.values(), default=1)
     ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts[:rows]]
     widths = {1, 2, 4, 8, 1 + longest} & set(range(1, longest + 2))
     if any(spec.rule for spec in specs):
