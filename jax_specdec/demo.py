@@ -312,7 +312,9 @@ class Screen:
     def table(self, rows: Sequence[Row], spec: str) -> None:
         """The comparison of speeds."""
         table = Table(
-            title=f"Tokens per second, plain and with {spec}",
+            title=RichText(
+                f"Tokens per second, plain and with {spec}"
+            ),  # whose brackets are no markup
             caption="tau: mean acceptance length, tokens per forward pass of the target",
         )
         table.add_column("prompt")
@@ -322,7 +324,7 @@ class Screen:
         for prompt, plain, fast, found in rows:
             a, b = plain.stats, fast.stats
             table.add_row(
-                prompt.id,
+                RichText(prompt.id),
                 str(b.num_tokens),
                 f"{a.tokens_per_second:.1f}",
                 f"{b.tokens_per_second:.1f}",

@@ -178,6 +178,12 @@ def test_demo_in_colour(model, capsys, monkeypatch):
     assert "Tokens proposed by \x1b[32mlm" in out
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in ok(capsys, "demo", "--model", model, "--drafter", "lm:3", *SHORT)
+    out = ok(
+        capsys, "demo", "--model", model, "--drafter", "first(max-gram[match=2]:4, lm:3)", *SHORT
+    )
+    assert "plain and with first(max-gram[match=2]:4, lm:3)" in " ".join(out.split()), (
+        "brackets are no markup"
+    )
 
 
 def test_demo_json(model, capsys):
