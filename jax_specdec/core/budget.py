@@ -5,7 +5,8 @@ A round that drafts D tokens a row and verifies T nodes a row takes `draft[D] + 
 `Budget.plan` chooses D before anything is drafted, 0 included, and `Budget.width` the verified nodes once the
 draft is known; both maximise tokens per second (arXiv 2211.17192, section 3.3, with measured costs in place
 of constants and the row's own acceptance in place of a mean). All rows of a batch share a round, and so its
-depth and width; their acceptance is estimated row by row.
+depth and width; their acceptance is estimated row by row. A batch has ended when its last row has: what a row gains
+that is ahead of the others is worth little (`worth`), unless ended rows are replaced.
 
 A drafter that is made of drafters may draft in several ways (`drafter.ways_of`), with all of them or with some: each
 has its own costs and its own acceptance, and `plan` chooses among them, too.
@@ -30,14 +31,22 @@ from jax_specdec.errors import UserError
 
 # Each observation of a position counts this much of the one after it: the last dozen decide.
 _MEMORY = 0.92
-# A row begins as if so many drafts had been seen, of which this share was accepted: hopeful, so that a drafter is tried
-# at once wherever it may pay, and quickly convinced of the contrary.
-_PRIOR_WEIGHT, _PRIOR = 1.5, 0.8
+# A row begins as if so many drafts had been seen, of which this share was accepted: hopeful, so that a drafter is asked
+# at once wherever it may pay, and quickly convinced of the contrary. Verification costs more than asking and is not
+# needed to learn whether a first token is right: there the beginning is sober.
+_PRIOR_WEIGHT, _PRIOR, _SOBER = 2.0, 0.8, 0.5
 # No chance is below this: sums of them stay apart in float32, so that at equal costs deeper is better.
 _LEAST = 1e-3
-# While drafting does not pay, asking again, in whichever way, may take this share of plain decoding's time.
-_PROBING = 0.015
+# While drafting does not pay, asking again, in whichever way, may take this share of plain decoding's time. After a token
+# that was right the next probe comes sooner by `_SOONER` of the rounds between; the first probes of a drafter that costs
+# a plain round come `_DEAR` times as late as those of one that costs nothing.
+_PROBING, _SOONER, _DEAR = 0.0125, 0.9, 16.0
 _RAREST_PROBE = 64
+# What a round takes beyond a plain one counts so often: the policy takes what looks best, and what looks best is
+# overrated.
+_MARGIN = 1.15
+# A row so many tokens ahead of the last one counts 1/e of it, and none less than a hundredth.
+_AHEAD, _LEAST_WORTH = 1.5, 0.01
 FREE = -1
 
 
@@ -122,6 +131,21 @@ class Plan(NamedTuple):
     depth: Int[Array, ""]
 
 
+def worth(
+    active: Bool[Array, " B"], left: Int[Array, " B"] | None = None
+) -> Float[Array, " B"]:
+    """What a token in each row is worth, 0 in rows that have ended.
+
+    Args:
+      left: tokens that each row may still emit, where the batch has to wait for its last row. None: ended rows are
+        replaced, and every token is worth the same.
+    """
+    if left is None:
+        return active.astype(jnp.float32)
+    ahead = (jnp.max(jnp.where(active, left, 0)) - left).astype(jnp.float32)
+    return jnp.where(active, jnp.maximum(jnp.exp(-ahead / _AHEAD), _LEAST_WORTH), 0)
+
+
 class Budget(flax.struct.PyTreeNode):
     """What the policy remembers, and the costs that it reckons with.
 
@@ -165,35 +189,36 @@ class Budget(flax.struct.PyTreeNode):
         """
         return self.replace(forced=jnp.asarray([way, depth, width], jnp.int32))
 
-    def acceptance(self) -> Float[Array, "B N P"]:
+    def acceptance(self, prior: float = _PRIOR) -> Float[Array, "B N P"]:
         """Chance that the token at each depth is accepted where all before it are.
 
-        A depth with little evidence counts as the first, and the first as `_PRIOR`.
+        A depth with little evidence counts as the first, and the first as `prior`.
         """
         hits, tries = self.hits, self.tries + _PRIOR_WEIGHT
-        first = (hits[..., :1] + _PRIOR_WEIGHT * _PRIOR) / tries[..., :1]
+        first = (hits[..., :1] + _PRIOR_WEIGHT * prior) / tries[..., :1]
         rest = (hits[..., 1:] + _PRIOR_WEIGHT * first) / tries[..., 1:]
         return jnp.concatenate([first, rest], axis=-1)
 
-    def expected(self) -> Float[Array, "B N D"]:
+    def expected(self, prior: float = _PRIOR) -> Float[Array, "B N D"]:
         """Tokens that a round emits in each row with 0, 1, ..., P drafted tokens verified."""
-        reach = jnp.maximum(jnp.cumprod(self.acceptance(), axis=-1), _LEAST)
+        reach = jnp.maximum(jnp.cumprod(self.acceptance(prior), axis=-1), _LEAST)
         return 1 + jnp.pad(jnp.cumsum(reach, axis=-1), ((0, 0), (0, 0), (1, 0)))
 
     def plan(
         self,
-        active: Bool[Array, " B"],
+        worth: Float[Array, " B"],
         widths: tuple[int, ...],
         is_chain: bool,
         available: Bool[Array, "B N"] | None = None,
     ) -> Plan:
         """How to draft in this round.
 
-        Where drafting does not pay it is still asked for one token now and then, at once after one that was
-        right, else after twice as many rounds as before until it is as seldom as `_PROBING` asks; and where one way
-        pays, the others are tried every so often.
+        Where drafting does not pay it is still asked for one token now and then, soon after one that was
+        right, else after twice as many rounds as before until it is as seldom as `_PROBING` asks, when half of the
+        batch by worth is due; and where one way pays, the others are tried every so often.
 
         Args:
+          worth: of a token in each row, see `worth`.
           available: which ways have something to propose, by row; None: all. In others a row emits one token.
         """
         costs = self.costs
@@ -205,25 +230,24 @@ class Budget(flax.struct.PyTreeNode):
             if is_chain
             else np.minimum(drafts, 1) * (len(widths) - 1)
         )
-        able = jnp.broadcast_to(active[:, None], self.waited.shape)
+        able = jnp.broadcast_to(worth[:, None], self.waited.shape)
         expected = self.expected()
         if available is not None:
-            able = able & available
+            able = jnp.where(available, able, 0)
             expected = jnp.where(available[..., None], expected, 1)
-        tokens = jnp.sum(jnp.where(active[:, None, None], expected, 0), axis=0)
+        tokens = jnp.sum(worth[:, None, None] * expected, axis=0)
         seconds = costs.verify[index][None] + costs.draft
-        rate = tokens / seconds
+        rate = tokens / self._at_worst(seconds)
         # Of equally good ones the first way, and in it the deepest.
         deepest = jnp.argmax(rate[:, ::-1].reshape(-1)).astype(jnp.int32)
         way, depth = deepest // depths, depths - 1 - deepest % depths
         idle, place = depth == 0, jnp.arange(ways, dtype=jnp.int32)
-        # Asked for one token, it also reads what it has missed: about as much again.
-        every = 2 * ways * costs.draft[:, 1] / (_PROBING * costs.verify[0])
-        every = jnp.minimum(every, _RAREST_PROBE)[None]
-        every = jnp.minimum(every, 1 + jnp.exp2(self.tries[..., 0]))
+        first = 1 + _DEAR * costs.draft[:, 1] / costs.verify[0]
+        every = jnp.minimum(self._rarest()[None], first[None] * jnp.exp2(self.tries[..., 0]))
         every = jnp.where(idle, every, 2 * _RAREST_PROBE)
         due = (self.waited + 1).astype(jnp.float32) >= every
-        due = jnp.any(due & able, axis=0) & (idle | (place != way))
+        due = 2 * jnp.sum(jnp.where(due, able, 0), axis=0) >= jnp.sum(worth)
+        due = due & (idle | (place != way))
         # What would not pay if all of it were right is never asked.
         most = jnp.asarray(1 + drafts, jnp.float32)[None] / seconds
         due = due & (jnp.max(most[:, 1:], axis=1, initial=0) * costs.verify[0] > 1)
@@ -236,9 +260,21 @@ class Budget(flax.struct.PyTreeNode):
             jnp.where(forced[1] == FREE, depth, forced[1]),
         )
 
+    def _rarest(self) -> Float[Array, " N"]:
+        """Rounds between probes of each way that nothing speaks for."""
+        costs = self.costs
+        # Asked for one token, it also reads what it has missed: about as much again.
+        every = 2 * costs.draft.shape[0] * costs.draft[:, 1] / (_PROBING * costs.verify[0])
+        return jnp.minimum(every, _RAREST_PROBE)
+
+    def _at_worst(self, seconds: Array) -> Array:
+        """Seconds of rounds as the policy reckons with them, see `_MARGIN`."""
+        plain = self.costs.verify[0]
+        return plain + _MARGIN * (seconds - plain)
+
     def width(
         self,
-        active: Bool[Array, " B"],
+        worth: Float[Array, " B"],
         nodes: Int[Array, " B"],
         reached: Int[Array, " B"],
         way: Int[Array, ""],
@@ -248,16 +284,16 @@ class Budget(flax.struct.PyTreeNode):
         """The index of the width at which the draft is verified.
 
         Args:
-          nodes: drafted nodes of each row. reached: the depth of the deepest. A chain may be verified in
+          worth: see `worth`. nodes: drafted nodes of each row. reached: the depth of the deepest. A chain may be verified in
             part; a tree as a whole or not at all.
         """
-        expected, chosen = self.expected()[:, way], np.asarray(widths)
+        expected, chosen = self.expected(_SOBER)[:, way], np.asarray(widths)
         if is_chain:
             within = jnp.minimum(nodes[:, None], chosen[None] - 1)
         else:
             within = jnp.where(chosen[None] > nodes[:, None], reached[:, None], 0)
         tokens = jnp.take_along_axis(expected, within.astype(jnp.int32), axis=1)
-        rate = jnp.sum(jnp.where(active[:, None], tokens, 0), axis=0) / self.costs.verify
+        rate = jnp.sum(worth[:, None] * tokens, axis=0) / self._at_worst(self.costs.verify)
         best = jnp.argmax(rate).astype(jnp.int32)
         return jnp.where(self.forced[2] == FREE, best, self.forced[2])
 
@@ -291,8 +327,8 @@ class Budget(flax.struct.PyTreeNode):
         seen = seen[:, None] & asked[None, :, None]
         right = right[:, None]
         fade = jnp.where(seen, _MEMORY, 1.0)
-        # After a token that was right the next probe is due at once.
-        again = jnp.where(right[..., 0], jnp.int32(_RAREST_PROBE), 0)
+        # After a token that was right the next probe is due soon.
+        again = jnp.where(right[..., 0], (_SOONER * self._rarest()[None]).astype(jnp.int32), 0)
         waited = jnp.where(asked[None] & (plan.depth > 0), again, self.waited + 1)
         return self.replace(
             hits=self.hits * fade + (seen & right).astype(jnp.float32),

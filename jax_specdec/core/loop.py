@@ -22,7 +22,7 @@ from jax_specdec.core.law import Law
 from jax_specdec.core.model import Model
 from jax_specdec.core.prefill import read_text
 from jax_specdec.core.processors import Processor
-from jax_specdec.core.round import decode_round
+from jax_specdec.core.round import decode_round, room_for_noise
 from jax_specdec.core.sampling import Sampling
 from jax_specdec.core.sharding import on_its_mesh, sharding_of
 from jax_specdec.core.state import LoopState
@@ -319,21 +319,22 @@ class DecodeLoop:
         """The noise that drafting and verification share in one round.
 
         Args:
-          rows: how many positions have it, 0 for the others; default: all.
+          rows: at how many positions, above 0; default: all.
         """
         rows = self.window if rows is None else min(rows, self.window)
-        if rows == 0:
-            shape = (state.keys.shape[0], self.window, self.target.vocab_size)
-            return jnp.zeros(shape, jnp.float32)
         role = prng.ROLE_DRAFT if self.rule.needs_q else prng.ROLE_MATCH
-        noise = prng.shared_noise(
+        return prng.shared_noise(
             state.keys, state.sampling, state.text.length, rows, self.target.vocab_size, role
         )
-        return jnp.pad(noise, ((0, 0), (0, self.window - rows), (0, 0)))
 
-    def round(self, params: Params, state: LoopState) -> LoopState:
-        """Draft, verify, commit: every running row emits at least one token."""
-        return decode_round(self, params, state)
+    def round(self, params: Params, state: LoopState, *, replaced: bool = False) -> LoopState:
+        """Draft, verify, commit: every running row emits at least one token.
+
+        Args:
+          replaced: whether ended rows are, so that no row waits for another (`core.budget.worth`); static.
+        """
+        noise = room_for_noise(self, state.keys.shape[0])
+        return decode_round(self, params, state, noise, replaced)[0]
 
     @on_its_mesh
     def run(
@@ -345,18 +346,22 @@ class DecodeLoop:
     ) -> LoopState:
         """Rounds until `until` rows are not running, by default all, at most `rounds` of them.
 
+        Where rows that have ended are replaced (`insert`), name `until`: a budget then counts every row's tokens
+        alike; else the batch waits for its last row, and it counts rows by how far they are behind.
+
         Donate `state`.
         """
         rows = state.text.length.shape[0] if until is None else until
 
         def going(carry):
-            done, state = carry
+            done, state, _ = carry
             running = state.stats.finish == RUNNING
             ended = jnp.sum(~running, dtype=jnp.int32)
             return jnp.any(running) & (ended < rows) & (done < rounds)
 
         def step(carry):
-            done, state = carry
-            return done + 1, self.round(params, state)
+            done, state, noise = carry
+            return done + 1, *decode_round(self, params, state, noise, until is not None)
 
-        return lax.while_loop(going, step, (jnp.int32(0), state))[1]
+        noise = room_for_noise(self, state.keys.shape[0])
+        return lax.while_loop(going, step, (jnp.int32(0), state, noise))[1]

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jax_specdec._types import Array, Bool, Float, Int, Params
 from jax_specdec.core import acceptance, numerics
-from jax_specdec.core.budget import Plan, select, select_in_place
+from jax_specdec.core.budget import Plan, select_in_place, worth
 from jax_specdec.core.context import Context, TargetView
 from jax_specdec.core.draft import Draft, Text, narrow, root_only, widened
 from jax_specdec.core.drafter import Drafter, Outcome, States, ways_of
@@ -42,23 +43,42 @@ class Emitted(NamedTuple):
     margins: Float[Array, "B Q"] | None
 
 
-def decode_round(loop: "DecodeLoop", params: Params, state: LoopState) -> LoopState:
-    """`DecodeLoop.round`."""
+def room_for_noise(loop: "DecodeLoop", batch: int) -> Float[Array, "B Q V"] | None:
+    """Where rounds with a budget keep the noise that their drafts and their verification share; None: they share none.
+
+    Over a large vocabulary it is dear to make, even of zeros: it is written in place, where a row samples, and as many
+    positions as the draft can need.
+    """
+    depths = [way.info.depth for way in ways_of(loop.drafter) if way.info.noise]
+    if not loop.widths or not depths:
+        return None
+    return jnp.zeros((batch, 1 + max(depths), loop.target.vocab_size), jnp.float32)
+
+
+def decode_round(
+    loop: "DecodeLoop",
+    params: Params,
+    state: LoopState,
+    noise: Float[Array, "B Q V"] | None,
+    replaced: bool,
+) -> tuple[LoopState, Float[Array, "B Q V"] | None]:
+    """`DecodeLoop.round`, and the noise of `room_for_noise`."""
     text, budget, info = state.text, state.budget, loop.drafter.info
     active = state.stats.finish == RUNNING
-    plan, index = Plan(jnp.int32(0), jnp.int32(info.depth)), jnp.int32(0)
+    plan, index, weights = Plan(jnp.int32(0), jnp.int32(info.depth)), jnp.int32(0), worth(active)
     if budget is not None:
         peek = getattr(loop.drafter, "available", None)
         available = None if peek is None else peek(text)
-        plan = budget.plan(active, loop.widths, info.is_chain, available)
+        weights = worth(active, None if replaced else state.limit - text.length)
+        plan = budget.plan(weights, loop.widths, info.is_chain, available)
     with jax.named_scope("draft"):
-        ctx, draft, drafts = _propose(loop, params["drafters"], state, plan)
+        noise = _fill(loop, state, plan, noise)
+        ctx, draft, drafts = _propose(loop, params["drafters"], state, plan, noise)
     proposed = draft.valid & (draft.depths() <= ctx.budget[:, None])
     kept = proposed
     if budget is not None:
-        index = budget.width(
-            active, *_size(draft, proposed, plan), plan.way, loop.widths, info.is_chain
-        )
+        size = _size(draft, proposed, plan)
+        index = budget.width(weights, *size, plan.way, loop.widths, info.is_chain)
         # What `narrow` leaves of it.
         kept = jnp.cumsum(proposed, axis=1, dtype=jnp.int32) <= jnp.asarray(loop.widths)[index]
         kept = proposed & kept
@@ -75,7 +95,7 @@ def decode_round(loop: "DecodeLoop", params: Params, state: LoopState) -> LoopSt
         chain = (proposed[:, 1 : loop.window], draft.tokens[:, 1 : loop.window])
         seen = (found.tokens, found.count, found.accepted)
         budget = budget.observe(active, *chain, *seen, plan)
-    return state.replace(
+    state = state.replace(
         text=Text(write_window(text.tokens, found.tokens, text.length), text.length + found.count),
         view=view,
         drafts=drafts,
@@ -95,26 +115,54 @@ def decode_round(loop: "DecodeLoop", params: Params, state: LoopState) -> LoopSt
         ),
         budget=budget,
     )
+    return state, noise
+
+
+def _fill(
+    loop: "DecodeLoop", state: LoopState, plan: Plan, noise: Float[Array, "B Q V"] | None
+) -> Float[Array, "B Q V"] | None:
+    """The noise of this round, of the root and as many tokens as are asked for, if a row samples; else what was there."""
+    if noise is None:
+        return None
+    most = noise.shape[1]
+    sizes = sorted({min(size, most) for size in loop.widths})
+
+    def write(rows: int, noise: Array) -> tuple[Array, tuple]:
+        return lax.dynamic_update_slice(noise, loop.noise(state, rows), (0, 0, 0)), ()
+
+    index = jnp.sum(jnp.asarray(sizes, jnp.int32) <= plan.depth, dtype=jnp.int32)
+    index = jnp.minimum(index, len(sizes) - 1)
+    index = jnp.where(jnp.any(state.sampling.temperature > 0), index, -1)
+    arms = [functools.partial(write, rows) for rows in sizes]
+    return select_in_place(index, arms, noise, ())[0]
+
+
+def _heard(ctx: Context) -> Context:
+    """The same with 0 for the noise of rows that do not sample, where nothing is written."""
+    hot = ctx.law.sampling.temperature > 0
+    return ctx.replace(noise=jnp.where(hot[:, None, None], ctx.noise, 0))
 
 
 def _propose(
-    loop: "DecodeLoop", weights: Params, state: LoopState, plan: Plan
+    loop: "DecodeLoop",
+    weights: Params,
+    state: LoopState,
+    plan: Plan,
+    noise: Float[Array, "B Q V"] | None,
 ) -> tuple[Context, Draft, States]:
     """What is drafted, at most `plan.depth` tokens deep, and the context that it was drafted in."""
     info, needs_q = loop.drafter.info, loop.rule.needs_q
     if state.budget is None or not info.depth:
         ctx = loop.context(state, loop.noise(state), return_q=needs_q)
         return ctx, *loop.drafter.draft(weights, state.drafts, ctx)
-    # As many rows of noise as the round can need; a drafter that reads none leaves them to `_verify`.
-    sizes = [0] if not info.noise else sorted({min(size, loop.window) for size in loop.widths})
-    index = jnp.sum(jnp.asarray(sizes, jnp.int32) <= plan.depth, dtype=jnp.int32)
-    arms = [functools.partial(loop.noise, rows=rows) for rows in sizes]
-    noise = select(jnp.minimum(index, len(sizes) - 1), arms, state)
+    if noise is None:  # nobody reads it
+        noise = jnp.zeros((state.keys.shape[0], loop.window, loop.target.vocab_size), jnp.float32)
     ctx = loop.context(state, noise, return_q=needs_q)
     ctx = ctx.replace(budget=jnp.minimum(ctx.budget, plan.depth))
 
     def by(way: Drafter, states: States) -> tuple[States, Draft]:
-        draft, states = way.draft(weights, states, ctx)
+        # Here and not outside: a branch takes as it is what it does not compute.
+        draft, states = way.draft(weights, states, _heard(ctx))
         if way is not loop.drafter:
             draft = widened(
                 draft, info.nodes, [loop.sources.index(n) + 1 for n in way.info.sources]
@@ -177,8 +225,10 @@ def _verify(
     Args:
       params: the target's. view: the state's, which nothing else reads.
     """
-    if loop.widths and not loop.drafter.info.noise:
-        ctx = ctx.replace(noise=loop.noise(state, width))
+    if loop.widths:
+        assert ctx.noise is not None, "there is noise in every round"
+        shared = loop.drafter.info.noise and ctx.noise.shape[1] >= min(width, loop.window)
+        ctx = _heard(ctx) if shared else ctx.replace(noise=loop.noise(state, width))
     text, active, window = state.text, ctx.active, loop.window
     part, order = narrow(draft, width)
     with jax.named_scope("verify"):

@@ -9,6 +9,7 @@ from jax_specdec._types import Array, Bool, Int
 from jax_specdec.core.draft import Text
 
 Ties = Literal["earliest", "latest"]
+_AT_ONCE = 16
 
 
 def longest_suffix_match(
@@ -26,13 +27,16 @@ def longest_suffix_match(
       `(match, end)`, `int32[B]` each: tokens matched, 0 for none, and the place j where they end. The
       count stops once a single candidate is left and `min_match` is reached.
 
-    One pass over the text per matched token: the candidates are kept as a mask that shrinks.
+    The candidates are kept as a mask that shrinks, by `_AT_ONCE` tokens in each pass over the text: where a text
+    repeats itself a match is as long as the text, and passes take as long as a layer of a small model.
     """
     tokens, length = text.tokens, text.length
     batch, capacity = tokens.shape
     limit = capacity if max_match is None else max_match
     place = jnp.arange(capacity, dtype=jnp.int32)[None]
-    nothing = jnp.zeros((batch, capacity), bool)
+    # No token is below 0: nothing matches before the start of the text.
+    before = jnp.full((batch, capacity + _AT_ONCE - 1), -1, tokens.dtype)
+    padded = jnp.concatenate([before, tokens], axis=1)
 
     def going(carry):
         i, _, _, searching = carry
@@ -40,17 +44,23 @@ def longest_suffix_match(
 
     def grow(carry):
         i, alive, match, searching = carry
-        last = jnp.maximum(length - 1 - i, 0)[:, None]
-        equal = tokens == jnp.take_along_axis(tokens, last, axis=1)
-        # here[j] = equal[j - i], False before the start of the text
-        padded = jnp.concatenate([nothing, equal], axis=1)
-        here = lax.dynamic_slice(padded, (jnp.int32(0), capacity - i), (batch, capacity))
-        longer = alive & here & (i < length - 1)[:, None]
-        found = searching & jnp.any(longer, axis=1)
-        alive = jnp.where(found[:, None], longer, alive)
-        match = match + found.astype(jnp.int32)
+        at = (jnp.int32(0), capacity - i)
+        part = lax.dynamic_slice(padded, at, (batch, capacity + _AT_ONCE - 1))
+        longer, count = alive, jnp.zeros((batch, capacity), jnp.int32)
+        for k in range(_AT_ONCE):
+            last = jnp.maximum(length - 1 - i - k, 0)[:, None]
+            # earlier[j] = tokens[j - i - k]
+            earlier = lax.slice_in_dim(part, _AT_ONCE - 1 - k, _AT_ONCE - 1 - k + capacity, axis=1)
+            longer = longer & (earlier == jnp.take_along_axis(tokens, last, axis=1))
+            longer = longer & (i + k < jnp.minimum(length - 1, limit))[:, None]
+            count = count + longer.astype(jnp.int32)
+        best = jnp.max(count, axis=1)
+        found = searching & (best > 0)
+        alive = jnp.where(found[:, None], alive & (count == best[:, None]), alive)
+        match = match + jnp.where(found, best, 0)
         several = jnp.sum(alive, axis=1, dtype=jnp.int32) > 1
-        return i + 1, alive, match, found & (several | (match < min_match))
+        more = found & (best == _AT_ONCE) & (several | (match < min_match))
+        return i + _AT_ONCE, alive, match, more
 
     alive = place < length[:, None] - 1
     start = (jnp.int32(0), alive, jnp.zeros_like(length), jnp.ones((batch,), bool))

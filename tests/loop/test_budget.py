@@ -115,10 +115,9 @@ def test_a_text_that_changes_is_followed(long):
     assert np.count_nonzero(tail) == 0
 
 
-def search(v, c, widths, hits, tries, active, nodes):
-    """The best depth and width by trying all of them, row by row, and how fast any of them is."""
-    weight, prior = policy._PRIOR_WEIGHT, policy._PRIOR
-    rows, depth = hits.shape
+def expectation(hits, tries, prior):
+    """Tokens of a round with each number of drafted ones verified, row by row."""
+    weight, (rows, depth) = policy._PRIOR_WEIGHT, hits.shape
     first = (hits[:, 0] + weight * prior) / (tries[:, 0] + weight)
     expected = np.ones((rows, depth + 1))
     for row in range(rows):
@@ -127,22 +126,27 @@ def search(v, c, widths, hits, tries, active, nodes):
             own = (hits[row, d] + weight * first[row]) / (tries[row, d] + weight)
             reach *= first[row] if d == 0 else own
             expected[row, d + 1] = expected[row, d] + max(reach, policy._LEAST)
+    return expected
 
-    depths = []
-    for d in range(depth + 1):
+
+def search(v, c, widths, hits, tries, worth, nodes):
+    """The best depth and width by trying all of them, and how fast any of them is."""
+    hopeful, sober = (expectation(hits, tries, x) for x in (policy._PRIOR, policy._SOBER))
+    depths, speeds, rows = [], [], len(hits)
+    v, c = (x0 + policy._MARGIN * (x - x0) for x, x0 in ((v, v[0]), (c, 0)))
+    for d in range(hits.shape[1] + 1):
         width = next(i for i, w in enumerate(widths) if w >= d + 1)
-        depths.append(expected[active, d].sum() / (v[width] + c[d]))
-    speeds = []
+        depths.append((worth * hopeful[:, d]).sum() / (v[width] + c[d]))
     for i, width in enumerate(widths):
         within = np.minimum(nodes, width - 1)
-        speeds.append(expected[np.arange(rows), within][active].sum() / v[i])
+        speeds.append((worth * sober[np.arange(rows), within]).sum() / v[i])
     return depths, speeds
 
 
 def test_arithmetic_against_a_search():
     rng = np.random.default_rng(0)
     widths, depth, rows = (1, 4, 8), 7, 3
-    plan = jax.jit(lambda state, active: state.plan(active, widths, True).depth)
+    plan = jax.jit(lambda state, worth: state.plan(worth, widths, True).depth)
     width = jax.jit(lambda state, *args: state.width(*args, jnp.int32(0), widths, True))
     for _ in range(60):
         v = np.sort(rng.uniform(1, 3, len(widths))).astype(np.float32)
@@ -152,13 +156,43 @@ def test_arithmetic_against_a_search():
         hits = np.floor(tries * rng.uniform(size=tries.shape)).astype(np.float32)
         state = state.replace(hits=jnp.asarray(hits)[:, None], tries=jnp.asarray(tries)[:, None])
         active = np.asarray([True, *(rng.uniform(size=rows - 1) < 0.7)])
+        worth = np.where(active, rng.uniform(0.01, 1, rows), 0).astype(np.float32)
         nodes = rng.integers(0, depth + 1, rows).astype(np.int32)
-        depths, speeds = search(v, c, widths, hits, tries, active, nodes)
-        got = int(plan(state, jnp.asarray(active)))
+        depths, speeds = search(v, c, widths, hits, tries, worth, nodes)
+        got = int(plan(state, jnp.asarray(worth)))
         assert depths[got] >= max(depths) * (1 - 1e-5)
         sizes = [jnp.asarray(nodes)] * 2
-        index = int(width(state, jnp.asarray(active), *sizes))
+        index = int(width(state, jnp.asarray(worth), *sizes))
         assert speeds[index] >= max(speeds) * (1 - 1e-5)
+
+
+def test_a_batch_waits_for_its_last_row():
+    """A row that is ahead counts less and less, one that has ended nothing; where rows are replaced all alike."""
+    active, left = jnp.asarray([True, True, True, False]), jnp.asarray([50, 46, 3, 90])
+    assert policy.worth(active).tolist() == [1, 1, 1, 0]
+    weights = policy.worth(active, left)
+    least = policy._LEAST_WORTH
+    np.testing.assert_allclose(weights, [1, np.exp(-4 / policy._AHEAD), least, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("replaced", (False, True))
+def test_no_row_runs_ahead_at_the_cost_of_others(replaced):
+    """Of two rows a drafter knows one: wide rounds of both bring the batch nothing, unless the row is replaced."""
+    sampling = h.sampling_of(2, max_new_tokens=200)
+    plain = decode(h.plain_loop(target=h.SMALL), {}, [9, 9], sampling, capacity=256)
+    text = np.array(plain.text)
+    text[1] = (text[1] + 1) % h.VOCAB
+    loop = loop_of(h.chain_oracle(5))
+    costs = costs_of(loop, verify=0.25, draft=0.01)
+    params = params_of(**h.Oracle.params(text, certain=True))
+    tokens, lengths = h.pad(h.prompts_of([9, 9]))
+    args = (tokens, lengths, sampling, jnp.arange(2))
+    state = h.start(loop, params, *args, capacity=256, costs=costs)
+    state = jax.jit(loop.run)(params, state, jnp.int32(1000), jnp.int32(2) if replaced else None)
+    assert (np.asarray(state.text.tokens)[:, :209] == np.asarray(plain.text)[:, :209]).all()
+    took = np.asarray(state.stats.widths)[1] @ np.asarray(costs.verify)
+    assert took > 220 if replaced else took <= 206
+    assert state.stats.rounds[0] < 60 if replaced else state.stats.rounds[0] > 180
 
 
 def cascade_costs(loop, dear=0.4):
