@@ -133,6 +133,23 @@ def test_speeds_with_a_budget(right, verify, draft, least, most):
     assert least < budgeted_speedup([found], costs, (1, 4, 8)) <= most
 
 
+@pytest.mark.parametrize("known", (2, 1))
+def test_speeds_of_batches(known):
+    """Of two rows whose drafts are all right both are fast; where one row's are wrong, the batch waits for it."""
+    tokens, depth = 200, 7
+    row, place = np.divmod(np.arange(2 * tokens), tokens)
+    nothing = np.zeros((len(row), depth))
+    matched = np.where(row < known, np.minimum(depth, tokens - place), 0)
+    found = replay.Record(row, 5 + place, nothing, matched, nothing, nothing, matched * 0 + depth)
+    costs = RoundCosts(
+        jnp.asarray([1.0, 1.5, 2.0], jnp.float32),
+        jnp.asarray([0.01 * np.arange(depth + 1)], jnp.float32),
+    )
+    alone, both = (budgeted_speedup([found], costs, (1, 4, 8), batch) for batch in (1, 2))
+    assert 1.5 < alone < 4
+    assert 3 < both < 4 if known == 2 else 0.95 < both <= 1
+
+
 def test_speeds_of_alternatives():
     """Two drafters that are right in turns: together they are faster than the better one alone."""
     tokens, depth = 400, 7
@@ -252,6 +269,11 @@ def test_tune_chooses_a_cascade(target, tmp_path, monkeypatch):
     (tmp_path / "draft_lengths.json").write_text(json.dumps(out))
     drafts = {"lm": target.path.parent / "lm"}
     assert sd.load_drafter("cascade", target, tmp_path, drafts=drafts).spec == str(spec)
+    monkeypatch.setattr(tuning, "budgeted_speedup", lambda *args: 9.0)
+    fast = tuned_quickly(target, "lm", "cascade")
+    assert parse_drafter(fast["cascade"]).name == "first" and "first" not in fast
+    (tmp_path / "draft_lengths.json").write_text(json.dumps(fast))
+    assert sd.load_drafter("cascade", target, tmp_path, drafts=drafts).spec == fast["cascade"]
     with pytest.raises(sd.UserError, match="No cascade was chosen"):
         sd.load_drafter("cascade", target, tmp_path / "elsewhere")
     with pytest.raises(sd.UserError, match="needs a drafter that can verify"):

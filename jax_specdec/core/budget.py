@@ -131,9 +131,7 @@ class Plan(NamedTuple):
     depth: Int[Array, ""]
 
 
-def worth(
-    active: Bool[Array, " B"], left: Int[Array, " B"] | None = None
-) -> Float[Array, " B"]:
+def worth(active: Bool[Array, " B"], left: Int[Array, " B"] | None = None) -> Float[Array, " B"]:
     """What a token in each row is worth, 0 in rows that have ended.
 
     Args:
@@ -335,11 +333,6 @@ class Budget(flax.struct.PyTreeNode):
             tries=self.tries * fade + seen.astype(jnp.float32),
             waited=jnp.where(active[:, None], waited, self.waited),
         )
-
-
-def select(index: Int[Array, ""], branches: Sequence, *operands):
-    """`lax.switch`, or the only branch."""
-    return branches[0](*operands) if len(branches) == 1 else lax.switch(index, branches, *operands)
 
 
 def select_in_place(index: Int[Array, ""], branches: Sequence, held, otherwise=None):

@@ -139,6 +139,7 @@ def _fill(
 
 def _heard(ctx: Context) -> Context:
     """The same with 0 for the noise of rows that do not sample, where nothing is written."""
+    assert ctx.noise is not None, "there is noise in every round"
     hot = ctx.law.sampling.temperature > 0
     return ctx.replace(noise=jnp.where(hot[:, None, None], ctx.noise, 0))
 

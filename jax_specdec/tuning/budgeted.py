@@ -68,7 +68,7 @@ def _seconds(
         accepted = jnp.minimum(jnp.minimum(right, verified), count)
         # Tokens stand for whether they are right: a drafted 0 where the text has 0.
         emitted = (behind >= right[:, None]).astype(jnp.int32)
-        chain = (place < drafted[:, None], jnp.zeros_like(place))
+        chain = (place < drafted[:, None], jnp.zeros((batch, depths), jnp.int32))
         budget = budget.observe(active, *chain, emitted, count, accepted, plan)
         seconds = seconds + costs.draft[plan.way, plan.depth] + costs.verify[index]
         return at + count, budget, seconds

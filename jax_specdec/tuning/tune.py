@@ -213,7 +213,7 @@ def tune(
         for length in lengths:
             draft = np.where(np.arange(most + 1) <= length, c, np.inf)
             table = RoundCosts(jnp.asarray(v, jnp.float32), jnp.asarray(draft[None], jnp.float32))
-            speed = budgeted_speedup([found], table, nodes)
+            speed = budgeted_speedup([found], table, nodes, rows)
             best = max(best, (speed, length), key=lambda one: one[0])
         budgeted, length = best
         speedup = costs.speedup(accepted, length)
@@ -274,7 +274,7 @@ def tune(
         return max(gaining, key=lambda choice: choice[0]) if gaining else max(choices, key=gain)
 
     def best_first() -> tuple[float, Spec] | None:
-        """The fastest combination of copying and a model, with a budget, for a batch of one; None where no model drafts chains."""
+        """The fastest combination of copying and a model, with a budget; None where no model drafts chains."""
         copying = limits_of.get(STATISTICAL, longest)
         again = seconds[Spec(STATISTICAL, max(BEHIND))]
         choices = []
@@ -296,7 +296,7 @@ def tune(
                     copies = drafted(STATISTICAL, match)
                     assert copies is not None
                     inner = (Spec(STATISTICAL, copying, match=match), Spec(name, length))
-                    speed = budgeted_speedup([copies, found], table, nodes)
+                    speed = budgeted_speedup([copies, found], table, nodes, rows)
                     choices.append((speed, Spec(FIRST, inner=inner)))
         return max(choices, key=lambda choice: choice[0], default=None)
 
@@ -316,18 +316,20 @@ def tune(
         ranking[str(spec)] = speedup
         report(f"{spec}: predicted {speedup:.2f} times plain")
     first: dict[str, Any] = {}
-    found_first = best_first() if FIRST in combinations else None
+    found_first = best_first() if combinations and models else None
     if FIRST in combinations and found_first is None:
         report(f"{FIRST}: no model here drafts chains")
     if found_first is not None:
         speedup, spec = found_first
-        first = {"spec": str(spec), "budgeted_speedup": speedup}
-        how = "with its budget"
-        if rows == 1:
+        if FIRST in combinations:
+            first = {"spec": str(spec), "budgeted_speedup": speedup}
             ranking[str(spec)] = speedup
-        else:  # the rows of a batch share what is asked, and here each text was played alone
-            how += ", were each row alone: no default of a batch"
-        report(f"{spec}: predicted {speedup:.2f} times plain, {how}")
+            report(f"{spec}: predicted {speedup:.2f} times plain, with its budget")
+        # A cascade whose turns want one token: so the cascade is never slower than what it copies with.
+        if cascades and speedup > cascade.get("predicted_speedup", 0.0):
+            cascade = {"spec": str(spec), "budgeted_speedup": speedup}
+            ranking[str(spec)] = speedup
+            report(f"{CASCADE}: {spec}")
     best = max(ranking, key=lambda spec: ranking[spec])
     combined = {name: one for name, one in ((CASCADE, cascade), (FIRST, first)) if one}
     return {
