@@ -65,7 +65,7 @@ def measure(loop: DecodeLoop, arrays: Any, begin: Begin, run: Run) -> tuple[Roun
         while times.passes < FEWEST or (times.passes < MOST and times.spent < MORE_SECONDS):
             times.add()
         one = float(np.quantile(times.plain, FASTEST))
-        usually = {kind: np.quantile(some, FASTEST) / one for kind, some in times.of.items()}
+        usually = {kind: times.fastest(kind) for kind in kinds}
     verify = _rising([1.0, *(usually[kind] for kind in wider)])
     draft = []
     for n, way in enumerate(ways):
@@ -85,12 +85,14 @@ class _Passes:
     """Timings of each kind of round between timings of plain ones.
 
     Attributes:
-      of: seconds of a round of each kind, by pass. ratios: the same in plain rounds. plain: seconds of those.
+      of: seconds of a round of each kind, by pass. beside: of plain rounds beside them. ratios: the one in the other.
+      plain: seconds of all plain rounds.
     """
 
     def __init__(self, rounds: "_Rounds", kinds: Sequence[Kind], each: int):
         self._rounds, self._each = rounds, each
         self.of: dict[Kind, list[float]] = {kind: [] for kind in kinds}
+        self.beside: dict[Kind, list[float]] = {kind: [] for kind in kinds}
         self.ratios: dict[Kind, list[float]] = {kind: [] for kind in kinds}
         self.plain: list[float] = []
         self.spent, self.passes = 0.0, 0
@@ -103,9 +105,15 @@ class _Passes:
             behind = self._rounds.seconds(PLAIN, self._each)
             self.of[kind].append(took)
             self.plain.append(behind)
+            self.beside[kind].append(behind)
             self.ratios[kind].append(took / min(before, behind))
             self.spent, before = self.spent + self._each * (took + behind), behind
         self.passes += 1
+
+    def fastest(self, kind: Kind) -> float:
+        """Of a kind, in plain rounds: the fastest few of as many timings each, since of more the fastest are faster."""
+        one, other = (np.quantile(some[kind], FASTEST) for some in (self.of, self.beside))
+        return float(one / other)
 
 
 def depths(most: int) -> list[int]:
@@ -164,6 +172,7 @@ class _Rounds:
         self._room = capacity - int(np.asarray(lengths).max()) - 1
         self._state: LoopState | None = None
         self._left = 0
+        self._idle: list[float] = []  # seconds of calls that make no round
 
     def seconds(self, kind: Kind, count: int) -> float:
         """Of one round of a kind, the mean of `count`, without what calling the program takes, which decoding pays once."""
@@ -181,9 +190,10 @@ class _Rounds:
             state = self._run(state, jnp.int32(1))
         state = jax.block_until_ready(state)
         state, idle = self._timed(state, 0)
+        self._idle.append(idle)
         self._state, took = self._timed(state, count)
         self._left -= count + behind
-        return max(took - idle, 0.1 * took) / count
+        return max(took - float(np.median(self._idle)), 0.1 * took) / count
 
     def _timed(self, state: LoopState, count: int) -> tuple[LoopState, float]:
         rounds = jnp.int32(count)
