@@ -22,6 +22,7 @@ from jax_specdec.tuning.round_costs import CostTables, computed_costs, measure
 pytestmark = pytest.mark.usefixtures("budgets")
 
 REAL = {"measure": measure, "computed_costs": computed_costs}
+CALL = 0.8  # what calling the program takes, however many rounds it makes
 VERIFY, DRAFT = (
     (5.0, 6.0, 8.0),
     (0.5, 0.25),
@@ -75,6 +76,9 @@ class Machine:
     def run(self, state, rounds):
         _, depth, index = map(int, state.budget.forced)
         count = int(rounds)
+        self.now += CALL * 1e-3
+        if not count:
+            return state
         self.rounds.append((depth, index, count))
         one = VERIFY[index] + (DRAFT[0] + DRAFT[1] * depth if depth else 0)
         slow = 1 + self.noise * self.rng.uniform() + 2 * (self.rng.uniform() < self.disturbed)

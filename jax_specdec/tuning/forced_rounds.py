@@ -22,7 +22,7 @@ from jax_specdec.core.loop import DecodeLoop, LoopState
 
 # Seconds that measuring takes, and takes in addition where passes disagree, unless `FEWEST` passes take longer; of
 # one timing, and of one that is short.
-SECONDS, MORE_SECONDS, SLICE, SHORT = 2.5, 3.5, 0.05, 0.003
+SECONDS, MORE_SECONDS, SLICE, SHORT = 2.5, 3.5, 0.03, 0.003
 FEWEST, USUAL, MOST = 3, 9, 150
 FASTEST = 0.03
 # The standard error of a cost up to which it is trusted, and the least that a draft is taken to cost, in plain
