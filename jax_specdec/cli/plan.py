@@ -138,7 +138,7 @@ def answer(args: argparse.Namespace) -> dict[str, Any]:
             f"{display.size(memory['total'])} of {display.size(memory['capacity'])} of a device",
         )
         found["alternatives"] = plan.alternatives(question, own, nodes)
-    drafting = own / topology.hardware.bandwidth * builder.steps
+    drafting = builder.read / topology.hardware.bandwidth
     round_s = found["verification"]["seconds"]["total"] + drafting
     found["round_s"] = round_s
     plain = plan.seconds(question, plan.parts_by_arithmetic(question, 0, 1))["total"]
@@ -198,20 +198,26 @@ class ShapedDrafter:
             if name == "lm" and name not in folders:
                 raise UserError("The drafter lm needs its checkpoint: --draft lm=DIR.")
         self.spec, self.folders, self.home, self.config = spec, folders, home, config
-        self.steps = 0
+        self.read = 0
 
     def size(self, question: "Question") -> tuple[int, int]:
-        """Bytes of its own parameters, and nodes of a verification."""
+        """Bytes of its own parameters, and nodes of a verification; `read` has the bytes that the dearest draft reads."""
         import jax
 
+        from jax_specdec.core.drafter import ways_of
         from jax_specdec.models.decoder import Decoder
 
         drafter, own, _ = self._build(Decoder(question.config, question.dtype))
-        self.steps = drafter.info.depth
-        size = sum(
-            x.size * x.dtype.itemsize for tree in own.values() for x in jax.tree.leaves(tree)
+        size = {
+            name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+            for name, tree in own.items()
+        }
+        # Each token of a draft reads the parameters once.
+        self.read = max(
+            way.info.depth * sum(size.get(use.name, 0) for use in way.info.models)
+            for way in ways_of(drafter)
         )
-        return size, drafter.info.nodes + 1
+        return sum(size.values()), drafter.info.nodes + 1
 
     def make(self, decoder: "Decoder") -> tuple[Any, Any, Any]:
         """See `plan.compiled`."""

@@ -14,7 +14,7 @@ from jax_specdec.core.context import Context, TargetView
 from jax_specdec.core.draft import Draft, Text, narrow, root_only, widened
 from jax_specdec.core.drafter import Drafter, Outcome, States, ways_of
 from jax_specdec.core.sampling import STRING_COMPLETE
-from jax_specdec.core.sharding import Sharding
+from jax_specdec.core.sharding import Sharding, constrain, sharding_of
 from jax_specdec.core.state import LoopState
 from jax_specdec.core.stats import FAILED, LENGTH, RUNNING, STOP, write_window
 
@@ -52,7 +52,8 @@ def room_for_noise(loop: "DecodeLoop", batch: int) -> Float[Array, "B Q V"] | No
     depths = [way.info.depth for way in ways_of(loop.drafter) if way.info.noise]
     if not loop.widths or not depths:
         return None
-    return jnp.zeros((batch, 1 + max(depths), loop.target.vocab_size), jnp.float32)
+    room = jnp.zeros((batch, 1 + max(depths), loop.target.vocab_size), jnp.float32)
+    return constrain(sharding_of(loop.target), room, "batch", None, "vocab")
 
 
 def decode_round(

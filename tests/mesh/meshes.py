@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jax_specdec import Decoder, make_generate
 from jax_specdec.core.sharding import Sharding, put_rows
 from jax_specdec.drafters.cascade import Cascade
+from jax_specdec.drafters.first import First
 from jax_specdec.drafters.glide import GliDeDrafter
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
@@ -25,7 +26,7 @@ from jax_specdec.models.tensor_parallel import divide
 BATCH, NEW = 8, 10
 PROMPTS = h.prompts_of([5, 1, 9, 12, 4, 7, 3, 8])
 TEMPERATURES = [0.0, 1.0, 0.7, 1.0, 0.0, 0.0, 1.0, 1.5]
-DRAFTERS = ("none", "lm", "glide+cape", "cascade", "medusa")
+DRAFTERS = ("none", "lm", "glide+cape", "cascade", "first", "medusa")
 
 
 def mesh_of(data: int, tensor: int) -> Mesh:
@@ -56,6 +57,9 @@ def case(name: str, sharding: Sharding):
         drafter, own = LmDrafter(small, 3), {"lm": close}
     elif name == "cascade":
         drafter, own = Cascade(LmDrafter(small, 1), (MaxGram(4),), (4,)), {"lm": close}
+    elif name == "first":
+        drafter = First((MaxGram(4, min_match=2), LmDrafter(small, 3)))
+        own = {"lm": close}
     elif name == "medusa":
         model = Medusa(MedusaConfig(num_heads=3), target.config)
         drafter, own = MedusaDrafter(model, 3), {"medusa": model.join(model.init(params), params)}

@@ -14,6 +14,7 @@ from jax_specdec.core.sharding import Sharding, put_rows, put_whole
     ("name", "data", "tensor"),
     [
         ("lm", 2, 2),
+        ("first", 2, 1),
         pytest.param("cascade", 2, 1, marks=pytest.mark.slow),
         pytest.param("glide+cape", 1, 2, marks=pytest.mark.slow),
     ],
