@@ -232,6 +232,9 @@ class Broken(Bigram):
         info = super().info
         return dataclasses.replace(info, nodes=64) if self.how == "wide" else info
 
+    def finds(self, text):
+        return jnp.full(text.length.shape, self.how != "blind")
+
     def init(self, batch, capacity):
         states = {"bigram": jnp.zeros((batch,), jnp.int32)}
         return [states] if self.how == "list" else states
@@ -284,6 +287,7 @@ class Broken(Bigram):
         ("holes", "below an invalid one"),
         ("half a tree", "must all be given"),
         ("always q", "q must be None"),
+        ("blind", r"finds\(text\) must be true where the drafter proposes"),
         ("too sure", r"probability of a node must be in \[0, 1\]"),
     ],
 )

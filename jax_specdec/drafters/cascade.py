@@ -78,7 +78,7 @@ class Horizontal(Composed):
         for drafter in self.drafters:
             if not drafter.info.is_chain or not drafter.info.depth:
                 raise UserError(
-                    f"The drafter {drafter.info.name!r} cannot propose in a cascade: it drafts no chain."
+                    f"The drafter {drafter.info.name!r} cannot propose beside others: it drafts no chain."
                 )
         check_models(self.info)
 

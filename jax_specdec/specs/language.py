@@ -289,7 +289,7 @@ class _Build(lark.Transformer):
         if kind is None:
             known_name(name, "drafter", registry.names() if verify else self._all_names())
             raise UserError(
-                f"The preset {name!r} takes no length and stands alone, not in a cascade."
+                f"The preset {name!r} takes no length and stands alone, not among drafters."
             )
         spec = Spec(name, length)
         if verify is None:
@@ -345,7 +345,5 @@ class _Build(lark.Transformer):
 def _drafting(inner: tuple[Spec, ...]) -> tuple[Spec, ...]:
     for spec in inner:
         if not spec.inner and not spec.kind.usual_length:
-            raise UserError(
-                f"The drafter {spec.name!r} drafts nothing: leave it out of the cascade."
-            )
+            raise UserError(f"The drafter {spec.name!r} drafts nothing: leave it out.")
     return inner

@@ -206,6 +206,13 @@ class _Run:
                 (draft.top_ids is not None) == way.info.distribution,
                 "top_ids must be given when they are asked for, if and only if info.distribution",
             )
+        finds = getattr(way, "finds", None)
+        if finds is not None:
+            proposes = np.asarray(draft.valid)[rows, 1:].any(axis=1)
+            require(
+                (np.asarray(finds(text))[rows] | ~proposes).all(),
+                "finds(text) must be true where the drafter proposes something",
+            )
         return jax.device_get(draft), after
 
     def follow(self, draft: Draft, lengths: np.ndarray) -> tuple[np.ndarray, Outcome]:

@@ -76,7 +76,7 @@ def test_depths():
         ),
         (
             lambda: Horizontal((Expand(LmDrafter(h.TARGET, 2), Cape(6)),), (2,)),
-            "'lm\\+' cannot propose in a cascade: it drafts no chain",
+            "'lm\\+' cannot propose beside others: it drafts no chain",
         ),
         (lambda: Expand(Horizontal((MaxGram(2),), (2,)), Cape(6)), "it has no distribution"),
         (lambda: glide_cascade(5, 6), "verifies tokens up to 6 places.*at most 5"),
