@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 _ROUNDS_FOREVER = np.iinfo(np.int32).max
 # Where nobody listens the device still comes back about so often (seconds), for Ctrl-C and the bar.
-_SLICE = 0.3
+_SLICE = 0.6
 
 One = str | Request | Sequence[int] | Sequence[Message]
 Several = Sequence[str] | Sequence[Request] | Sequence[Sequence[int] | Sequence[Message]]
