@@ -84,7 +84,7 @@ def decode_round(
         kept = jnp.cumsum(proposed, axis=1, dtype=jnp.int32) <= jnp.asarray(loop.widths)[index]
         kept = proposed & kept
     draft = draft.replace(valid=kept)
-    arm = functools.partial(_verify, loop, params["target"], state, ctx, draft)
+    arm = functools.partial(_verify, loop, params["target"], state, ctx, draft, plan.depth)
     arms = [functools.partial(arm, width) for width in loop.widths or (loop.nodes,)]
     view, found = select_in_place(index, arms, state.view)
     place = jnp.arange(loop.window, dtype=jnp.int32)[None]
@@ -138,11 +138,13 @@ def _fill(
     return select_in_place(index, arms, noise, ())[0]
 
 
-def _heard(ctx: Context) -> Context:
-    """The same with 0 for the noise of rows that do not sample, where nothing is written."""
+def _heard(ctx: Context, depth: Int[Array, ""]) -> Context:
+    """The same with 0 for noise that is of no round or of an earlier one: of rows that do not sample, and below `depth`."""
     assert ctx.noise is not None, "there is noise in every round"
     hot = ctx.law.sampling.temperature > 0
-    return ctx.replace(noise=jnp.where(hot[:, None, None], ctx.noise, 0))
+    place = jnp.arange(ctx.noise.shape[1], dtype=jnp.int32)
+    written = hot[:, None] & (place <= depth)[None]
+    return ctx.replace(noise=jnp.where(written[..., None], ctx.noise, 0))
 
 
 def _propose(
@@ -164,7 +166,7 @@ def _propose(
 
     def by(way: Drafter, states: States) -> tuple[States, Draft]:
         # Here and not outside: a branch takes as it is what it does not compute.
-        draft, states = way.draft(weights, states, _heard(ctx))
+        draft, states = way.draft(weights, states, _heard(ctx, plan.depth))
         if way is not loop.drafter:
             draft = widened(
                 draft, info.nodes, [loop.sources.index(n) + 1 for n in way.info.sources]
@@ -219,18 +221,19 @@ def _verify(
     state: LoopState,
     ctx: Context,
     draft: Draft,
+    depth: Int[Array, ""],
     width: int,
     view: TargetView,
 ) -> tuple[TargetView, Emitted]:
     """Verifies a draft's first `width` valid nodes, commits what becomes text but the last, and ends rows.
 
     Args:
-      params: the target's. view: the state's, which nothing else reads.
+      params: the target's. depth: that of the plan. view: the state's, which nothing else reads.
     """
     if loop.widths:
         assert ctx.noise is not None, "there is noise in every round"
         shared = loop.drafter.info.noise and ctx.noise.shape[1] >= min(width, loop.window)
-        ctx = _heard(ctx) if shared else ctx.replace(noise=loop.noise(state, width))
+        ctx = _heard(ctx, depth) if shared else ctx.replace(noise=loop.noise(state, width))
     text, active, window = state.text, ctx.active, loop.window
     part, order = narrow(draft, width)
     with jax.named_scope("verify"):

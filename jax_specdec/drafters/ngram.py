@@ -25,7 +25,7 @@ def longest_suffix_match(
 
     Returns:
       `(match, end)`, `int32[B]` each: tokens matched, 0 for none, and the place j where they end. The
-      count stops once a single candidate is left and `min_match` is reached.
+      count stops, at a multiple of `_AT_ONCE`, once a single candidate is left and `min_match` is reached.
 
     The candidates are kept as a mask that shrinks, by `_AT_ONCE` tokens in each pass over the text: where a text
     repeats itself a match is as long as the text, and passes take as long as a layer of a small model.

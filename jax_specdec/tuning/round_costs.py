@@ -34,6 +34,8 @@ from jax_specdec.user_cache import cache_folder, write_whole
 from pallas_kernels import tuning
 
 COMPUTED = "computed"
+# Of how rounds are timed: what was timed otherwise is not used.
+TIMING = 2
 # How long what a busy machine measured is used: runs in between are alike, and none waits for it again.
 UNSURE_SECONDS = 3600.0
 # What a table that is given must agree on, and how another one is called; a kept one must agree on everything.
@@ -178,6 +180,7 @@ def owner_of(target: Target, loop: DecodeLoop, loaded: LoadedDrafter, rows: int)
         "machine": progress.machine(),
         "kernels": tuning.NATIVE.get(here.platform, "xla"),
         "version": jax_specdec.__version__,
+        "timing": TIMING,
     }
 
 

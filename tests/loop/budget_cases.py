@@ -20,6 +20,7 @@ from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.medusa import MedusaDrafter
 from jax_specdec.drafters.prompt_lookup import PromptLookup
 from jax_specdec.expansions.cape import Cape
+from jax_specdec.expansions.dynamic_tree import DynamicTree
 from jax_specdec.expansions.expand import Expand
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
@@ -86,6 +87,7 @@ CASES = {
         Horizontal((LmDrafter(h.SMALL, 2), Bigram(1), MaxGram(2)), (2, 1, 2)),
         lambda _: {"lm": close(), "bigram": jnp.arange(h.VOCAB)[::-1]},
     ),
+    "grown": (Expand(LmDrafter(h.SMALL, 3), DynamicTree(9)), lambda _: {"lm": close()}),
     "first": (First((MaxGram(5, min_match=2), LM)), lambda _: {"lm": close()}),
     "first of three": (
         First((PromptLookup(4, min_ngram=2), GliDeDrafter(GLIDE, 3), Bigram(1))),

@@ -28,6 +28,7 @@ from jax_specdec.core import budget as policy
 from jax_specdec.core import round as rounds
 from jax_specdec.core.acceptance import Reject
 from jax_specdec.core.budget import Budget, Plan, RoundCosts
+from jax_specdec.core.context import TargetView, make_context
 from jax_specdec.core.draft import Text, chain
 from jax_specdec.drafters.cascade import Cascade
 from jax_specdec.drafters.lm import LmDrafter
@@ -249,6 +250,36 @@ def test_a_new_request_begins_without_memory():
         assert old[2].any() or name == "waited"
         assert not new[2].any() and (np.delete(new, 2, 0) == np.delete(old, 2, 0)).all()
     assert (after.costs.verify == state.budget.costs.verify).all()
+
+
+def test_noise_of_earlier_rounds_is_not_heard():
+    """What is written in place is of this round down to the depth that is asked for, in rows that sample."""
+    text = Text(jnp.zeros((2, 8), jnp.int32), jnp.ones((2,), jnp.int32))
+    sampling = h.sampling_of(2, temperature=[0.0, 1.0])
+    ctx = make_context(text, TargetView(None), sampling, jnp.ones((2, 4, h.VOCAB)))
+    for depth, want in ((0, [1, 0, 0, 0]), (1, [1, 1, 0, 0]), (9, [1, 1, 1, 1])):
+        noise = rounds._heard(ctx, jnp.int32(depth)).noise
+        assert noise[..., 0].tolist() == [[0, 0, 0, 0], want]
+
+
+@pytest.mark.parametrize("name", ("siblings", "grown"))
+def test_rounds_do_not_depend_on_where_a_run_is_cut(name):
+    """Nothing of earlier rounds lies in what a slice begins with or finds."""
+    drafter, params = CASES[name]
+    loop = loop_of(drafter)
+    tokens, lengths = h.pad(h.prompts_of(RAGGED))
+    args = (tokens, lengths, h.sampling_of(4, temperature=1.3, max_new_tokens=24), jnp.arange(4))
+    costs, params = costs_of(loop, 0.7, 0.1), params_of(**params(None))
+    states = []
+    for slices in ([100], [1] * 30):
+        state = h.start(loop, params, *args, capacity=48, costs=costs)
+        for rounds in slices:
+            state = h.run(loop, params, state, rounds)
+        states.append(jax.device_get(state))
+    jax.tree.map(np.testing.assert_array_equal, states[0].stats, states[1].stats)
+    np.testing.assert_array_equal(states[0].text.tokens, states[1].text.tokens)
+    depths = states[0].stats.depths
+    assert depths[:, 1:-1].any(), "no draft was cut"
 
 
 def test_without_costs_all_is_drafted():
