@@ -273,8 +273,8 @@ def test_rounds_do_not_depend_on_where_a_run_is_cut(name):
     states = []
     for slices in ([100], [1] * 30):
         state = h.start(loop, params, *args, capacity=48, costs=costs)
-        for rounds in slices:
-            state = h.run(loop, params, state, rounds)
+        for count in slices:
+            state = h.run(loop, params, state, count)
         states.append(jax.device_get(state))
     jax.tree.map(np.testing.assert_array_equal, states[0].stats, states[1].stats)
     np.testing.assert_array_equal(states[0].text.tokens, states[1].text.tokens)
