@@ -66,11 +66,11 @@ def decode_round(
     """`DecodeLoop.round`, and the noise of `room_for_noise`."""
     text, budget, info = state.text, state.budget, loop.drafter.info
     active = state.stats.finish == RUNNING
-    plan, index, weights = Plan(jnp.int32(0), jnp.int32(info.depth)), jnp.int32(0), worth(active)
+    plan, index = Plan(jnp.int32(0), jnp.int32(info.depth)), jnp.int32(0)
+    weights = worth(active, None if replaced else state.limit - text.length)
     if budget is not None:
         peek = getattr(loop.drafter, "available", None)
         available = None if peek is None else peek(text)
-        weights = worth(active, None if replaced else state.limit - text.length)
         plan = budget.plan(weights, loop.widths, info.is_chain, available)
     with jax.named_scope("draft"):
         noise = _fill(loop, state, plan, noise)

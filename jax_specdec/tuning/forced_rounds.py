@@ -86,7 +86,6 @@ class _Passes:
 
     Attributes:
       of: seconds of a round of each kind, by pass. beside: of plain rounds beside them. ratios: the one in the other.
-      plain: seconds of all plain rounds.
     """
 
     def __init__(self, rounds: "_Rounds", kinds: Sequence[Kind], each: int):
@@ -94,7 +93,6 @@ class _Passes:
         self.of: dict[Kind, list[float]] = {kind: [] for kind in kinds}
         self.beside: dict[Kind, list[float]] = {kind: [] for kind in kinds}
         self.ratios: dict[Kind, list[float]] = {kind: [] for kind in kinds}
-        self.plain: list[float] = []
         self.spent, self.passes = 0.0, 0
 
     def add(self) -> None:
@@ -104,11 +102,15 @@ class _Passes:
             took = self._rounds.seconds(kind, self._each)
             behind = self._rounds.seconds(PLAIN, self._each)
             self.of[kind].append(took)
-            self.plain.append(behind)
             self.beside[kind].append(behind)
             self.ratios[kind].append(took / min(before, behind))
             self.spent, before = self.spent + self._each * (took + behind), behind
         self.passes += 1
+
+    @property
+    def plain(self) -> list[float]:
+        """Seconds of all plain rounds."""
+        return [seconds for some in self.beside.values() for seconds in some]
 
     def fastest(self, kind: Kind) -> float:
         """Of a kind, in plain rounds: the fastest few of as many timings each, since of more the fastest are faster."""

@@ -323,14 +323,14 @@ def tune(
         report(f"{FIRST}: no model here drafts chains")
     if found_first is not None:
         speedup, spec = found_first
+        played_first = {"spec": str(spec), "budgeted_speedup": speedup}
+        ranking[str(spec)] = speedup
         if FIRST in combinations:
-            first = {"spec": str(spec), "budgeted_speedup": speedup}
-            ranking[str(spec)] = speedup
+            first = played_first
             report(f"{spec}: predicted {speedup:.2f} times plain, with its budget")
         # A cascade whose turns want one token: so the cascade is never slower than what it copies with.
         if cascades and speedup > ALIKE * cascade.get("predicted_speedup", 0.0):
-            cascade = {"spec": str(spec), "budgeted_speedup": speedup}
-            ranking[str(spec)] = speedup
+            cascade = played_first
             report(f"{CASCADE}: {spec}")
     best = max(ranking, key=lambda spec: ranking[spec])
     combined = {name: one for name, one in ((CASCADE, cascade), (FIRST, first)) if one}
