@@ -263,6 +263,7 @@ def test_tune_chooses_lengths_and_budgets(target, monkeypatch):
 def test_tune_chooses_a_cascade(target, tmp_path, monkeypatch):
     """The best of those that it played; it is what the name stands for beside this checkpoint."""
     costing(monkeypatch, draft=0.01)
+    monkeypatch.setattr(tuning, "budgeted_speedup", lambda *args: 0.1)
     out = tuned_quickly(target, "lm", "cascade")
     spec = parse_drafter(out["cascade"])
     assert spec in list(candidates(["lm"], 4))
