@@ -33,7 +33,9 @@ from jax_specdec.errors import UserError
 _MEMORY = 0.92
 # A row begins as if so many drafts had been seen, of which this share was accepted: hopeful, so that a drafter is asked
 # at once wherever it may pay, and quickly convinced of the contrary. Verification costs more than asking and is not
-# needed to learn whether a first token is right: there the beginning is sober.
+# needed to learn whether a first token is right: there the beginning is sober. One row's text may well be an easy one,
+# but the mean of N rows that share their rounds is hardly that far from the usual: hope shrinks as their deviation
+# does, by the root of N.
 _PRIOR_WEIGHT, _PRIOR, _SOBER = 2.0, 0.8, 0.5
 # No chance is below this: sums of them stay apart in float32, so that at equal costs deeper is better.
 _LEAST = 1e-3
@@ -41,6 +43,8 @@ _LEAST = 1e-3
 # that was right the next probe comes sooner by `_SOONER` of the rounds between; the first probes of a drafter that costs
 # a plain round come `_DEAR` times as late as those of one that costs nothing.
 _PROBING, _SOONER, _DEAR = 0.0125, 0.9, 16.0
+# A batch asks when so much of it is due: where ended rows are replaced, and where all wait for the last.
+_DUE = (0.5, 0.75)
 _RAREST_PROBE = 64
 # What a round takes beyond a plain one counts so often: the policy takes what looks best, and what looks best is
 # overrated.
@@ -187,7 +191,7 @@ class Budget(flax.struct.PyTreeNode):
         """
         return self.replace(forced=jnp.asarray([way, depth, width], jnp.int32))
 
-    def acceptance(self, prior: float = _PRIOR) -> Float[Array, "B N P"]:
+    def acceptance(self, prior: float | Array = _PRIOR) -> Float[Array, "B N P"]:
         """Chance that the token at each depth is accepted where all before it are.
 
         A depth with little evidence counts as the first, and the first as `prior`.
@@ -197,7 +201,7 @@ class Budget(flax.struct.PyTreeNode):
         rest = (hits[..., 1:] + _PRIOR_WEIGHT * first) / tries[..., 1:]
         return jnp.concatenate([first, rest], axis=-1)
 
-    def expected(self, prior: float = _PRIOR) -> Float[Array, "B N D"]:
+    def expected(self, prior: float | Array = _PRIOR) -> Float[Array, "B N D"]:
         """Tokens that a round emits in each row with 0, 1, ..., P drafted tokens verified."""
         reach = jnp.maximum(jnp.cumprod(self.acceptance(prior), axis=-1), _LEAST)
         return 1 + jnp.pad(jnp.cumsum(reach, axis=-1), ((0, 0), (0, 0), (1, 0)))
@@ -208,16 +212,19 @@ class Budget(flax.struct.PyTreeNode):
         widths: tuple[int, ...],
         is_chain: bool,
         available: Bool[Array, "B N"] | None = None,
+        *,
+        replaced: bool = False,
     ) -> Plan:
         """How to draft in this round.
 
         Where drafting does not pay it is still asked for one token now and then, soon after one that was
-        right, else after twice as many rounds as before until it is as seldom as `_PROBING` asks, when half of the
+        right, else after twice as many rounds as before until it is as seldom as `_PROBING` asks, when most of the
         batch by worth is due; and where one way pays, the others are tried every so often.
 
         Args:
           worth: of a token in each row, see `worth`.
           available: which ways have something to propose, by row; None: all. In others a row emits one token.
+          replaced: whether ended rows are; static.
         """
         costs = self.costs
         ways, depths = costs.draft.shape
@@ -229,7 +236,9 @@ class Budget(flax.struct.PyTreeNode):
             else np.minimum(drafts, 1) * (len(widths) - 1)
         )
         able = jnp.broadcast_to(worth[:, None], self.waited.shape)
-        expected = self.expected()
+        rows = jnp.sum(worth) ** 2 / jnp.maximum(jnp.sum(worth**2), _LEAST)  # that count
+        hope = (_PRIOR - _SOBER) / jnp.sqrt(jnp.maximum(rows, 1))
+        expected = self.expected(_SOBER + hope)
         if available is not None:
             able = jnp.where(available, able, 0)
             expected = jnp.where(available[..., None], expected, 1)
@@ -244,7 +253,8 @@ class Budget(flax.struct.PyTreeNode):
         every = jnp.minimum(self._rarest()[None], first[None] * jnp.exp2(self.tries[..., 0]))
         every = jnp.where(idle, every, 2 * _RAREST_PROBE)
         due = (self.waited + 1).astype(jnp.float32) >= every
-        due = 2 * jnp.sum(jnp.where(due, able, 0), axis=0) >= jnp.sum(worth)
+        share = _DUE[0] if replaced else _DUE[1]
+        due = jnp.sum(jnp.where(due, able, 0), axis=0) >= share * jnp.sum(worth)
         due = due & (idle | (place != way))
         # What would not pay if all of it were right is never asked.
         most = jnp.asarray(1 + drafts, jnp.float32)[None] / seconds

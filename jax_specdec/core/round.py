@@ -71,7 +71,7 @@ def decode_round(
     if budget is not None:
         peek = getattr(loop.drafter, "available", None)
         available = None if peek is None else peek(text)
-        plan = budget.plan(weights, loop.widths, info.is_chain, available)
+        plan = budget.plan(weights, loop.widths, info.is_chain, available, replaced=replaced)
     with jax.named_scope("draft"):
         noise = _fill(loop, state, plan, noise)
         ctx, draft, drafts = _propose(loop, params["drafters"], state, plan, noise)

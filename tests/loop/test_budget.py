@@ -132,7 +132,9 @@ def expectation(hits, tries, prior):
 
 def search(v, c, widths, hits, tries, worth, nodes):
     """The best depth and width by trying all of them, and how fast any of them is."""
-    hopeful, sober = (expectation(hits, tries, x) for x in (policy._PRIOR, policy._SOBER))
+    count = worth.sum() ** 2 / (worth**2).sum()
+    hope = policy._SOBER + (policy._PRIOR - policy._SOBER) / np.sqrt(count)
+    hopeful, sober = (expectation(hits, tries, x) for x in (hope, policy._SOBER))
     depths, speeds, rows = [], [], len(hits)
     v, c = (x0 + policy._MARGIN * (x - x0) for x, x0 in ((v, v[0]), (c, 0)))
     for d in range(hits.shape[1] + 1):
@@ -174,6 +176,18 @@ def test_a_batch_waits_for_its_last_row():
     weights = policy.worth(active, left)
     least = policy._LEAST_WORTH
     np.testing.assert_allclose(weights, [1, np.exp(-4 / policy._AHEAD), least, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("replaced", "enough"), [(True, 2), (False, 3)])
+def test_most_of_a_batch_must_be_due(replaced, enough):
+    """A draft that does not pay is asked for again when so many rows of four have waited."""
+    costs = RoundCosts(jnp.asarray([1.0, 2.5, 3.0]), 0.2 * jnp.arange(8, dtype=jnp.float32)[None])
+    state = Budget.empty(costs, 4)
+    state = state.replace(tries=jnp.full_like(state.tries, 9.0))
+    plan = jax.jit(lambda state: state.plan(jnp.ones(4), (1, 4, 8), True, replaced=replaced).depth)
+    for rows in range(5):
+        waited = jnp.where(jnp.arange(4) < rows, policy._RAREST_PROBE, 0)[:, None]
+        assert int(plan(state.replace(waited=waited))) == (rows >= enough)
 
 
 @pytest.mark.parametrize("replaced", (False, True))
