@@ -100,7 +100,7 @@ def main() -> None:
     arms: dict[str, Any] = {"plain": Ours(target, None, *length, budget=True)}
     for item in specs.split(args.drafters):
         spec, _, off = item.partition("/")
-        wanted = sd.default_spec(target) if spec == "auto" else spec
+        wanted = sd.default_spec(target, args.batch_size) if spec == "auto" else spec
         drafter = sd.load_drafter(wanted, target, drafts=drafts or None)
         name = (
             f"{'auto: ' if spec == 'auto' else ''}{drafter.spec}{' without budget' if off else ''}"

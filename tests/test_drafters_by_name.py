@@ -281,6 +281,7 @@ def test_the_nearest_measurement_counts(home, record):
 
     assert len(defaults.read_records(file)) == 4
     assert (best(), best(batch_size=6), best(dtype="bfloat16")) == ("lm:4", "lm:8", "lm:2")
+    assert sd.default_spec(home / "target", batch_size=6) == "lm:8"
     assert device != "another"
 
 

@@ -13,6 +13,7 @@ from jax_specdec.core import sampling as laws
 from jax_specdec.core.context import TargetView, make_context
 from jax_specdec.core.draft import Text
 from jax_specdec.core.processors import RepetitionPenalty
+from jax_specdec.drafters.first import First
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.errors import UserError
@@ -303,6 +304,9 @@ SAMPLERS = {
     "match max-gram": lambda: sample(MaxGram(2)),
     "reject lm": lambda: sample(LmDrafter(h.TARGET, 2), "reject", lm=h.close_params()),
     "reject max-gram": lambda: sample(MaxGram(2), "reject"),
+    "reject first": lambda: sample(
+        First((MaxGram(2), LmDrafter(h.TARGET, 2))), "reject", lm=h.close_params()
+    ),
     "reject siblings": lambda: sample(
         h.Siblings(LmDrafter(h.TARGET, 2)), "reject", lm=h.close_params()
     ),

@@ -206,16 +206,15 @@ class ShapedDrafter:
 
         from jax_specdec.core.drafter import ways_of
         from jax_specdec.models.decoder import Decoder
+        from jax_specdec.tuning.plan import bytes_per_draft_token
 
         drafter, own, _ = self._build(Decoder(question.config, question.dtype))
         size = {
             name: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
             for name, tree in own.items()
         }
-        # Each token of a draft reads the parameters once.
         self.read = max(
-            way.info.depth * sum(size.get(use.name, 0) for use in way.info.models)
-            for way in ways_of(drafter)
+            way.info.depth * bytes_per_draft_token(way, size) for way in ways_of(drafter)
         )
         return sum(size.values()), drafter.info.nodes + 1
 

@@ -64,13 +64,17 @@ def setting_of(target: Target, batch_size: int = 1, draft_int8: Collection[str] 
     return Setting(target.path, str(target.decoder.dtype), batch_size, target.int8, draft_int8)
 
 
-def default_spec(target: Target | str | Path) -> str:
+def default_spec(target: Target | str | Path, batch_size: int = 1) -> str:
     """The drafter that was measured to be the fastest for a target, or one that needs no checkpoint.
 
     Args:
       target: a loaded one, or its folder; the measurements lie beside it.
+      batch_size: rows that are decoded together: of several measurements the nearest counts.
     """
-    setting = setting_of(target) if isinstance(target, Target) else Setting(Path(target))
+    if isinstance(target, Target):
+        setting = setting_of(target, batch_size)
+    else:
+        setting = Setting(Path(target), batch_size=batch_size)
     return measured(setting.folder, setting).get("default") or USUAL
 
 

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh
 
 from jax_specdec.checkpoints import layouts
 from jax_specdec.core.cache import KVScales
+from jax_specdec.core.drafter import Drafter
 from jax_specdec.core.loop import DecodeLoop
 from jax_specdec.core.sampling import make_sampling
 from jax_specdec.core.sharding import Sharding, held_per_device, row_places, shapes_at
@@ -67,6 +68,15 @@ class Question:
             raise UserError(
                 f"The model's context is {self.config.context} tokens, fewer than {self.context}."
             )
+
+
+def bytes_per_draft_token(way: Drafter, sizes: Mapping[str, int]) -> int:
+    """What drafting a token reads: the parameters of the drafter's models, once.
+
+    Args:
+      way: see `core.drafter.ways_of`. sizes: bytes of the models' own parameters, by name.
+    """
+    return sum(sizes.get(use.name, 0) for use in way.info.models)
 
 
 def parts_by_arithmetic(question: Question, drafter: int, nodes: int) -> dict[str, float]:

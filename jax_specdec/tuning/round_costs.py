@@ -228,11 +228,14 @@ def computed_costs(
         plan.seconds(question, plan.parts_by_arithmetic(question, 0, width))["total"]
         for width in loop.widths
     ]
-    draft = []
-    for way in ways_of(loop.drafter):  # each token of a draft reads the parameters once
-        used = [loaded.params.get(use.name, ()) for use in way.info.models]
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(used))
-        draft.append(np.arange(way.info.depth + 1) * (size / chip.bandwidth))
+    sizes = {
+        name: sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        for name, params in loaded.params.items()
+    }
+    draft = [
+        np.arange(way.info.depth + 1) * plan.bytes_per_draft_token(way, sizes) / chip.bandwidth
+        for way in ways_of(loop.drafter)
+    ]
     return as_costs(loop, verify, draft)
 
 
