@@ -282,6 +282,9 @@ def test_the_nearest_measurement_counts(home, record):
     assert len(defaults.read_records(file)) == 4
     assert (best(), best(batch_size=6), best(dtype="bfloat16")) == ("lm:4", "lm:8", "lm:2")
     assert sd.default_spec(home / "target", batch_size=6) == "lm:8"
+    elsewhere = [{**one, "device": "another"} for one in defaults.read_records(file)]
+    file.write_text(json.dumps({"records": elsewhere}))
+    assert best(batch_size=6) in ("lm:1", "lm:4"), "a batch of another device"
     assert device != "another"
 
 

@@ -89,7 +89,7 @@ def measured(folder: Path, setting: Setting | None = None) -> dict[str, Any]:
     """The record for the models in a folder that fits a setting best: `{}` where there is none.
 
     It is of the same model, or names none. Of several, the device decides, then the dtype, then
-    what is in int8, then the nearest batch size.
+    what is in int8, then the nearest batch size, which on another device is 1.
 
     Raises:
       UserError: the file is not what `tune` writes.
@@ -102,10 +102,12 @@ def measured(folder: Path, setting: Setting | None = None) -> dict[str, Any]:
     def nearness(record: dict[str, Any]) -> tuple[bool, bool, bool, bool, float]:
         if setting is None:
             return (False, False, False, False, 0.0)
-        ratio = record.get("batch_size", 1) / setting.batch_size
+        here = record.get("device") == setting.device
+        # What does not pay for a batch on one device may well pay on another: there a single row's record tells more.
+        ratio = record.get("batch_size", 1) / (setting.batch_size if here else 1)
         return (
             "model" in record,
-            record.get("device") == setting.device,
+            here,
             record.get("dtype") == setting.dtype,
             _int8(record) == [set(setting.int8), set(setting.draft_int8)],
             -abs(math.log(ratio)),
