@@ -81,6 +81,15 @@ def test_a_cascade_that_is_played_is_the_decoding(target, text):
     steps = sum(a.stats.num_spec_steps for a in answers)
     assert played.tau == sum(len(a.token_ids) for a in answers) / steps
     assert played.calls[0] >= 1 and all(0 <= n <= 1 for n in played.calls[1:])
+    tokens, rounds = (
+        sum(max(counts[i : i + 2]) for i in range(0, len(counts), 2))
+        for counts in (
+            [len(a.token_ids) for a in answers],
+            [a.stats.num_spec_steps for a in answers],
+        )
+    )
+    together = play(parse_drafter(text), texts, {"lm": chains}, batch=2)
+    assert together.calls == played.calls and together.tau == tokens / rounds < played.tau
 
 
 def test_the_replay_of_a_drafter_without_a_distribution(target, found):

@@ -180,8 +180,10 @@ class Horizontal(Composed):
             need, length = lacking(carry), text.length + count
             here = ctx.replace(
                 text=Text(tokens, length),
-                # A turn of one token begins its draft.
-                noise=noise if budget == 1 else _ahead(noise, count, info.depth + 1),
+                # A turn of one token begins its draft; one that is cut may draft further than there is noise.
+                noise=noise
+                if budget == 1 and info.depth < noise.shape[1]
+                else _ahead(noise, count, info.depth + 1),
                 active=need,
                 budget=ctx.budget - count,
             )

@@ -26,7 +26,7 @@ class Played(NamedTuple):
     """What became of a cascade on known texts, means over rounds.
 
     Attributes:
-      tau: tokens a round, the target's own included.
+      tau: tokens a round, the target's own included; of a batch, those of its longest answer a round of its last row.
       calls: of each drafter by its place in the cascade, from the left: drafts of one that drafts alone,
         verifications of one that verifies.
     """
@@ -63,21 +63,23 @@ def candidates(
             yield spec
 
 
-def play(spec: Spec, texts: Sequence[Sequence[int]], found: Mapping[str, Record]) -> Played:
+def play(
+    spec: Spec, texts: Sequence[Sequence[int]], found: Mapping[str, Record], batch: int = 1
+) -> Played:
     """Plays every round of a cascade of `candidates`.
 
     Args:
       texts: prompts with answers. found: by name, `replay.record(..., everywhere=True)` of each neural
-        drafter on them, with chains at least as long as the cascade's drafts.
+        drafter on them, with chains at least as long as the cascade's drafts. batch: texts at a time.
     """
     part, *rest = spec.inner
     record = found[part.name]
     calls = np.zeros(len(spec.inner))
-    tokens = rounds = 0
+    tokens, rounds = np.zeros((2, len(texts)), np.int64)
     for row, text in enumerate(texts):
         mine = np.flatnonzero(record.row == row)
         chains = dict(zip(record.length[mine].tolist(), record.tokens[mine].tolist(), strict=True))
-        at = min(chains)
+        begin = at = min(chains)
         while at < len(text):
             prefix, own = list(text[:at]), chains[at]
             draft, made = _first(part, prefix, own)
@@ -85,9 +87,14 @@ def play(spec: Spec, texts: Sequence[Sequence[int]], found: Mapping[str, Record]
             for i, other in enumerate(rest, 1):
                 calls[i] += 1
                 draft += max_gram(prefix + draft, other.length or 0)
-            new = min(_agreed(draft, text[at:]) + 1, len(text) - at)
-            tokens, rounds, at = tokens + new, rounds + 1, at + new
-    return Played(tokens / rounds, tuple((calls / rounds).tolist()))
+            rounds[row] += 1
+            at = min(at + _agreed(draft, text[at:]) + 1, len(text))
+        tokens[row] = at - begin
+    longest, last = (
+        np.maximum.reduceat(count, np.arange(0, len(texts), batch)).sum()
+        for count in (tokens, rounds)
+    )
+    return Played(float(longest / last), tuple((calls / rounds.sum()).tolist()))
 
 
 def _first(part: Spec, prefix: list[int], own: list[int]) -> tuple[list[int], int]:

@@ -253,7 +253,7 @@ def tune(
         texts = [encode(answer.prompt) + answer.token_ids for answer in answers]
         choices = []
         for spec in candidates(neural, deepest, longest=trained):
-            played, (first, *_) = play(spec, texts, chains), spec.inner
+            played, (first, *_) = play(spec, texts, chains, rows), spec.inner
             drafts = {p.length or 0: seconds[p] for p in plans[first.name]}
             took = interpolate(verify, 1 + depth_of(spec))
             if first.inner:

@@ -39,6 +39,7 @@ def three_levels(**fields):
 CASCADES = {
     "vicuna": Horizontal((reviewed(3), MaxGram(3)), (2, 3)),
     "cut": Horizontal((reviewed(3), PromptLookup(4)), (2, 3), cut=True),
+    "cut to one": Horizontal((reviewed(2),), (1,), cut=True),
     "three levels": three_levels(),
     "lenient": three_levels(lenience=4.0, copies=True),
     "horizontal": Horizontal((LmDrafter(h.TARGET, 2), Bigram(1), MaxGram(2)), (2, 2, 2)),
