@@ -36,6 +36,8 @@ from jax_specdec.tuning.replay import Record, acceptance, read_whole, record, ro
 MATCHES = (1, 2, 3)
 # What the prediction of a cascade, in which every round is alike, counts beside one that was played with a budget.
 ALIKE = 0.95
+# Below this predicted speed a drafter is not worth its memory and its reading of prompts, which no prediction contains.
+PAYS = 1.01
 
 
 class _Choice(NamedTuple):
@@ -217,7 +219,7 @@ def tune(
             table = RoundCosts(jnp.asarray(v, jnp.float32), jnp.asarray(draft[None], jnp.float32))
             speed = budgeted_speedup([found], table, nodes, rows)
             best = max(best, (speed, length), key=lambda one: one[0])
-        budgeted, length = best
+        budgeted, length = best if best[0] >= PAYS else (1.0, 0)
         speedup = costs.speedup(accepted, length)
         return _Choice(speedup, spec._replace(length=length), accepted, costs, budgeted)
 
@@ -338,7 +340,7 @@ def tune(
         **{name: one["spec"] for name, one in combined.items()},
         "lengths": {key: c.spec.length for key, c in chosen.items()},
         "nodes": {key: c.spec.nodes for key, c in chosen.items() if c.spec.nodes is not None},
-        "default": best if ranking[best] > 1 else "none",
+        "default": best if ranking[best] >= PAYS else "none",
         "model": target_fingerprint(target.path),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
