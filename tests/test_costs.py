@@ -284,6 +284,8 @@ def test_tune_chooses_a_cascade(target, tmp_path, monkeypatch):
     assert parse_drafter(fast["cascade"]).name == "first" and "first" not in fast
     (tmp_path / "draft_lengths.json").write_text(json.dumps(fast))
     assert sd.load_drafter("cascade", target, tmp_path, drafts=drafts).spec == fast["cascade"]
+    with pytest.raises(sd.UserError, match="which cape cannot expand: it has no distribution"):
+        sd.load_drafter("cascade+cape", target, tmp_path, drafts=drafts)
     with pytest.raises(sd.UserError, match="No cascade was chosen"):
         sd.load_drafter("cascade", target, tmp_path / "elsewhere")
     with pytest.raises(sd.UserError, match="needs a drafter that can verify"):

@@ -21,6 +21,7 @@ from jax_specdec.specs.language import (
     CASCADE,
     COMBINATIONS,
     EXAMPLES,
+    FIRST,
     Spec,
     known_name,
     parse,
@@ -138,7 +139,13 @@ def complete(
                 f"No {what} was chosen for the checkpoints in {folder}: name one, as in {EXAMPLES[spec.name]}, or "
                 f"run `jax-specdec tune --drafters lm,max-gram,{spec.name}`."
             )
-        spec = parse_drafter(chosen)._replace(rule=spec.rule, nodes=spec.nodes)
+        preset = parse_drafter(chosen)
+        if preset.name == FIRST and spec.rule is not None:
+            raise UserError(
+                f"{spec.name} is {preset} here, which {spec.rule} cannot expand: it has no distribution. Name a cascade, as "
+                f"in {EXAMPLES[CASCADE]}+{spec.rule}."
+            )
+        spec = preset._replace(rule=spec.rule, nodes=spec.nodes)
     longest = longest or (lambda name: registry.longest(name, folder / name))
     if spec.inner:
         spec = _filled(spec, longest)
