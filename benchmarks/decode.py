@@ -4,7 +4,8 @@
 
 All arms answer the same prompts with the same number of new tokens (end-of-text ignored), warm, greedy, at
 batch 1; the arms take turns prompt by prompt, and the whole is repeated. Times are from the start of the
-prefill to the last token.
+prefill to the last token. Where every round is alike, without a budget, the cost model's prediction and the parts
+of a round stand beside what was measured.
 """
 
 import argparse
@@ -27,9 +28,9 @@ SETS = ("gsm8k", "mbpp", "stories", "spec_bench")
 class Arm:
     """One way of decoding: `run(prompt ids) -> (token ids, seconds, prefill seconds)`."""
 
-    def __init__(self, target, drafter, tokens: int):
-        self.decoder = sd.SpeculativeDecoder(target, drafter)
-        self.tokens = tokens
+    def __init__(self, target, drafter, tokens: int, budget: bool = True):
+        self.decoder = sd.SpeculativeDecoder(target, drafter, budget=budget)
+        self.tokens, self.budget = tokens, budget
         self.answers: list = []
 
     def run(self, ids):
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument(
         "--drafters",
         default="auto,lm,glide,glide+cape,max-gram,prompt-lookup,bigram",
-        help="specifications; SPEC@DIR takes the checkpoint from DIR",
+        help="specifications; SPEC@DIR takes the checkpoint from DIR, and /off behind either leaves out the budget",
     )
     parser.add_argument("--per-set", type=int, default=8)
     parser.add_argument("--keep-last", type=int, default=256, help="prompt tokens kept")
@@ -85,21 +86,29 @@ def main() -> None:
 
     target = sd.load_target(args.model, dtype=args.dtype)
     encode = sd.SpeculativeDecoder(target).encode
+    records = {name: read_prompts(args.prompts, (name,), args.per_set) for name in SETS}
     prompts = [
-        encode(record["prompt"])[-args.keep_last :]
-        for record in read_prompts(args.prompts, SETS, args.per_set)
+        encode(record["prompt"])[-args.keep_last :] for some in records.values() for record in some
     ]
+    sets = [name for name, some in records.items() for _ in some]
     tokens = args.max_new_tokens
 
-    loaded = {"plain": None}
+    loaded, without = {"plain": None}, set()
     for item in specs.split(args.drafters):
-        spec, _, folder = item.partition("@")
+        off = item.endswith("/off")
+        spec, _, folder = item.removesuffix("/off").partition("@")
         wanted = sd.default_spec(target) if spec == "auto" else spec
         drafts = {spec.partition(":")[0]: folder} if folder else None
         drafter = sd.load_drafter(wanted, target, drafts=drafts)
         name = f"{Path(folder).name} ({drafter.spec})" if folder else drafter.spec
-        loaded[f"default ({drafter.spec})" if spec == "auto" else name] = drafter
-    arms: dict = {name: Arm(target, drafter, tokens) for name, drafter in loaded.items()}
+        name = f"default ({drafter.spec})" if spec == "auto" else name
+        if off:
+            name = f"{name} without budget"
+            without.add(name)
+        loaded[name] = drafter
+    arms: dict = {
+        name: Arm(target, drafter, tokens, name not in without) for name, drafter in loaded.items()
+    }
     if args.dtype != "float32":  # the baseline is the faster plain decoding
         arms["plain float32"] = Arm(sd.load_target(args.model, dtype="float32"), None, tokens)
     if not args.no_peer:
@@ -139,6 +148,7 @@ def main() -> None:
     seconds = {name: [0.0] * args.repeats for name in arms}
     decode_only = {name: [0.0] * args.repeats for name in arms}
     first: dict = {name: [] for name in arms}
+    of_set = {name: dict.fromkeys(SETS, 0.0) for name in arms}
     for repeat in range(args.repeats):
         for number, ids in enumerate(prompts):
             for name, arm in arms.items():
@@ -146,6 +156,7 @@ def main() -> None:
                 assert len(out) == tokens, (name, len(out))
                 seconds[name][repeat] += wall
                 decode_only[name][repeat] += wall - prefill
+                of_set[name][sets[number]] += wall
                 if repeat == 0:
                     first[name].append(out)
             if number % max(1, len(prompts) // 4) == 0:
@@ -179,21 +190,27 @@ def main() -> None:
                 a == b for a, b in zip(first[name], first["plain"], strict=True)
             ),
         }
+        row["by_set"] = {
+            key: of_set["plain"][key] / took for key, took in of_set[name].items() if took
+        }
         drafter = loaded.get(name)
         if drafter is not None:
+            rounds = sum(a.stats.num_spec_steps for a in arm.answers)
+            measured = statistics.median(
+                p / s for p, s in zip(decode_only["plain"], decode_only[name], strict=True)
+            )
+            row |= {
+                "tau": sum(len(a.token_ids) for a in arm.answers) / rounds,
+                "decode_speed_over_plain": measured,
+            }
+        if drafter is not None and not arm.budget:
             length, nodes = drafter.drafter.depth, drafter.drafter.info.nodes + 1
             costs = Costs(verify, {length: cost["draft", name]["median"]})
             accepted = acceptance_by_position(arm.answers)
             predicted = costs.speedup(accepted, length, nodes)
-            measured = statistics.median(
-                p / s for p, s in zip(decode_only["plain"], decode_only[name], strict=True)
-            )
-            rounds = sum(a.stats.num_spec_steps for a in arm.answers)
             loop = sum(decode_only[name]) / rounds
             row |= {
-                "tau": 1 + sum(accepted),
                 "accepted_per_pos": accepted,
-                "decode_speed_over_plain": measured,
                 "predicted_decode_speed_over_plain": predicted,
                 "measured_over_predicted": measured / predicted,
                 "round_s": loop,
@@ -220,13 +237,19 @@ def main() -> None:
         "parts_s": {" ".join(map(str, key)): value for key, value in cost.items()},
         "arms": rows,
     }
-    print(f"{'arm':28}{'tokens/s':>10}{'x plain':>9}{'tau':>7}{'predicted':>11}{'loop/parts':>12}")
+    heads = [*SETS, "predicted", "loop/parts"]
+    print(
+        f"{'arm':36}{'tokens/s':>10}{'x plain':>9}{'tau':>7}" + "".join(f"{x:>12}" for x in heads)
+    )
     for name, row in rows.items():
-        tau, predicted = row.get("tau"), row.get("predicted_decode_speed_over_plain")
+        numbers = [row["by_set"].get(key) for key in SETS]
+        numbers += [
+            row.get(key) for key in ("predicted_decode_speed_over_plain", "loop_over_parts")
+        ]
         print(
-            f"{name:28}{row['tokens_per_second']['median']:10.1f}"
-            f"{row['speed_over_plain']['median']:9.2f}"
-            + (f"{tau:7.2f}{predicted:11.2f}{row['loop_over_parts']:12.2f}" if tau else "")
+            f"{name:36}{row['tokens_per_second']['median']:10.1f}"
+            f"{row['speed_over_plain']['median']:9.2f}{row.get('tau', 1.0):7.2f}"
+            + "".join(f"{'' if x is None else f'{x:.2f}':>12}" for x in numbers)
         )
     print("v(T):", {t: round(float(np.round(v, 3)), 3) for t, v in record["v"].items()})
     write_json(args.out, record)
