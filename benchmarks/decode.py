@@ -204,7 +204,7 @@ def main() -> None:
                 "decode_speed_over_plain": measured,
             }
         if drafter is not None and not arm.budget:
-            length, nodes = drafter.drafter.depth, drafter.drafter.info.nodes + 1
+            length, nodes = drafter.drafter.info.depth, drafter.drafter.info.nodes + 1
             costs = Costs(verify, {length: cost["draft", name]["median"]})
             accepted = acceptance_by_position(arm.answers)
             predicted = costs.speedup(accepted, length, nodes)

@@ -101,7 +101,7 @@ def main() -> None:
     for item in specs.split(args.drafters):
         spec, _, off = item.partition("/")
         wanted = sd.default_spec(target, args.batch_size) if spec == "auto" else spec
-        drafter = sd.load_drafter(wanted, target, drafts=drafts or None)
+        drafter = sd.load_drafter(wanted, target, drafts=drafts or None, batch_size=args.batch_size)
         name = (
             f"{'auto: ' if spec == 'auto' else ''}{drafter.spec}{' without budget' if off else ''}"
         )

@@ -89,7 +89,8 @@ def test_a_cascade_that_is_played_is_the_decoding(target, text):
         )
     )
     together = play(parse_drafter(text), texts, {"lm": chains}, batch=2)
-    assert together.calls == played.calls and together.tau == tokens / rounds < played.tau
+    assert together.calls[0] >= played.calls[0] and together.calls[1:] == played.calls[1:]
+    assert together.tau == tokens / rounds < played.tau
 
 
 def test_the_replay_of_a_drafter_without_a_distribution(target, found):
@@ -290,6 +291,15 @@ def test_tune_chooses_a_cascade(target, tmp_path, monkeypatch):
         sd.load_drafter("cascade", target, tmp_path / "elsewhere")
     with pytest.raises(sd.UserError, match="needs a drafter that can verify"):
         tune(target, lambda s: sd.load_drafter(s, target), ["max-gram", "cascade"], PROMPTS)
+
+
+@pytest.mark.parametrize(("gain", "pays"), [(1.005, False), (1.02, True)])
+def test_tune_wants_a_gain(target, monkeypatch, gain, pays):
+    """What is predicted to gain less than one percent is no default, and has no length."""
+    costing(monkeypatch, draft=0.01)
+    monkeypatch.setattr(tuning, "budgeted_speedup", lambda *args: gain)
+    out = tuned_quickly(target, "lm")
+    assert (out["lengths"]["lm"] > 0) == pays and (out["default"] != "none") == pays
 
 
 def test_tune_chooses_a_copy_before_a_model(target, tmp_path, monkeypatch):

@@ -256,6 +256,10 @@ def test_a_length_that_does_not_pay_is_said(target, home, record):
     ):
         assert str(Drafters(target, home).complete("max-gram")) == "max-gram:6"
     assert str(Drafters(target, home).complete("max-gram:4")) == "max-gram:4"
+    chosen = "first(max-gram:3, lm:2)"
+    add_record(home / "draft_lengths.json", {**record, "default": "none", "first": chosen})
+    with pytest.warns(UserWarning, match="first was measured on .* not to pay.* all the same"):
+        assert str(Drafters(target, home).complete("first")) == chosen
 
 
 def test_what_was_measured_belongs_to_a_model(home, record):
@@ -282,6 +286,8 @@ def test_the_nearest_measurement_counts(home, record):
     assert len(defaults.read_records(file)) == 4
     assert (best(), best(batch_size=6), best(dtype="bfloat16")) == ("lm:4", "lm:8", "lm:2")
     assert sd.default_spec(home / "target", batch_size=6) == "lm:8"
+    with pytest.raises(sd.UserError, match="batch_size must be at least 1"):
+        sd.default_spec(home / "target", batch_size=0)
     elsewhere = [{**one, "device": "another"} for one in defaults.read_records(file)]
     file.write_text(json.dumps({"records": elsewhere}))
     assert best(batch_size=6) in ("lm:1", "lm:4"), "a batch of another device"

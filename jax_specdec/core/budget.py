@@ -34,8 +34,8 @@ _MEMORY = 0.92
 # A row begins as if so many drafts had been seen, of which this share was accepted: hopeful, so that a drafter is asked
 # at once wherever it may pay, and quickly convinced of the contrary. Verification costs more than asking and is not
 # needed to learn whether a first token is right: there the beginning is sober. One row's text may well be an easy one,
-# but the mean of N rows that share their rounds is hardly that far from the usual: hope shrinks as their deviation
-# does, by the root of N.
+# but the mean of N rows that count alike is hardly that far from the usual: hope shrinks as their deviation does, by
+# the root of N.
 _PRIOR_WEIGHT, _PRIOR, _SOBER = 2.0, 0.8, 0.5
 # No chance is below this: sums of them stay apart in float32, so that at equal costs deeper is better.
 _LEAST = 1e-3
@@ -191,7 +191,7 @@ class Budget(flax.struct.PyTreeNode):
         """
         return self.replace(forced=jnp.asarray([way, depth, width], jnp.int32))
 
-    def acceptance(self, prior: float | Array = _PRIOR) -> Float[Array, "B N P"]:
+    def acceptance(self, prior: float | Array) -> Float[Array, "B N P"]:
         """Chance that the token at each depth is accepted where all before it are.
 
         A depth with little evidence counts as the first, and the first as `prior`.
@@ -201,7 +201,7 @@ class Budget(flax.struct.PyTreeNode):
         rest = (hits[..., 1:] + _PRIOR_WEIGHT * first) / tries[..., 1:]
         return jnp.concatenate([first, rest], axis=-1)
 
-    def expected(self, prior: float | Array = _PRIOR) -> Float[Array, "B N D"]:
+    def expected(self, prior: float | Array) -> Float[Array, "B N D"]:
         """Tokens that a round emits in each row with 0, 1, ..., P drafted tokens verified."""
         reach = jnp.maximum(jnp.cumprod(self.acceptance(prior), axis=-1), _LEAST)
         return 1 + jnp.pad(jnp.cumsum(reach, axis=-1), ((0, 0), (0, 0), (1, 0)))
@@ -236,8 +236,9 @@ class Budget(flax.struct.PyTreeNode):
             else np.minimum(drafts, 1) * (len(widths) - 1)
         )
         able = jnp.broadcast_to(worth[:, None], self.waited.shape)
-        rows = jnp.sum(worth) ** 2 / jnp.maximum(jnp.sum(worth**2), _LEAST)  # that count
-        hope = (_PRIOR - _SOBER) / jnp.sqrt(jnp.maximum(rows, 1))
+        # As many rows as would count alike: 1 where one is far behind the others.
+        alike = jnp.sum(worth) ** 2 / jnp.maximum(jnp.sum(worth**2), jnp.finfo(jnp.float32).tiny)
+        hope = (_PRIOR - _SOBER) / jnp.sqrt(jnp.maximum(alike, 1))
         expected = self.expected(_SOBER + hope)
         if available is not None:
             able = jnp.where(available, able, 0)

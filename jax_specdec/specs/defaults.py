@@ -20,6 +20,7 @@ from jax_specdec.checkpoints.target_bound import target_fingerprint
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.draft import MAX_NODES
 from jax_specdec.errors import UserError
+from jax_specdec.text.inputs import check_count
 from jax_specdec.user_cache import cache_folder, write_whole
 
 LENGTHS_FILE = "draft_lengths.json"
@@ -69,8 +70,12 @@ def default_spec(target: Target | str | Path, batch_size: int = 1) -> str:
 
     Args:
       target: a loaded one, or its folder; the measurements lie beside it.
-      batch_size: rows that are decoded together: of several measurements the nearest counts.
+      batch_size: rows that are decoded together: of several measurements on this device the nearest counts.
+
+    Raises:
+      UserError: a batch size below 1.
     """
+    check_count("batch_size", batch_size)
     if isinstance(target, Target):
         setting = setting_of(target, batch_size)
     else:

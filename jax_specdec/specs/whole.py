@@ -132,13 +132,16 @@ def complete(
       setting: which measurements count, see `defaults.measured`.
     """
     if spec.name in COMBINATIONS and not spec.inner:
-        chosen = measured(folder, setting).get(spec.name)
+        record = measured(folder, setting)
+        chosen = record.get(spec.name)
         if chosen is None:
             what = "cascade" if spec.name == CASCADE else f"combination `{spec.name}`"
             raise UserError(
                 f"No {what} was chosen for the checkpoints in {folder}: name one, as in {EXAMPLES[spec.name]}, or "
                 f"run `jax-specdec tune --drafters lm,max-gram,{spec.name}`."
             )
+        if record.get("default") == "none":
+            _warn(spec.name, record, f"It is {chosen} all the same, since it was named.", level=3)
         preset = parse_drafter(chosen)
         if preset.name == FIRST and spec.rule is not None:
             raise UserError(
@@ -172,12 +175,18 @@ def _usual_length(spec: Spec, found: dict[str, Any]) -> int:
     own, plain = lengths.get(spec.key), lengths.get(spec.name)
     best = int(own or plain or spec.kind.usual_length)
     if own == 0 or (own is None and plain == 0):
-        warnings.warn(
-            f"The drafter {spec.key} was {measured_on(found)} not to pay: plain decoding is faster. It "
-            f"drafts {best} tokens all the same, since it was named.",
-            stacklevel=4,
+        _warn(
+            spec.key, found, f"It drafts {best} tokens all the same, since it was named.", level=4
         )
     return best
+
+
+def _warn(key: str, found: dict[str, Any], then: str, level: int) -> None:
+    """Of a drafter that was measured not to pay."""
+    warnings.warn(
+        f"The drafter {key} was {measured_on(found)} not to pay: plain decoding is faster. {then}",
+        stacklevel=level + 1,
+    )
 
 
 def _filled(spec: Spec, longest: Callable[[str], int], most: int = MAX_NODES) -> Spec:

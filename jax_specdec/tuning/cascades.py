@@ -26,9 +26,9 @@ class Played(NamedTuple):
     """What became of a cascade on known texts, means over rounds.
 
     Attributes:
-      tau: tokens a round, the target's own included; of a batch, those of its longest answer a round of its last row.
+      tau: tokens a round, the target's own included; of a batch, rounds of plain decoding a round of its own.
       calls: of each drafter by its place in the cascade, from the left: drafts of one that drafts alone,
-        verifications of one that verifies.
+        verifications of one that verifies; of a batch, as many as its slowest row needs.
     """
 
     tau: float
@@ -74,27 +74,30 @@ def play(
     """
     part, *rest = spec.inner
     record = found[part.name]
-    calls = np.zeros(len(spec.inner))
-    tokens, rounds = np.zeros((2, len(texts)), np.int64)
+    tokens: list[int] = []
+    calls: list[
+        list[int]
+    ] = []  # of the first drafter, by row and round; others are called once a round
     for row, text in enumerate(texts):
         mine = np.flatnonzero(record.row == row)
         chains = dict(zip(record.length[mine].tolist(), record.tokens[mine].tolist(), strict=True))
         begin = at = min(chains)
+        calls.append([])
         while at < len(text):
             prefix, own = list(text[:at]), chains[at]
             draft, made = _first(part, prefix, own)
-            calls[0] += made
-            for i, other in enumerate(rest, 1):
-                calls[i] += 1
+            calls[-1].append(made)
+            for other in rest:
                 draft += max_gram(prefix + draft, other.length or 0)
-            rounds[row] += 1
             at = min(at + _agreed(draft, text[at:]) + 1, len(text))
-        tokens[row] = at - begin
-    longest, last = (
-        np.maximum.reduceat(count, np.arange(0, len(texts), batch)).sum()
-        for count in (tokens, rounds)
-    )
-    return Played(float(longest / last), tuple((calls / rounds.sum()).tolist()))
+        tokens.append(at - begin)
+    plain = sum(max(tokens[i : i + batch]) for i in range(0, len(tokens), batch))
+    together = [
+        max(made)
+        for i in range(0, len(calls), batch)
+        for made in itertools.zip_longest(*calls[i : i + batch], fillvalue=0)
+    ]
+    return Played(plain / len(together), (sum(together) / len(together), *[1.0] * len(rest)))
 
 
 def _first(part: Spec, prefix: list[int], own: list[int]) -> tuple[list[int], int]:

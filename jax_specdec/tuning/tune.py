@@ -207,16 +207,18 @@ def tune(
                 costs.speedup(accepted, length), spec._replace(length=length), accepted, costs
             )
         accepted = acceptance(rounds_of(found, most), most)
-        nodes = usual_widths(1 + most)
-        v = [interpolate(verify, width) for width in nodes]
         c = [costs.round(length) - interpolate(verify, 1 + length) for length in range(most + 1)]
         lengths = sorted(
             {costs.best_length(accepted), *(p.length or 0 for p in plans[spec.key])} - {0}
         )
         best = (1.0, 0)
         for length in lengths:
-            draft = np.where(np.arange(most + 1) <= length, c, np.inf)
-            table = RoundCosts(jnp.asarray(v, jnp.float32), jnp.asarray(draft[None], jnp.float32))
+            nodes = usual_widths(1 + length)
+            v, draft = (
+                [interpolate(verify, width) for width in nodes],
+                np.asarray([c[: length + 1]]),
+            )
+            table = RoundCosts(jnp.asarray(v, jnp.float32), jnp.asarray(draft, jnp.float32))
             speed = budgeted_speedup([found], table, nodes, rows)
             best = max(best, (speed, length), key=lambda one: one[0])
         budgeted, length = best if best[0] >= PAYS else (1.0, 0)
@@ -269,8 +271,18 @@ def tune(
             took += sum(played.calls[1:]) * seconds[Spec(STATISTICAL, max(BEHIND))]
             choices.append((played.tau * verify[1] / took, spec, played))
 
+        def alone(name: str) -> float:
+            """A drafter played in the same way, in rounds that are all alike."""
+            length = chosen[name].spec.length
+            if not length:
+                return 1.0
+            tau = play(Spec(CASCADE, inner=(Spec(name, length),)), texts, chains, rows).tau
+            return tau * verify[1] / chosen[name].costs.round(length)
+
+        own = {name: alone(name) for name in chains}
+
         def gain(choice: tuple[float, Spec, Played]) -> float:
-            return choice[0] / chosen[choice[1].inner[0].name].speedup
+            return choice[0] / own[choice[1].inner[0].name]
 
         if not choices:
             return None
