@@ -29,14 +29,14 @@ from jax_specdec._types import Array, Bool, Float, Int
 from jax_specdec.core.sharding import Sharding
 from jax_specdec.errors import UserError
 
-# Each observation of a position counts this much of the one after it: the last dozen decide.
-_MEMORY = 0.92
+# Each observation of a position counts this much of the one after it: the last two dozen decide.
+_MEMORY = 0.96
 # A row begins as if so many drafts had been seen, of which this share was accepted: hopeful, so that a drafter is asked
 # at once wherever it may pay, and quickly convinced of the contrary. Verification costs more than asking and is not
 # needed to learn whether a first token is right: there the beginning is sober. One row's text may well be an easy one,
-# but the mean of N rows that count alike is hardly that far from the usual: hope shrinks as their deviation does, by
-# the root of N.
-_PRIOR_WEIGHT, _PRIOR, _SOBER = 2.0, 0.8, 0.5
+# but the mean of N rows that count alike is hardly that far from the usual: what hope is above it shrinks as their
+# deviation does, by the root of N.
+_PRIOR_WEIGHT, _SOBER, _HOPE = 4.0, 0.5, 0.3
 # No chance is below this: sums of them stay apart in float32, so that at equal costs deeper is better.
 _LEAST = 1e-3
 # While drafting does not pay, asking again, in whichever way, may take this share of plain decoding's time. After a token
@@ -46,9 +46,9 @@ _PROBING, _SOONER, _DEAR = 0.0125, 0.9, 16.0
 # A batch asks when so much of it is due: where ended rows are replaced, and where all wait for the last.
 _DUE = (0.5, 0.75)
 _RAREST_PROBE = 64
-# What a round takes beyond a plain one counts so often: the policy takes what looks best, and what looks best is
-# overrated.
-_MARGIN = 1.15
+# What a round takes beyond a plain one counts so often, of one row and of ever more: the policy takes what looks best,
+# what looks best is overrated, and the sum over rows more so, since a batch waits for the last of them.
+_MARGIN = (1.05, 1.25)
 # A row so many tokens ahead of the last one counts 1/e of it, and none less than a hundredth.
 _AHEAD, _LEAST_WORTH = 1.5, 0.01
 FREE = -1
@@ -148,6 +148,12 @@ def worth(active: Bool[Array, " B"], left: Int[Array, " B"] | None = None) -> Fl
     return jnp.where(active, jnp.maximum(jnp.exp(-ahead / _AHEAD), _LEAST_WORTH), 0)
 
 
+def _alone(worth: Float[Array, " B"]) -> Float[Array, ""]:
+    """1 where one row counts, and by the root of N less where N rows count alike."""
+    squares = jnp.maximum(jnp.sum(worth**2), jnp.finfo(jnp.float32).tiny)
+    return lax.rsqrt(jnp.maximum(jnp.sum(worth) ** 2 / squares, 1))
+
+
 class Budget(flax.struct.PyTreeNode):
     """What the policy remembers, and the costs that it reckons with.
 
@@ -236,16 +242,14 @@ class Budget(flax.struct.PyTreeNode):
             else np.minimum(drafts, 1) * (len(widths) - 1)
         )
         able = jnp.broadcast_to(worth[:, None], self.waited.shape)
-        # As many rows as would count alike: 1 where one is far behind the others.
-        alike = jnp.sum(worth) ** 2 / jnp.maximum(jnp.sum(worth**2), jnp.finfo(jnp.float32).tiny)
-        hope = (_PRIOR - _SOBER) / jnp.sqrt(jnp.maximum(alike, 1))
-        expected = self.expected(_SOBER + hope)
+        alone = _alone(worth)
+        expected = self.expected(_SOBER + _HOPE * alone)
         if available is not None:
             able = jnp.where(available, able, 0)
             expected = jnp.where(available[..., None], expected, 1)
         tokens = jnp.sum(worth[:, None, None] * expected, axis=0)
         seconds = costs.verify[index][None] + costs.draft
-        rate = tokens / self._at_worst(seconds)
+        rate = tokens / self._at_worst(seconds, alone)
         # Of equally good ones the first way, and in it the deepest.
         deepest = jnp.argmax(rate[:, ::-1].reshape(-1)).astype(jnp.int32)
         way, depth = deepest // depths, depths - 1 - deepest % depths
@@ -276,10 +280,10 @@ class Budget(flax.struct.PyTreeNode):
         every = 2 * costs.draft.shape[0] * costs.draft[:, 1] / (_PROBING * costs.verify[0])
         return jnp.minimum(every, _RAREST_PROBE)
 
-    def _at_worst(self, seconds: Array) -> Array:
+    def _at_worst(self, seconds: Array, alone: Array) -> Array:
         """Seconds of rounds as the policy reckons with them, see `_MARGIN`."""
-        plain = self.costs.verify[0]
-        return plain + _MARGIN * (seconds - plain)
+        plain, (one, many) = self.costs.verify[0], _MARGIN
+        return plain + (many - (many - one) * alone) * (seconds - plain)
 
     def width(
         self,
@@ -302,7 +306,8 @@ class Budget(flax.struct.PyTreeNode):
         else:
             within = jnp.where(chosen[None] > nodes[:, None], reached[:, None], 0)
         tokens = jnp.take_along_axis(expected, within.astype(jnp.int32), axis=1)
-        rate = jnp.sum(worth[:, None] * tokens, axis=0) / self._at_worst(self.costs.verify)
+        rate = jnp.sum(worth[:, None] * tokens, axis=0)
+        rate = rate / self._at_worst(self.costs.verify, _alone(worth))
         best = jnp.argmax(rate).astype(jnp.int32)
         return jnp.where(self.forced[2] == FREE, best, self.forced[2])
 

@@ -133,10 +133,12 @@ def expectation(hits, tries, prior):
 def search(v, c, widths, hits, tries, worth, nodes):
     """The best depth and width by trying all of them, and how fast any of them is."""
     count = worth.sum() ** 2 / (worth**2).sum()
-    hope = policy._SOBER + (policy._PRIOR - policy._SOBER) / np.sqrt(count)
+    hope = policy._SOBER + policy._HOPE / np.sqrt(count)
     hopeful, sober = (expectation(hits, tries, x) for x in (hope, policy._SOBER))
     depths, speeds, rows = [], [], len(hits)
-    v, c = (x0 + policy._MARGIN * (x - x0) for x, x0 in ((v, v[0]), (c, 0)))
+    one, many = policy._MARGIN
+    margin = many - (many - one) / np.sqrt(count)
+    v, c = (x0 + margin * (x - x0) for x, x0 in ((v, v[0]), (c, 0)))
     for d in range(hits.shape[1] + 1):
         width = next(i for i, w in enumerate(widths) if w >= d + 1)
         depths.append((worth * hopeful[:, d]).sum() / (v[width] + c[d]))
@@ -238,7 +240,7 @@ def test_a_cascade_leaves_out_what_does_not_pay(useful):
     elif useful == "nothing":
         # What it verifies costs next to nothing to ask, and is asked often; hardly any of it is verified.
         assert got.stats.rounds[0] > 190 and got.stats.widths[0, 1:].sum() < 40
-        assert got.stats.depths[0, 2:].sum() < 20
+        assert got.stats.depths[0, 2:].sum() < 30
     else:
         assert accepted["lm"] > 80 and accepted["even"] + accepted["odd"] == 0
         assert got.stats.rounds[0] < 120
