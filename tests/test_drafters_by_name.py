@@ -288,6 +288,9 @@ def test_the_nearest_measurement_counts(home, record):
     assert sd.default_spec(home / "target", batch_size=6) == "lm:8"
     with pytest.raises(sd.UserError, match="batch_size must be at least 1"):
         sd.default_spec(home / "target", batch_size=0)
+    for wrong in (None, str(home / "nowhere")):
+        with pytest.raises(sd.UserError, match="A target is a loaded one or its folder"):
+            sd.default_spec(wrong)
     elsewhere = [{**one, "device": "another"} for one in defaults.read_records(file)]
     file.write_text(json.dumps({"records": elsewhere}))
     assert best(batch_size=6) in ("lm:1", "lm:4"), "a batch of another device"

@@ -75,7 +75,7 @@ def add_drafter(parser: Any) -> None:
         default="auto",
         help="a kind of drafter (`jax-specdec info --drafters` lists them) with a draft length after a colon, as "
         "in lm:4, and maybe an expansion with its nodes, as in lm:4+cape:16; or a cascade of drafters; or the "
-        "first(...) of some that finds something; or none (default: the first --draft NAME; else the fastest measured "
+        "first(...) of some that finds something; or none (default: auto, which is the first --draft NAME; else the fastest measured "
         "for the model; else one that needs no checkpoint)",
     )
     parser.add_argument(

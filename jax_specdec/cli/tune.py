@@ -24,8 +24,8 @@ def register(commands: Any) -> None:
         "--drafters",
         metavar="A,B,...",
         help="drafters to tune, by name, with an expansion (`lm+path`) or without, `cascade` for the best "
-        "cascade of them, and `first` for the best of copying and a model behind it (default: all drafters that there "
-        "are, and `first` where a model is among them)",
+        "cascade of them (a `first` where that is as fast), and `first` for the best of copying and a model behind it (default: "
+        "all drafters that there are, and `first` where a model is among them)",
     )
     parser.add_argument(
         "--draft",

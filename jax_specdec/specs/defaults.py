@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from jax_specdec.checkpoints.smollm2 import drafters_of
 from jax_specdec.checkpoints.target_bound import target_fingerprint
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.draft import MAX_NODES
-from jax_specdec.errors import UserError
+from jax_specdec.errors import UserError, shown_value
 from jax_specdec.text.inputs import check_count
 from jax_specdec.user_cache import cache_folder, write_whole
 
@@ -73,13 +74,15 @@ def default_spec(target: Target | str | Path, batch_size: int = 1) -> str:
       batch_size: rows that are decoded together: of several measurements on this device the nearest counts.
 
     Raises:
-      UserError: a batch size below 1.
+      UserError: a target that is neither, or a batch size below 1.
     """
     check_count("batch_size", batch_size)
     if isinstance(target, Target):
         setting = setting_of(target, batch_size)
-    else:
+    elif isinstance(target, str | os.PathLike) and Path(target).exists():
         setting = Setting(Path(target), batch_size=batch_size)
+    else:
+        raise UserError(f"A target is a loaded one or its folder, not {shown_value(target)}.")
     return measured(setting.folder, setting).get("default") or USUAL
 
 
