@@ -75,9 +75,8 @@ def play(
     part, *rest = spec.inner
     record = found[part.name]
     tokens: list[int] = []
-    calls: list[
-        list[int]
-    ] = []  # of the first drafter, by row and round; others are called once a round
+    # Of the first drafter, by row and round; others are called once a round.
+    calls: list[list[int]] = []
     for row, text in enumerate(texts):
         mine = np.flatnonzero(record.row == row)
         chains = dict(zip(record.length[mine].tolist(), record.tokens[mine].tolist(), strict=True))

@@ -214,11 +214,8 @@ def tune(
         best = (1.0, 0)
         for length in lengths:
             nodes = usual_widths(1 + length)
-            v, draft = (
-                [interpolate(verify, width) for width in nodes],
-                np.asarray([c[: length + 1]]),
-            )
-            table = RoundCosts(jnp.asarray(v, jnp.float32), jnp.asarray(draft, jnp.float32))
+            v = jnp.asarray([interpolate(verify, width) for width in nodes], jnp.float32)
+            table = RoundCosts(v, jnp.asarray([c[: length + 1]], jnp.float32))
             speed = budgeted_speedup([found], table, nodes, rows)
             best = max(best, (speed, length), key=lambda one: one[0])
         budgeted, length = best if best[0] >= PAYS else (1.0, 0)
