@@ -82,17 +82,39 @@ def say_once(message: str, always: bool = False) -> None:
         say(message)
 
 
+class NoBar:
+    """What nobody sees takes nothing.
+
+    Not a disabled `tqdm`: its finaliser is Python code, where an interrupt is lost.
+    """
+
+    total = 0
+
+    def __enter__(self) -> "NoBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes nothing."""
+
+    def update(self, count: int = 1) -> None:
+        """Shows nothing."""
+
+    def set_postfix(self, **_: Any) -> None:
+        """Shows nothing."""
+
+
 def bar(total: int, progress: bool | None = None, **options: Any) -> Any:
-    """A bar of `tqdm.auto` that appears after `PATIENCE` seconds, where somebody looks.
+    """A bar of `tqdm.auto` that appears after `PATIENCE` seconds, or `NoBar` where nobody looks.
 
     A notebook without ipywidgets has none: it would keep a line of every state of the bar.
     """
+    drawn = watched(progress) and (importlib.util.find_spec("ipywidgets") or not in_notebook())
+    if not drawn:
+        return NoBar()
     import_tqdm()
     from tqdm.auto import tqdm
 
-    drawn = watched(progress) and (importlib.util.find_spec("ipywidgets") or not in_notebook())
-    shown = {"delay": PATIENCE, "leave": False, "disable": not drawn, **options}
-    return tqdm(total=total, **shown)
+    return tqdm(total=total, **{"delay": PATIENCE, "leave": False, **options})
 
 
 def import_tqdm() -> None:
