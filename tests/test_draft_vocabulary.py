@@ -1,5 +1,6 @@
 """Draft vocabularies: which tokens, a smaller head, the same texts, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -13,9 +14,10 @@ from jax_specdec.__main__ import main
 from jax_specdec.checkpoints.draft_vocabulary import FILE, most_frequent, write_draft_vocabulary
 from jax_specdec.checkpoints.glide import save_glide, target_fingerprint
 from jax_specdec.checkpoints.medusa import save_medusa
+from jax_specdec.core.context import Context
 from jax_specdec.core.numerics import NEG_INF
 from jax_specdec.errors import RunError, UserError
-from jax_specdec.models.draft_vocabulary import narrow, widen
+from jax_specdec.models.draft_vocabulary import PLACE, narrow, widen
 from jax_specdec.models.glide import GliDe
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.models.medusa import Medusa, MedusaConfig
@@ -86,6 +88,42 @@ def test_texts_stay_as_they_are(spec, narrow_folders, target, plain):
     assert drafted <= set(ids)
     if name == "lm":  # the others are hardly ever right here
         assert drafted
+
+
+# Chains, one that ends early, what reads the drafter's distribution, and a model with more rows than the target.
+@pytest.mark.parametrize(
+    "spec", ["lm:3", "lm[confidence=0.1]:3", "lm:3+cape:6", "medusa:3+cape:6", "padded:3"]
+)
+def test_drafts_are_those_over_the_whole_vocabulary(spec, narrow_folders, target, monkeypatch):
+    """Where all that follows the head is over the draft vocabulary alone, the same tokens and siblings."""
+    home, ids = narrow_folders
+    name = "medusa" if spec.startswith("medusa") else "lm"
+    if spec.startswith("padded"):
+        small = sd.load_target(home / "lm", dtype="float32")
+        config = dataclasses.replace(small.config, vocab_size=small.vocab_size + 20)
+        head = jnp.pad(small.params["head"], ((0, 0), (0, 20)))
+        embed = jnp.pad(small.params["embed"], ((0, 20), (0, 0)))
+        params = {**small.params, "embed": embed, "head": head}
+        sd.save_pretrained(home / "more", config, params, dtype="float32", tokenizer=small.tokenizer)
+        write_draft_vocabulary(home / "more", ids, target.vocab_size)
+        loaded = sd.load_drafter("lm:3", target, drafts={name: home / "more"})
+    else:
+        loaded = sd.load_drafter(spec, target, drafts={name: home / name})
+    found, widened = [], []
+
+    def widen_and_tell(params, logits):
+        widened[-1] += PLACE in params
+        return widen(params, logits)
+
+    monkeypatch.setattr("jax_specdec.models.layers.widen", widen_and_tell)
+    for some in (True, False):
+        monkeypatch.setattr(Context, "some_tokens_do", some)
+        widened.append(0)
+        decoder = sd.SpeculativeDecoder(target, loaded, budget=False)
+        answers = list(decoder.generate(PROMPTS, **OPTIONS))
+        found.append([(a.token_ids, a.sources, a.stats.per_drafter) for a in answers])
+    assert found[0] == found[1]
+    assert widened[0] == 0 < widened[1]
 
 
 def test_logits_are_those_of_the_whole_head():

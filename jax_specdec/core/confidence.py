@@ -15,11 +15,14 @@ def chain_fields(
     tokens: Int[Array, "B P"],
     ctx: Context,
     proposal: Proposal,
+    words: Int[Array, " R"] | None = None,
 ) -> dict[str, Array]:
     """The fields of a chain's `Draft` that the context asks for.
 
     Args:
       scores: those of the law at each depth. tokens: what was drafted from them.
+      words: the token of each column, where scores are of some tokens only (`Context.some_tokens_do`); `tokens` are then
+        columns.
 
     Children are ranked by what the token was chosen by. Under the match rule that is scores + noise:
     the target's token will be the best of its own scores + the same noise, so the next best of the
@@ -39,8 +42,9 @@ def chain_fields(
         fields["q"] = distribution(scores, sampling)
     if ctx.return_top:
         if not ctx.return_q:
-            scores = ctx.perturbed(scores, 0, proposal, scores.shape[1])
+            scores = ctx.perturbed(scores, 0, proposal, scores.shape[1], words)
         ids, probs = best_children(scores, tokens, sampling)
+        ids = ids if words is None else words[ids]
         fields["probability"] = probs[..., 0]
         # The children of the last node are not known: its row is empty.
         pad = ((0, 0), (0, 1), (0, 0))

@@ -141,6 +141,15 @@ class Context(flax.struct.PyTreeNode):
     return_top: bool = flax.struct.field(pytree_node=False, default=False)
     sharding: Sharding | None = flax.struct.field(pytree_node=False, default=None)
 
+    @property
+    def some_tokens_do(self) -> bool:
+        """Static: whether a drafter may work on scores of some tokens, of which it drafts, instead of all V.
+
+        Not where its distribution is asked for, where a processor reads whole logits, and on a mesh, where noise and
+        scores lie over the vocabulary.
+        """
+        return not self.return_q and not self.law.has_history and self.sharding is None
+
     def scores(
         self,
         logits: Float[Array, "B T V"],
@@ -161,6 +170,7 @@ class Context(flax.struct.PyTreeNode):
         depth: Array | int,
         proposal: Proposal,
         depths: int = 1,
+        tokens: Int[Array, " R"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Scores whose argmax is the token at `depth`: with the shared noise, unless the proposal is greedy.
 
@@ -169,11 +179,13 @@ class Context(flax.struct.PyTreeNode):
 
         Args:
           depths: 1 for tokens of one depth, T for those of T depths from `depth` on.
+          tokens: whose scores they are, `[B, T, R]`, where they are not those of all V tokens.
         """
         if proposal == "greedy" and not self.return_q:
             return scores
         assert self.noise is not None, "there is noise in every round"
-        return scores + lax.dynamic_slice_in_dim(self.noise, depth, depths, axis=1)
+        noise = lax.dynamic_slice_in_dim(self.noise, depth, depths, axis=1)
+        return scores + (noise if tokens is None else jnp.take(noise, tokens, axis=-1))
 
     def argmax(self, scores: Float[Array, "B T V"]) -> Int[Array, "B T"]:
         """The best token at each of T nodes, with one reduction where scores lie over a mesh."""

@@ -23,6 +23,7 @@ from jax_specdec.core.draft import Text, chain
 from jax_specdec.core.drafter import ModelUse, StatelessDrafter, chain_info
 from jax_specdec.drafters import registry
 from jax_specdec.errors import UserError
+from jax_specdec.models.draft_vocabulary import without_others
 from jax_specdec.models.medusa import Medusa
 
 
@@ -90,13 +91,18 @@ class MedusaDrafter(StatelessDrafter):
         return lax.cond(jnp.any(ahead > 0), further, nearest)
 
     def draft(self, params, states, ctx):
-        logits = self.scores(params[self.name], ctx.text, ctx.view)
+        weights, words = params[self.name], None
+        if ctx.some_tokens_do:  # as in `NeuralDrafter.draft`
+            weights, words = without_others(weights)
+        logits = self.scores(weights, ctx.text, ctx.view)
         if ctx.law.has_history:
-            scores, tokens = self._one_by_one(logits, ctx)
+            scores, choice = self._one_by_one(logits, ctx)
         else:
             scores = ctx.scores(logits)
-            tokens = ctx.argmax(ctx.perturbed(scores, 0, self.proposal, self.length))
-        fields = chain_fields(scores, tokens, ctx, self.proposal)
+            chosen = ctx.perturbed(scores, 0, self.proposal, self.length, words)
+            choice = ctx.argmax(chosen)
+        tokens = choice if words is None else words[choice]
+        fields = chain_fields(scores, choice, ctx, self.proposal, words)
         return chain(ctx.text, tokens, **fields), states
 
     def _one_by_one(

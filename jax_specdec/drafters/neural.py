@@ -18,6 +18,7 @@ from jax_specdec.core.model import Model, rewinds
 from jax_specdec.core.prefill import read_ending, read_text
 from jax_specdec.drafters.cascade_sizes import ended_early
 from jax_specdec.drafters.early_exit import Stop
+from jax_specdec.models.draft_vocabulary import without_others
 
 # A drafter lags by one or two tokens after a normal round; the first step of a draft reads that many.
 PENDING = 2
@@ -163,6 +164,10 @@ class NeuralDrafter:
         return logits, self._with(states, self.settle(cache, ctx))
 
     def draft(self, params: Params, states: States, ctx: Context) -> tuple[Draft, States]:
+        words: Array | None = None
+        if ctx.some_tokens_do:  # all that follows the head then stays in the draft vocabulary
+            weights, words = without_others(params[self.name])
+            params = {**params, self.name: weights}
         cache, logits = self.read(params, states, ctx)
         reader, weights = self.reader(ctx.view), params[self.name]
         described = ctx.return_top or ctx.return_q
@@ -175,20 +180,20 @@ class NeuralDrafter:
                 scores = ctx.scores(logits, jnp.swapaxes(tokens, 0, 1), on_path)
             else:
                 scores = ctx.scores(logits)
-            chosen = ctx.perturbed(scores, depth, self.proposal)
-            token = ctx.argmax(chosen)
-            item = {"token": token[:, 0], "valid": going}
+            chosen = ctx.perturbed(scores, depth, self.proposal, tokens=words)
+            choice = ctx.argmax(chosen)
+            item = {"choice": choice[:, 0], "valid": going}
             if described:
                 item["scores"] = scores[:, 0]
             if self.stop is not None:
                 going = going & ~self.stop.ends(chosen, ctx.law.sampling)
-            return token, item, going
+            return choice if words is None else words[choice], item, going
 
         def step(at: _Step) -> _Step:
             position = at.cache.length[:, None]
             out = reader.apply(weights, at.token, position, at.cache)
             cache = reader.commit(at.cache, out, at.going.astype(jnp.int32))
-            token, item, going = propose(out.logits, at.depth, at.going, at.items["token"])
+            token, item, going = propose(out.logits, at.depth, at.going, at.items["choice"])
             items = {key: at.items[key].at[at.depth].set(item[key]) for key in at.items}
             return _Step(at.depth + 1, going, cache, token, items)
 
@@ -207,9 +212,10 @@ class NeuralDrafter:
             _Step(jnp.int32(1), going, cache, token, items),
         )
         items = {key: jnp.swapaxes(value, 0, 1) for key, value in end.items.items()}
-        tokens, fields = items["token"], {}
+        choice, fields = items["choice"], {}
+        tokens = choice if words is None else words[choice]
         if described:
-            fields = chain_fields(items["scores"], tokens, ctx, self.proposal)
+            fields = chain_fields(items["scores"], choice, ctx, self.proposal, words)
         fields["valid"] = line[None] < jnp.minimum(most, ctx.budget[:, None])
         if self.stop is not None:
             fields["valid"] = fields["valid"] & items["valid"]

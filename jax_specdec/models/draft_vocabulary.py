@@ -11,10 +11,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jax_specdec._types import Array, Float, Params
+from jax_specdec._types import Array, Float, Int, Params
 from jax_specdec.core.numerics import NEG_INF
 from jax_specdec.models.quantized import Quantized
 
+IDS = "draft_ids"
 PLACE = "draft_place"
 
 
@@ -26,10 +27,10 @@ def narrow(params: Params, ids: np.ndarray) -> Params:
       ids: `int32[R]`, the draft vocabulary, increasing.
 
     Returns:
-      The same with `head [E, R]` or `out`, each `[E, R]`, and `draft_place`, `int32[V]`: each token's column, R for a
-      token that is never drafted.
+      The same with `head [E, R]` or `out`, each `[E, R]`, `draft_ids`, `int32[R]`, and `draft_place`, `int32[V]`: each
+      token's column, R for a token that is never drafted.
     """
-    columns = jnp.asarray(ids)
+    columns = jnp.asarray(ids, jnp.int32)
 
     def cut(matrix: Any) -> Any:
         if isinstance(matrix, Quantized):
@@ -45,7 +46,22 @@ def narrow(params: Params, ids: np.ndarray) -> Params:
         some, rows = {"head": jnp.take(embed, columns, axis=0).T}, embed.shape[0]
     place = np.full(rows, len(ids), np.int32)
     place[ids] = np.arange(len(ids), dtype=np.int32)
-    return {**params, **some, PLACE: jnp.asarray(place)}
+    return {**params, **some, IDS: columns, PLACE: jnp.asarray(place)}
+
+
+def without_others(params: Params) -> tuple[Params, Int[Array, " R"] | None]:
+    """Parameters whose logits are `[B, T, R]`, of the draft vocabulary alone, and the token of each column.
+
+    All the work behind the head is then over R tokens. None where the parameters have no draft vocabulary.
+    """
+    if PLACE not in params:
+        return params, None
+    return {name: params[name] for name in params if name != PLACE}, params[IDS]
+
+
+def is_without_others(params: Params) -> bool:
+    """Whether parameters are those of `without_others`."""
+    return IDS in params and PLACE not in params
 
 
 def widen(params: Params, logits: Float[Array, "B T R"]) -> Float[Array, "B T V"]:
