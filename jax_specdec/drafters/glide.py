@@ -86,6 +86,10 @@ class GliDeDrafter(NeuralDrafter):
     def reader(self, view):
         return GliDeReader(self.model, view)
 
+    def ahead(self, reader, params):
+        assert isinstance(reader, GliDeReader)
+        return reader.ahead(params[self.name])
+
     def settle(self, cache, ctx):
         if self.keeps_drafts:
             return cache
@@ -99,10 +103,25 @@ class GliDeReader:
 
     Attributes:
       view: None where only the cache is handled.
+      projected: `[B, 1, D, E]`, see `ahead`.
     """
 
     model: GliDe
     view: TargetView | None = dataclasses.field(compare=False)
+    projected: Array | None = dataclasses.field(default=None, compare=False)
+
+    def ahead(self, params: Params) -> "GliDeReader":
+        """For tokens behind the target's last: the hidden state that all of them see is projected once."""
+        if not self.model.config.hidden_input:
+            return self
+        assert self.view is not None
+        hidden = self._hidden(self.view.length[:, None])
+        return dataclasses.replace(self, projected=self.model.project(params, hidden))
+
+    def _hidden(self, visible: Array) -> Array:
+        """The target's hidden state at the last position that each token sees."""
+        assert self.view is not None
+        return self.view.tap(self.model.target.num_layers - 1, visible)
 
     @property
     def decoder(self) -> Decoder:
@@ -162,8 +181,8 @@ class GliDeReader:
             soft_cap=target.attention_cap,
         )
         hidden = None
-        if model.config.hidden_input:
-            hidden = view.tap(target.num_layers - 1, visible)
+        if model.config.hidden_input and self.projected is None:
+            hidden = self._hidden(visible)
         return model.apply(
             params,
             tokens,
@@ -172,6 +191,7 @@ class GliDeReader:
             cache,
             ancestors,
             hidden=hidden,
+            projected=self.projected,
             visible=visible,
             drafted=drafted,
             logits=logits,

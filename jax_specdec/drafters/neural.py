@@ -90,6 +90,11 @@ class NeuralDrafter:
         """What reads text and drafted tokens beside the target."""
         raise NotImplementedError
 
+    def ahead(self, reader: Model, params: Params) -> Model:
+        """The reader for tokens behind all that the target has read: what it makes of the target is then the same for all."""
+        del params
+        return reader
+
     def init(self, batch: int, capacity: int) -> States:
         return {self.name: self.body.init_cache(batch, capacity + self.pending)}
 
@@ -169,7 +174,7 @@ class NeuralDrafter:
             weights, words = without_others(params[self.name])
             params = {**params, self.name: weights}
         cache, logits = self.read(params, states, ctx)
-        reader, weights = self.reader(ctx.view), params[self.name]
+        reader, weights = self.ahead(self.reader(ctx.view), params), params[self.name]
         described = ctx.return_top or ctx.return_q
         line = jnp.arange(self.length, dtype=jnp.int32)
 

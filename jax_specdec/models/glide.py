@@ -245,6 +245,7 @@ class GliDe:
         ancestors: Array | None = None,
         *,
         hidden: Array | None = None,
+        projected: Array | None = None,
         visible: Array | None = None,
         drafted: tuple[Any, Any] | None = None,
         logits: bool = True,
@@ -256,7 +257,8 @@ class GliDe:
           params: as `join` returns them. tokens, positions: `int32[B, T]`.
           glimpse: how the target's keys are read; None without cross-attention.
           hidden: `[B, T, Et]`, the target's at the last position that each token sees, where the target's hidden state is
-            an input. visible: `int32[B, T]`, each token sees the positions before it, where `GliDeConfig.hidden_delays` count.
+            an input; or in its place `projected`, what `project` makes of it, `[B, T or 1, D, E]`.
+          visible: `int32[B, T]`, each token sees the positions before it, where `GliDeConfig.hidden_delays` count.
           cache, ancestors, drafted: of the self-attention, as in `Decoder.apply`.
         """
         x = jnp.take(params["embed"], tokens, axis=0).astype(self.dtype)
@@ -265,9 +267,10 @@ class GliDe:
         if "embed_in" in params:
             x = matmul(x, params["embed_in"])
         if self.config.hidden_input:
-            assert hidden is not None, "the target's hidden states are an input"
-            y = rms_norm(hidden.astype(self.dtype), params["hidden_norm"], self.target.norm_eps)
-            x = x + self._projected(matmul(y, params["hidden_in"]), positions, visible)
+            if projected is None:
+                assert hidden is not None, "the target's hidden states are an input"
+                projected = self.project(params, hidden)
+            x = x + self._of_delay(projected, positions, visible)
         read = self.config.layers_read(self.target)
         angles = {layer: self._target_angles(layer, positions) for layer in set(read)}
         cross = CrossAttention(self.config, self.target, self.dtype, self.sharding)
@@ -291,15 +294,20 @@ class GliDe:
         )
         return Output(self.head(params, x) if logits else None, x, new_kv, {})
 
-    def _projected(self, all_delays: Array, positions: Array, visible: Array | None) -> Array:
-        """Of `[B, T, D E]` the part for each token's delay, `[B, T, E]`."""
+    def project(self, params: Params, hidden: Array) -> Array:
+        """The target's hidden states `[B, T, Et]` as an input at each delay, `[B, T, D, E]`."""
+        y = rms_norm(hidden.astype(self.dtype), params["hidden_norm"], self.target.norm_eps)
+        y = matmul(y, params["hidden_in"])
+        return y.reshape(*y.shape[:2], self.config.hidden_delays, self.config.hidden_size)
+
+    def _of_delay(self, projected: Array, positions: Array, visible: Array | None) -> Array:
+        """Of `[B, T, D, E]` the part for each token's delay, `[B, T, E]`."""
         count = self.config.hidden_delays
         if count == 1:
-            return all_delays
+            return projected[:, :, 0]
         assert visible is not None, "a hidden state is projected by its delay"
-        parts = all_delays.reshape(*positions.shape, count, self.config.hidden_size)
         which = jnp.clip(positions - visible, 0, count - 1)[..., None, None]
-        return jnp.take_along_axis(parts, which, axis=2)[:, :, 0]
+        return jnp.take_along_axis(projected, which, axis=2)[:, :, 0]
 
     def head(self, params: Params, hidden: Array) -> Array:
         """`hidden [B, T, E]` before the final norm -> `float32[B, T, V]`."""
