@@ -9,6 +9,10 @@ normalisers of its distributions are kept in DIR, some 2 KB a token. After that 
 The draft vocabulary is that of the data, and the loss the cross-entropy to the target's distribution on it, prompts
 counting less than answers. Agreement is measured in the answers of held-out documents: every
 twentieth document, by a hash of its prompt, is held out. A run goes on where it was interrupted.
+
+An arm's `visibility` says what its tokens see of the target in training: what they see in a draft, or the keys before a
+random `shift`, or, with `root`, one key more than there is when a draft begins, the root's own, which shows what that would be
+worth; such a drafter cannot decode.
 """
 
 import argparse
@@ -184,8 +188,8 @@ class GliDeArm(Arm):
     ):
         super().__init__(target, ids, dtype)
         self.visibility = shape.pop("visibility", "draft")
-        if self.visibility not in ("draft", "shift") or shape.get("window"):
-            raise SystemExit("An arm's visibility is draft or shift, and it has no window.")
+        if self.visibility not in ("draft", "shift", "root") or shape.get("window"):
+            raise SystemExit("An arm's visibility is draft, shift or root, and it has no window.")
         config = GliDeConfig.like(target.config, **shape)
         if config.trained_delay < 2:
             raise SystemExit("An arm is trained and measured at a delay of 2 at least.")
@@ -201,6 +205,7 @@ class GliDeArm(Arm):
     ) -> Any:
         """Before the head, `float32[B, T, E]`; or `float32[B, 2T, E]`, with the `visible` and `ancestors` of `Drafts`."""
         model, c, dtype = self.model, self.config, self.dtype
+        visible = visible + (self.visibility == "root")
         glimpse = None
         if model.config.cross_attention:
             kv = tuple(
@@ -233,7 +238,7 @@ class GliDeArm(Arm):
 
     def loss(self, params: Any, frozen: Any, b: dict[str, Any], key: Any) -> Any:
         shape, delay = b["x"][:, :-1].shape, self.model.config.trained_delay
-        if self.visibility == "draft" and self.model.config.sees_target:
+        if self.visibility != "shift" and self.model.config.sees_target:
             seen = random_drafts(shape, delay, key)
             y = self.states(params, frozen, b, seen.visible, seen.ancestors)
             return self.cross_entropy(frozen, b, jnp.split(y, 2, axis=1), 0)
