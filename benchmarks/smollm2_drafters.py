@@ -260,7 +260,8 @@ class GliDeArm(Arm):
         return load_own_params(folder, dataclasses.replace(self.model, dtype=jnp.float32))
 
     def save(self, folder: Path, params: Any, mark: str, measured: Any) -> None:
-        save_glide(folder, self.model, params, mark)
+        if self.visibility != "root":  # which cannot decode
+            save_glide(folder, self.model, params, mark)
 
 
 class MedusaArm(Arm):

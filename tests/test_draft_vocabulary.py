@@ -117,7 +117,7 @@ def test_drafts_are_those_over_the_whole_vocabulary(spec, narrow_folders, target
 
     monkeypatch.setattr("jax_specdec.models.layers.widen", widen_and_tell)
     for some in (True, False):
-        monkeypatch.setattr(Context, "some_tokens_do", some)
+        monkeypatch.setattr(Context, "may_score_some", some)
         widened.append(0)
         decoder = sd.SpeculativeDecoder(target, loaded, budget=False)
         answers = list(decoder.generate(PROMPTS, **OPTIONS))

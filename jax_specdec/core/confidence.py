@@ -20,9 +20,8 @@ def chain_fields(
     """The fields of a chain's `Draft` that the context asks for.
 
     Args:
-      scores: those of the law at each depth. tokens: what was drafted from them.
-      words: the token of each column, where scores are of some tokens only (`Context.some_tokens_do`); `tokens` are then
-        columns.
+      scores: those of the law at each depth. tokens: what was drafted from them, by column.
+      words: the token of each column, where that is not its number (`Context.may_score_some`).
 
     Children are ranked by what the token was chosen by. Under the match rule that is scores + noise:
     the target's token will be the best of its own scores + the same noise, so the next best of the

@@ -142,7 +142,7 @@ class Context(flax.struct.PyTreeNode):
     sharding: Sharding | None = flax.struct.field(pytree_node=False, default=None)
 
     @property
-    def some_tokens_do(self) -> bool:
+    def may_score_some(self) -> bool:
         """Static: whether a drafter may work on scores of some tokens, of which it drafts, instead of all V.
 
         Not where its distribution is asked for, where a processor reads whole logits, and on a mesh, where noise and

@@ -86,9 +86,8 @@ class GliDeDrafter(NeuralDrafter):
     def reader(self, view):
         return GliDeReader(self.model, view)
 
-    def ahead(self, reader, params):
-        assert isinstance(reader, GliDeReader)
-        return reader.ahead(params[self.name])
+    def draft_reader(self, params, view):
+        return GliDeReader(self.model, view).for_draft(params[self.name])
 
     def settle(self, cache, ctx):
         if self.keeps_drafts:
@@ -103,15 +102,15 @@ class GliDeReader:
 
     Attributes:
       view: None where only the cache is handled.
-      projected: `[B, 1, D, E]`, see `ahead`.
+      projected: `[B, 1, D, E]`, see `for_draft`.
     """
 
     model: GliDe
     view: TargetView | None = dataclasses.field(compare=False)
     projected: Array | None = dataclasses.field(default=None, compare=False)
 
-    def ahead(self, params: Params) -> "GliDeReader":
-        """For tokens behind the target's last: the hidden state that all of them see is projected once."""
+    def for_draft(self, params: Params) -> "GliDeReader":
+        """The same for tokens behind all that the target has read: the hidden state that they see is projected once."""
         if not self.model.config.hidden_input:
             return self
         assert self.view is not None

@@ -23,7 +23,7 @@ from jax_specdec.core.draft import Text, chain
 from jax_specdec.core.drafter import ModelUse, StatelessDrafter, chain_info
 from jax_specdec.drafters import registry
 from jax_specdec.errors import UserError
-from jax_specdec.models.draft_vocabulary import without_others
+from jax_specdec.models.draft_vocabulary import in_draft_vocabulary
 from jax_specdec.models.medusa import Medusa
 
 
@@ -92,8 +92,8 @@ class MedusaDrafter(StatelessDrafter):
 
     def draft(self, params, states, ctx):
         weights, words = params[self.name], None
-        if ctx.some_tokens_do:  # as in `NeuralDrafter.draft`
-            weights, words = without_others(weights)
+        if ctx.may_score_some:  # as in `NeuralDrafter.draft`
+            weights, words = in_draft_vocabulary(weights)
         logits = self.scores(weights, ctx.text, ctx.view)
         if ctx.law.has_history:
             scores, choice = self._one_by_one(logits, ctx)

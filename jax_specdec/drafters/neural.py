@@ -18,7 +18,7 @@ from jax_specdec.core.model import Model, rewinds
 from jax_specdec.core.prefill import read_ending, read_text
 from jax_specdec.drafters.cascade_sizes import ended_early
 from jax_specdec.drafters.early_exit import Stop
-from jax_specdec.models.draft_vocabulary import without_others
+from jax_specdec.models.draft_vocabulary import in_draft_vocabulary
 
 # A drafter lags by one or two tokens after a normal round; the first step of a draft reads that many.
 PENDING = 2
@@ -90,10 +90,10 @@ class NeuralDrafter:
         """What reads text and drafted tokens beside the target."""
         raise NotImplementedError
 
-    def ahead(self, reader: Model, params: Params) -> Model:
-        """The reader for tokens behind all that the target has read: what it makes of the target is then the same for all."""
+    def draft_reader(self, params: Params, view: TargetView) -> Model:
+        """`reader` for a draft, whose tokens see the same of the target: what is made of that may be made once."""
         del params
-        return reader
+        return self.reader(view)
 
     def init(self, batch: int, capacity: int) -> States:
         return {self.name: self.body.init_cache(batch, capacity + self.pending)}
@@ -170,17 +170,18 @@ class NeuralDrafter:
 
     def draft(self, params: Params, states: States, ctx: Context) -> tuple[Draft, States]:
         words: Array | None = None
-        if ctx.some_tokens_do:  # all that follows the head then stays in the draft vocabulary
-            weights, words = without_others(params[self.name])
+        if ctx.may_score_some:  # all that follows the head then stays in the draft vocabulary
+            weights, words = in_draft_vocabulary(params[self.name])
             params = {**params, self.name: weights}
         cache, logits = self.read(params, states, ctx)
-        reader, weights = self.ahead(self.reader(ctx.view), params), params[self.name]
+        weights = params[self.name]
+        reader = self.draft_reader(params, ctx.view) if self.length > 1 else self.reader(ctx.view)
         described = ctx.return_top or ctx.return_q
         line = jnp.arange(self.length, dtype=jnp.int32)
 
         def propose(logits, depth, going, tokens):
             """The next token of each row, what is kept of it, and which rows draft further."""
-            if ctx.law.has_history and tokens is not None:
+            if ctx.law.has_history and tokens is not None:  # which are then no columns
                 on_path = jnp.broadcast_to(line < depth, (1, 1, self.length))
                 scores = ctx.scores(logits, jnp.swapaxes(tokens, 0, 1), on_path)
             else:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_specdec._types import Array, Float, Int, Params
+from jax_specdec.core.draft import TOP
 from jax_specdec.core.numerics import NEG_INF
 from jax_specdec.models.quantized import Quantized
 
@@ -49,18 +50,19 @@ def narrow(params: Params, ids: np.ndarray) -> Params:
     return {**params, **some, IDS: columns, PLACE: jnp.asarray(place)}
 
 
-def without_others(params: Params) -> tuple[Params, Int[Array, " R"] | None]:
+def in_draft_vocabulary(params: Params) -> tuple[Params, Int[Array, " R"] | None]:
     """Parameters whose logits are `[B, T, R]`, of the draft vocabulary alone, and the token of each column.
 
-    All the work behind the head is then over R tokens. None where the parameters have no draft vocabulary.
+    All the work behind the head is then over R tokens. None where the parameters have no draft vocabulary, or one of
+    fewer tokens than a draft reports children of each node.
     """
-    if PLACE not in params:
+    if PLACE not in params or params[IDS].shape[0] < TOP:
         return params, None
     return {name: params[name] for name in params if name != PLACE}, params[IDS]
 
 
-def is_without_others(params: Params) -> bool:
-    """Whether parameters are those of `without_others`."""
+def is_in_draft_vocabulary(params: Params) -> bool:
+    """Whether parameters are those of `in_draft_vocabulary`."""
     return IDS in params and PLACE not in params
 
 

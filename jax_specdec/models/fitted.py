@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax_specdec._types import Array, Float, Int, Params
 from jax_specdec.core.model import Model, Output, rewinds
 from jax_specdec.core.numerics import NEG_INF
-from jax_specdec.models.draft_vocabulary import is_without_others
+from jax_specdec.models.draft_vocabulary import is_in_draft_vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Fitted:
         return jnp.where(tokens < self.model.vocab_size, tokens, 0)
 
     def _fit(self, params: Params, logits: Float[Array, "B T R"]) -> Float[Array, "B T V"]:
-        if is_without_others(params):  # tokens that both have
+        if is_in_draft_vocabulary(params):  # tokens that both have
             return logits
         missing = max(self.vocab_size - logits.shape[-1], 0)
         pad = ((0, 0), (0, 0), (0, missing))

@@ -65,7 +65,10 @@ def norm(c: ModelConfig, params: Mapping[str, Array], name: str, x: Array) -> Ar
 
 
 def head(c: ModelConfig, params: Params, x: Array) -> Array:
-    """Normed states `[B, T, E]` -> logits `float32[B, T, V]`; -inf outside of a draft vocabulary."""
+    """Normed states `[B, T, E]` -> logits `float32[B, T, V]`; -inf outside of a draft vocabulary.
+
+    `[B, T, R]` with parameters of `in_draft_vocabulary`.
+    """
     logits = unembed(params, x)
     if c.logit_divisor != 1:
         logits = logits / jnp.float32(c.logit_divisor)
