@@ -15,6 +15,7 @@ from jax_specdec.checkpoints.draft_vocabulary import FILE, most_frequent, write_
 from jax_specdec.checkpoints.glide import save_glide, target_fingerprint
 from jax_specdec.checkpoints.medusa import save_medusa
 from jax_specdec.core.context import Context
+from jax_specdec.core.draft import TOP
 from jax_specdec.core.numerics import NEG_INF
 from jax_specdec.errors import RunError, UserError
 from jax_specdec.models.draft_vocabulary import PLACE, narrow, widen
@@ -124,6 +125,18 @@ def test_drafts_are_those_over_the_whole_vocabulary(spec, narrow_folders, target
         found.append([(a.token_ids, a.sources, a.stats.per_drafter) for a in answers])
     assert found[0] == found[1]
     assert widened[0] == 0 < widened[1]
+
+
+@pytest.mark.parametrize("spec", ["lm:3+cape:6", "medusa:3+static:6"])
+def test_a_vocabulary_of_fewer_tokens_than_a_node_has_children(spec, folders, target, plain, tmp_path):
+    name = spec.partition(":")[0]
+    shutil.copytree(folders / name, tmp_path / name)
+    ids = sorted({5, 7, 11, *target.config.eos_ids})
+    assert len(ids) < TOP
+    write_draft_vocabulary(tmp_path / name, ids, target.vocab_size)
+    loaded = sd.load_drafter(spec, target, drafts={name: tmp_path / name})
+    got = list(sd.SpeculativeDecoder(target, loaded, budget=False).generate(PROMPTS, **OPTIONS))
+    assert [a.token_ids for a in got] == plain
 
 
 def test_logits_are_those_of_the_whole_head():

@@ -14,7 +14,7 @@ from jax_specdec.core import cache as kv
 from jax_specdec.core.acceptance import Unverified
 from jax_specdec.core.context import TargetView, last_seen, make_context
 from jax_specdec.core.prng import shared_noise
-from jax_specdec.drafters.glide import GliDeDrafter
+from jax_specdec.drafters.glide import GliDeDrafter, GliDeReader
 from jax_specdec.expansions.beam_search import BeamSearch
 from jax_specdec.expansions.cape import Cape
 from jax_specdec.expansions.dynamic_tree import DynamicTree
@@ -172,6 +172,27 @@ def test_each_delay_has_its_projection_of_the_hidden_state():
         part = own["hidden_in"][:, 24 * projection : 24 * (projection + 1)]
         want = scores(one, {**own, "hidden_in": part}, None)[row]
         np.testing.assert_allclose(got[row], want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_draft_projects_the_hidden_state_once():
+    target, params, *_ = pair(1)
+    fields = {"cross_attention": False, "hidden_input": True, "hidden_delays": 3}
+    model = GliDe(config_like(target.config, **fields), target.config)
+    own = model.init(jax.random.key(0))
+    own["hidden_in"] = jax.random.normal(jax.random.key(1), own["hidden_in"].shape)
+    joined = model.join(own, params)
+    cache = target.init_cache(2, 8).replace(length=jnp.asarray([3, 5], jnp.int32))
+    hidden = jax.random.normal(jax.random.key(2), (2, 8, target.config.hidden_size))
+    reader = GliDeReader(model, TargetView(cache, {target.config.num_layers - 1: hidden}))
+    once = reader.for_draft(joined)
+
+    def scores(reader, ahead):
+        place, tokens = cache.length[:, None] + ahead, jnp.full((2, 1), 3, jnp.int32)
+        return np.asarray(reader.apply(joined, tokens, place, reader.init_cache(2, 8)).logits)
+
+    for ahead in range(4):
+        np.testing.assert_array_equal(scores(once, ahead), scores(reader, ahead))
+    assert (scores(once, -1) != scores(reader, -1)).any(), "a token that sees less of the target"
 
 
 def test_wrong_numbers_of_projections():
