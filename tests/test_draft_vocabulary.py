@@ -105,7 +105,9 @@ def test_drafts_are_those_over_the_whole_vocabulary(spec, narrow_folders, target
         head = jnp.pad(small.params["head"], ((0, 0), (0, 20)))
         embed = jnp.pad(small.params["embed"], ((0, 20), (0, 0)))
         params = {**small.params, "embed": embed, "head": head}
-        sd.save_pretrained(home / "more", config, params, dtype="float32", tokenizer=small.tokenizer)
+        sd.save_pretrained(
+            home / "more", config, params, dtype="float32", tokenizer=small.tokenizer
+        )
         write_draft_vocabulary(home / "more", ids, target.vocab_size)
         loaded = sd.load_drafter("lm:3", target, drafts={name: home / "more"})
     else:
@@ -127,14 +129,15 @@ def test_drafts_are_those_over_the_whole_vocabulary(spec, narrow_folders, target
     assert widened[0] == 0 < widened[1]
 
 
-@pytest.mark.parametrize("spec", ["lm:3+cape:6", "medusa:3+static:6"])
-def test_a_vocabulary_of_fewer_tokens_than_a_node_has_children(spec, folders, target, plain, tmp_path):
-    name = spec.partition(":")[0]
-    shutil.copytree(folders / name, tmp_path / name)
+@pytest.mark.parametrize("spec", ["lm:3+cape:6", "cascade(lm:3, max-gram:2)+cape:8"])
+def test_a_vocabulary_of_fewer_tokens_than_a_node_has_children(
+    spec, folders, target, plain, tmp_path
+):
+    shutil.copytree(folders / "lm", tmp_path / "lm")
     ids = sorted({5, 7, 11, *target.config.eos_ids})
     assert len(ids) < TOP
-    write_draft_vocabulary(tmp_path / name, ids, target.vocab_size)
-    loaded = sd.load_drafter(spec, target, drafts={name: tmp_path / name})
+    write_draft_vocabulary(tmp_path / "lm", ids, target.vocab_size)
+    loaded = sd.load_drafter(spec, target, drafts={"lm": tmp_path / "lm"})
     got = list(sd.SpeculativeDecoder(target, loaded, budget=False).generate(PROMPTS, **OPTIONS))
     assert [a.token_ids for a in got] == plain
 

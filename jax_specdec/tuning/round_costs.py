@@ -119,8 +119,6 @@ class CostTables:
         kept = None if file is None else _kept(file, owner, self._loop)
         if kept is not None:
             return kept
-        if progress.watched(shown):
-            progress.say(f"measuring what rounds with {owner['drafter']} cost, some seconds")
         began = time.perf_counter()
         found, sure = measure(self._loop, arrays, begin, run)
         line = _line(owner, found, self._loop.widths, time.perf_counter() - began)
