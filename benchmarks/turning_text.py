@@ -48,7 +48,7 @@ class Dictated:
 
 
 def useless(target: sd.Target, repeats: int) -> dict[str, Any]:
-    """2,000 tokens in four answers, timed; plain decoding over each of the drafters."""
+    """2,000 tokens, in four answers where the context holds no longer one, timed; plain decoding over each of the drafters."""
     shape = dataclasses.replace(
         target.config, num_layers=2, hidden_size=128, mlp_size=256, num_heads=2, num_kv_heads=2,
         head_dim=64, windows=(),
@@ -60,12 +60,15 @@ def useless(target: sd.Target, repeats: int) -> dict[str, Any]:
         "draft model of random weights": sd.SpeculativeDecoder(target, random),
         "max-gram:6": sd.SpeculativeDecoder(target, sd.load_drafter("max-gram:6", target)),
     }
-    options = {"max_new_tokens": 500, "ignore_eos": True, "temperature": 1.5, "seed": 3}
+    length = 2000 if target.config.context > 2100 else 500
+    options = {"max_new_tokens": length, "ignore_eos": True, "temperature": 1.5, "seed": 3}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     texts, rounds = {}, {}
     for repeat in range(-1, repeats):
         for name in list(arms)[:: -1 if repeat % 2 else 1]:
-            answers = list(arms[name].generate([PROMPT] * 4, batch_size=1, **options))
+            answers = list(
+                arms[name].generate([PROMPT] * (2000 // length), batch_size=1, **options)
+            )
             texts[name] = [a.token_ids for a in answers]
             rounds[name] = sum(a.stats.num_spec_steps for a in answers)
             if repeat >= 0:
