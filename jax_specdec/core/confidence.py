@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_specdec._types import Array, Float, Int
-from jax_specdec.core.context import Context, Proposal
+from jax_specdec.core.context import Context, Proposal, tokens_of
 from jax_specdec.core.draft import TOP
 from jax_specdec.core.numerics import NEG_INF, largest
 from jax_specdec.core.sampling import Sampling, distribution
@@ -43,7 +43,7 @@ def chain_fields(
         if not ctx.return_q:
             scores = ctx.perturbed(scores, 0, proposal, scores.shape[1], words)
         ids, probs = best_children(scores, tokens, sampling)
-        ids = ids if words is None else words[ids]
+        ids = tokens_of(ids, words)
         fields["probability"] = probs[..., 0]
         # The children of the last node are not known: its row is empty.
         pad = ((0, 0), (0, 1), (0, 0))

@@ -58,6 +58,11 @@ class TargetView(flax.struct.PyTreeNode):
         return last_seen(self.taps[name], visible)
 
 
+def tokens_of(columns: Int[Array, "*s"], words: Int[Array, " R"] | None) -> Int[Array, "*s"]:
+    """Tokens by the column of their scores; `words` as in `Context.perturbed`."""
+    return columns if words is None else words[columns]
+
+
 def last_seen(hidden: Float[Array, "B S E"], visible: Int[Array, "B T"]) -> Float[Array, "B T E"]:
     """`hidden` at the last position that each query sees; 0 for none.
 
@@ -170,7 +175,7 @@ class Context(flax.struct.PyTreeNode):
         depth: Array | int,
         proposal: Proposal,
         depths: int = 1,
-        tokens: Int[Array, " R"] | None = None,
+        words: Int[Array, " R"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Scores whose argmax is the token at `depth`: with the shared noise, unless the proposal is greedy.
 
@@ -179,13 +184,13 @@ class Context(flax.struct.PyTreeNode):
 
         Args:
           depths: 1 for tokens of one depth, T for those of T depths from `depth` on.
-          tokens: whose scores they are, `[B, T, R]`, where they are not those of all V tokens.
+          words: the token of each column, `[B, T, R]`, where they are not all V (`may_score_some`).
         """
         if proposal == "greedy" and not self.return_q:
             return scores
         assert self.noise is not None, "there is noise in every round"
         noise = lax.dynamic_slice_in_dim(self.noise, depth, depths, axis=1)
-        return scores + (noise if tokens is None else jnp.take(noise, tokens, axis=-1))
+        return scores + (noise if words is None else jnp.take(noise, words, axis=-1))
 
     def argmax(self, scores: Float[Array, "B T V"]) -> Int[Array, "B T"]:
         """The best token at each of T nodes, with one reduction where scores lie over a mesh."""

@@ -114,13 +114,12 @@ class GliDeReader:
         if not self.model.config.hidden_input:
             return self
         assert self.view is not None
-        hidden = self._hidden(self.view.length[:, None])
-        return dataclasses.replace(self, projected=self.model.project(params, hidden))
+        projected = self._project(params, self.view, self.view.length[:, None])
+        return dataclasses.replace(self, projected=projected)
 
-    def _hidden(self, visible: Array) -> Array:
-        """The target's hidden state at the last position that each token sees."""
-        assert self.view is not None
-        return self.view.tap(self.model.target.num_layers - 1, visible)
+    def _project(self, params: Params, view: TargetView, visible: Array) -> Array:
+        """`GliDe.project` of the target's hidden state at the last position that each token sees."""
+        return self.model.project(params, view.tap(self.model.target.num_layers - 1, visible))
 
     @property
     def decoder(self) -> Decoder:
@@ -179,9 +178,9 @@ class GliDeReader:
             scale=target.scale,
             soft_cap=target.attention_cap,
         )
-        hidden = None
-        if model.config.hidden_input and self.projected is None:
-            hidden = self._hidden(visible)
+        projected = self.projected
+        if model.config.hidden_input and projected is None:
+            projected = self._project(params, view, visible)
         return model.apply(
             params,
             tokens,
@@ -189,8 +188,7 @@ class GliDeReader:
             glimpse,
             cache,
             ancestors,
-            hidden=hidden,
-            projected=self.projected,
+            projected=projected,
             visible=visible,
             drafted=drafted,
             logits=logits,

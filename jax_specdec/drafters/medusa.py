@@ -18,7 +18,7 @@ from jax import lax
 
 from jax_specdec._types import Array, Float, Int
 from jax_specdec.core.confidence import chain_fields
-from jax_specdec.core.context import Context, Proposal, TargetView
+from jax_specdec.core.context import Context, Proposal, TargetView, tokens_of
 from jax_specdec.core.draft import Text, chain
 from jax_specdec.core.drafter import ModelUse, StatelessDrafter, chain_info
 from jax_specdec.drafters import registry
@@ -101,9 +101,8 @@ class MedusaDrafter(StatelessDrafter):
             scores = ctx.scores(logits)
             chosen = ctx.perturbed(scores, 0, self.proposal, self.length, words)
             choice = ctx.argmax(chosen)
-        tokens = choice if words is None else words[choice]
         fields = chain_fields(scores, choice, ctx, self.proposal, words)
-        return chain(ctx.text, tokens, **fields), states
+        return chain(ctx.text, tokens_of(choice, words), **fields), states
 
     def _one_by_one(
         self, logits: Float[Array, "B P V"], ctx: Context

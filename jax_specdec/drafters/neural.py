@@ -11,7 +11,7 @@ from jax import lax
 
 from jax_specdec._types import Array, Bool, Float, Int, Params
 from jax_specdec.core.confidence import chain_fields
-from jax_specdec.core.context import Context, Proposal, TargetView
+from jax_specdec.core.context import Context, Proposal, TargetView, tokens_of
 from jax_specdec.core.draft import Draft, chain
 from jax_specdec.core.drafter import Info, ModelUse, Outcome, States, chain_info, rollback
 from jax_specdec.core.model import Model, rewinds
@@ -186,14 +186,14 @@ class NeuralDrafter:
                 scores = ctx.scores(logits, jnp.swapaxes(tokens, 0, 1), on_path)
             else:
                 scores = ctx.scores(logits)
-            chosen = ctx.perturbed(scores, depth, self.proposal, tokens=words)
+            chosen = ctx.perturbed(scores, depth, self.proposal, words=words)
             choice = ctx.argmax(chosen)
             item = {"choice": choice[:, 0], "valid": going}
             if described:
                 item["scores"] = scores[:, 0]
             if self.stop is not None:
                 going = going & ~self.stop.ends(chosen, ctx.law.sampling)
-            return choice if words is None else words[choice], item, going
+            return tokens_of(choice, words), item, going
 
         def step(at: _Step) -> _Step:
             position = at.cache.length[:, None]
@@ -219,7 +219,7 @@ class NeuralDrafter:
         )
         items = {key: jnp.swapaxes(value, 0, 1) for key, value in end.items.items()}
         choice, fields = items["choice"], {}
-        tokens = choice if words is None else words[choice]
+        tokens = tokens_of(choice, words)
         if described:
             fields = chain_fields(items["scores"], choice, ctx, self.proposal, words)
         fields["valid"] = line[None] < jnp.minimum(most, ctx.budget[:, None])
