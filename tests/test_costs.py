@@ -135,7 +135,7 @@ def test_speeds_with_a_budget(right, verify, draft, least, most):
     nothing = np.zeros((len(row), depth))
     count = np.full(len(row), depth)
     matched = np.minimum(right, tokens - length)
-    found = replay.Record(row, 5 + length, nothing, matched, nothing, nothing, count)
+    found = replay.Record(row, 5 + length, nothing, matched, nothing, nothing, count, nothing)
     costs = RoundCosts(
         jnp.asarray([1.0, 1 + verify / 2, 1 + verify], jnp.float32),
         jnp.asarray([draft * np.arange(depth + 1)], jnp.float32),
@@ -150,7 +150,9 @@ def test_speeds_of_batches(known):
     row, place = np.divmod(np.arange(2 * tokens), tokens)
     nothing = np.zeros((len(row), depth))
     matched = np.where(row < known, np.minimum(depth, tokens - place), 0)
-    found = replay.Record(row, 5 + place, nothing, matched, nothing, nothing, matched * 0 + depth)
+    found = replay.Record(
+        row, 5 + place, nothing, matched, nothing, nothing, matched * 0 + depth, nothing
+    )
     costs = RoundCosts(
         jnp.asarray([1.0, 1.5, 2.0], jnp.float32),
         jnp.asarray([0.01 * np.arange(depth + 1)], jnp.float32),
@@ -168,7 +170,9 @@ def test_speeds_of_alternatives():
 
     def of(right, proposed):
         right = np.where(right, np.minimum(depth, 99 - place % 100), 0)
-        return replay.Record(0 * place, 5 + place, nothing, right, nothing, nothing, proposed)
+        chance = np.repeat(np.where(proposed > 0, 1.0, 0.0)[:, None], depth, axis=1)
+        some = (nothing, right, nothing, nothing, proposed, chance)
+        return replay.Record(0 * place, 5 + place, *some)
 
     copy = of(copied, np.where(copied, depth, 0))
     model = of(~copied, np.full(tokens, depth))
@@ -178,9 +182,36 @@ def test_speeds_of_alternatives():
     def speed(*some):
         table = jnp.asarray([ways[i] for i in some], jnp.float32)
         found = [(copy, model)[i] for i in some]
-        return budgeted_speedup(found, RoundCosts(verify, table), (1, 4, 8))
+        told = tuple(("before", None)[i] for i in some)
+        return budgeted_speedup(found, RoundCosts(verify, table), (1, 4, 8), told=told)
 
     assert speed(0, 1) > 1.4 * max(speed(0), speed(1))
+
+
+@pytest.mark.parametrize("told", ("before", "after"))
+def test_speeds_of_drafters_that_know_when_they_are_right(told):
+    """Half of the drafts are right, which no record of the past tells; what a drafter says counts as far as it holds."""
+    tokens, depth = 400, 7
+    place, rng = np.arange(tokens), np.random.default_rng(0)
+    right, nothing = rng.uniform(size=tokens) < 0.5, np.zeros((tokens, depth))
+    matched = np.where(right, np.minimum(2, tokens - place), 0)
+    costs = RoundCosts(
+        jnp.asarray([1.0, 1.3, 1.6, 2.0], jnp.float32),
+        jnp.asarray([0.05 * np.arange(depth + 1)], jnp.float32),
+    )
+
+    def speed(chance, told):
+        there = np.full(tokens, depth)
+        record = replay.Record(
+            0 * place, 5 + place, nothing, matched, nothing, nothing, there, chance
+        )
+        return budgeted_speedup([record], costs, (1, 2, 4, 8), told=(told,))
+
+    true = np.where(right[:, None] & (np.arange(depth) < 2)[None], 0.9, 0.1).astype(np.float32)
+    known, unknown = speed(true, told), speed(true, None)
+    assert known > 1.1 * unknown
+    # Nor does it help to say more than is so.
+    assert 0.95 < speed(np.full_like(true, 0.99), told) < 1.03 * unknown
 
 
 def test_candidates():

@@ -10,13 +10,14 @@ import pytest
 
 from jax_specdec.core.context import TargetView, make_context
 from jax_specdec.core.draft import Text
-from jax_specdec.core.drafter import Drafter
+from jax_specdec.core.drafter import Drafter, foreseen
 from jax_specdec.core.plain import NoDrafter
 from jax_specdec.drafters.bigram import Bigram, count_bigrams, successors
 from jax_specdec.drafters.first import First
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.max_gram import MaxGram
-from jax_specdec.drafters.ngram import longest_suffix_match, occurs_before
+from jax_specdec.drafters.ngram import copied as copied_chances
+from jax_specdec.drafters.ngram import longest_suffix_match
 from jax_specdec.drafters.prompt_lookup import PromptLookup
 from jax_specdec.testing import check_drafter
 
@@ -89,7 +90,9 @@ def test_search(ties, min_match, max_match):
     )
     texts, packed = random_texts(min_match)
     match, end = map(np.asarray, search(packed))
-    assert (np.asarray(occurs_before(packed, min_match)) == (match > 0)).all()
+    chance = np.asarray(copied_chances(jnp.asarray(match), 3))
+    assert ((chance > 0) == (match > 0)[:, None]).all() and (chance < 1).all()
+    assert (np.diff(chance[match > 0], axis=1) > 0).all()
     for row, text in enumerate(texts):
         want = best_match(text, min_match, max_match, ties)
         assert (match[row] > 0) == (want is not None)
@@ -187,8 +190,8 @@ def test_the_first_that_finds_something():
     both, one, other = (draft(x, packed, params) for x in (First((gram, follow)), gram, follow))
     copied = one.valid[:, 1]
     assert 10 < copied.sum() < len(texts) - 10
-    found = First((gram, follow)).available(packed)
-    assert (np.asarray(found) == np.stack([copied, np.ones_like(copied)], axis=1)).all()
+    says, nothing = foreseen(First((gram, follow)), packed)
+    assert says is not None and ((np.asarray(says[:, 0]) > 0) == copied).all() and nothing is None
     for row, mine in enumerate(copied):
         want = one if mine else other
         assert both.valid[row].sum() == want.valid[row].sum() == (5 if mine else 3)

@@ -4,8 +4,10 @@ A round that drafts D tokens a row and verifies T nodes a row takes `draft[D] + 
 `1 + A_1 + ... + A_D` tokens in each row, A_i being the chance that the first i drafted tokens are accepted.
 `Budget.plan` chooses D before anything is drafted, 0 included, and `Budget.width` the verified nodes once the
 draft is known; both maximise tokens per second (arXiv 2211.17192, section 3.3, with measured costs in place
-of constants and the row's own acceptance in place of a mean). All rows of a batch share a round, and so its
-depth and width; their acceptance is estimated row by row. A batch has ended when its last row has: what a row gains
+of constants and the row's own acceptance in place of a mean). Most drafters say of each token how likely it is to be
+right (`Info.chances`): a model by its confidence, a copy by how long a match it continues. Then what is remembered is how
+far that can be relied on (`trust`), a draft ends where going on would not pay (`Thrift`), and no more of it is verified than
+pays. All rows of a batch share a round, and so its depth and width; their acceptance is estimated row by row. A batch has ended when its last row has: what a row gains
 that is ahead of the others is worth little (`worth`), unless ended rows are replaced.
 
 A drafter that is made of drafters may draft in several ways (`drafter.ways_of`), with all of them or with some: each
@@ -16,7 +18,7 @@ Nothing here changes a text: it decides what is drafted and verified, never what
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.struct
 import jax
@@ -37,6 +39,11 @@ _MEMORY = 0.96
 # but the mean of N rows that count alike is hardly that far from the usual: what hope is above it shrinks as their
 # deviation does, by the root of N.
 _PRIOR_WEIGHT, _SOBER, _HOPE = 4.0, 0.5, 0.3
+# What asking a drafter brings that says only behind its draft how likely that is: its first answers count for more than what
+# was hoped, since each costs little and says much.
+_PRIOR_ASKED = 0.5
+# Of a token behind those that were drafted so far: how likely it is to be right, as long as nobody has drafted it.
+_FURTHER = 0.5
 # No chance is below this: sums of them stay apart in float32, so that at equal costs deeper is better.
 _LEAST = 1e-3
 # While drafting does not pay, asking again, in whichever way, may take this share of plain decoding's time. After a token
@@ -105,12 +112,12 @@ class RoundCosts(flax.struct.PyTreeNode):
 def usual_widths(nodes: int) -> tuple[int, ...]:
     """Widths for a drafter whose verification has at most `nodes` nodes, its root included.
 
-    Powers of two, without 2 and what is nearly the widest: each width is compiled.
+    Powers of two, without what is nearly the widest: each width is compiled.
 
-    >>> usual_widths(1), usual_widths(8), usual_widths(9), usual_widths(22)
-    ((1,), (1, 4, 8), (1, 4, 9), (1, 4, 8, 16, 22))
+    >>> usual_widths(1), usual_widths(5), usual_widths(8), usual_widths(9), usual_widths(22)
+    ((1,), (1, 2, 5), (1, 2, 4, 8), (1, 2, 4, 9), (1, 2, 4, 8, 16, 22))
     """
-    steps = [1, *(2**i for i in range(2, nodes.bit_length()))]
+    steps = [2**i for i in range(nodes.bit_length())]
     return tuple(dict.fromkeys([*(width for width in steps if 5 * width < 4 * nodes), nodes]))
 
 
@@ -122,6 +129,10 @@ def check_widths(widths: tuple[int, ...], nodes: int) -> None:
             f"The widths of a round must rise from 1 to the draft's {nodes} nodes (root included), got "
             f"{', '.join(map(str, widths)) or 'none'}."
         )
+
+
+# When a way says of its tokens how likely each is to be right: before it drafts, with the draft, or never.
+Told = Literal["before", "after"] | None
 
 
 class Plan(NamedTuple):
@@ -148,6 +159,37 @@ def worth(active: Bool[Array, " B"], left: Int[Array, " B"] | None = None) -> Fl
     return jnp.where(active, jnp.maximum(jnp.exp(-ahead / _AHEAD), _LEAST_WORTH), 0)
 
 
+class Thrift(flax.struct.PyTreeNode):
+    """Where a draft ends because drafting and verifying one more token would not pay.
+
+    Attributes:
+      worth: `float32[B]`, of a token in each row, 1 in all. trust: `float32[B, P]`, what the drafter's chance of the token at
+        each depth is to be multiplied by.
+      least: `float32[P]`, the chance that all tokens before depth i + 1 are right, from which on that one is drafted.
+    """
+
+    worth: Float[Array, " B"]
+    trust: Float[Array, "B P"]
+    least: Float[Array, " P"]
+
+    def reach(self, chance: Float[Array, "B P"]) -> Float[Array, "B P"]:
+        """The chance that the tokens down to each depth are right, from what the drafter says of each."""
+        return jnp.cumprod(jnp.minimum(chance * self.trust[:, : chance.shape[1]], 1), axis=1)
+
+    def depth(self, chance: Float[Array, "B P"]) -> Int[Array, ""]:
+        """How many tokens are drafted, by what the drafter would say of each."""
+        reach = self.reach(chance)
+        line = jnp.arange(1, reach.shape[1], dtype=jnp.int32)
+        on = jnp.sum(self.worth[:, None] * reach[:, :-1], axis=0) >= self.least[line]
+        return 1 + jnp.sum(jnp.cumprod(on.astype(jnp.int32)), dtype=jnp.int32)
+
+    def goes_on(self, reach: Float[Array, " B"], depth: Int[Array, ""]) -> Bool[Array, ""]:
+        """Whether a token at `depth` + 1 is drafted, behind `depth` tokens that are all right so often."""
+        return (
+            jnp.sum(self.worth * reach) >= self.least[jnp.minimum(depth, self.least.shape[0] - 1)]
+        )
+
+
 def _alone(worth: Float[Array, " B"]) -> Float[Array, ""]:
     """1 where one row counts, and by the root of N less where N rows count alike."""
     squares = jnp.maximum(jnp.sum(worth**2), jnp.finfo(jnp.float32).tiny)
@@ -160,7 +202,10 @@ class Budget(flax.struct.PyTreeNode):
     Attributes:
       costs: the same for all rows.
       hits, tries: `float32[B, N, P]`, how often the draft's token at depth i + 1 became text, and how often that
-        was seen, where all before it had, by way of drafting; both forget.
+        was seen, where all before it had, by way of drafting; both forget. A token that its drafter gave a chance of being
+        right is that much of a try.
+      asked, brought, spent: `float32[B, N]`, how often the drafter was asked, the tokens beyond one that its drafts promised, and
+        the rounds of plain decoding that they took beyond one; all forget.
       waited: `int32[B, N]`, rounds since the drafter was last asked in that way.
       forced: `int32[3]`, a way, a depth and the index of a width that replace the policy, for measuring;
         `FREE`.
@@ -169,6 +214,9 @@ class Budget(flax.struct.PyTreeNode):
     costs: RoundCosts
     hits: Float[Array, "B N P"]
     tries: Float[Array, "B N P"]
+    asked: Float[Array, "B N"]
+    brought: Float[Array, "B N"]
+    spent: Float[Array, "B N"]
     waited: Int[Array, "B N"]
     forced: Int[Array, "3"]
 
@@ -176,17 +224,22 @@ class Budget(flax.struct.PyTreeNode):
     def empty(cls, costs: RoundCosts, batch: int) -> "Budget":
         """Nothing observed yet."""
         ways, depths = costs.draft.shape
+        by_depth = jnp.zeros((batch, ways, depths - 1), jnp.float32)
+        by_way = jnp.zeros((batch, ways), jnp.float32)
         return cls(
             costs=costs,
-            hits=jnp.zeros((batch, ways, depths - 1), jnp.float32),
-            tries=jnp.zeros((batch, ways, depths - 1), jnp.float32),
+            hits=by_depth,
+            tries=by_depth,
+            asked=by_way,
+            brought=by_way,
+            spent=by_way,
             waited=jnp.zeros((batch, ways), jnp.int32),
             forced=jnp.full((3,), FREE, jnp.int32),
         )
 
     def placed(self, sharding: Sharding) -> "Budget":
         """The same where rows lie on a mesh; costs are everywhere."""
-        names = ("hits", "tries", "waited")
+        names = ("hits", "tries", "asked", "brought", "spent", "waited")
         return self.replace(**{name: sharding.rows(getattr(self, name)) for name in names})
 
     def force(self, *, way: int = FREE, depth: int = FREE, width: int = FREE) -> "Budget":
@@ -197,43 +250,44 @@ class Budget(flax.struct.PyTreeNode):
         """
         return self.replace(forced=jnp.asarray([way, depth, width], jnp.int32))
 
-    def acceptance(self, prior: float | Array) -> Float[Array, "B N P"]:
-        """Chance that the token at each depth is accepted where all before it are.
+    def trust(self, prior: float | Array) -> Float[Array, "B N P"]:
+        """What a drafter's chance of the token at each depth is to be multiplied by, where all before it are accepted.
 
-        A depth with little evidence counts as the first, and the first as `prior`.
+        Of drafters that say nothing that is the chance itself. A depth with little evidence counts as the first, and the
+        first as `prior`, which may be `[N]`.
         """
+        prior = jnp.broadcast_to(jnp.asarray(prior, jnp.float32), self.waited.shape)[..., None]
         hits, tries = self.hits, self.tries + _PRIOR_WEIGHT
         first = (hits[..., :1] + _PRIOR_WEIGHT * prior) / tries[..., :1]
         rest = (hits[..., 1:] + _PRIOR_WEIGHT * first) / tries[..., 1:]
         return jnp.concatenate([first, rest], axis=-1)
-
-    def expected(self, prior: float | Array) -> Float[Array, "B N D"]:
-        """Tokens that a round emits in each row with 0, 1, ..., P drafted tokens verified."""
-        reach = jnp.maximum(jnp.cumprod(self.acceptance(prior), axis=-1), _LEAST)
-        return 1 + jnp.pad(jnp.cumsum(reach, axis=-1), ((0, 0), (0, 0), (1, 0)))
 
     def plan(
         self,
         worth: Float[Array, " B"],
         widths: tuple[int, ...],
         is_chain: bool,
-        available: Bool[Array, "B N"] | None = None,
+        told: Sequence[Told] = (),
+        foreseen: Sequence[Float[Array, "B Q"] | None] = (),
         *,
         replaced: bool = False,
     ) -> Plan:
         """How to draft in this round.
 
-        Where drafting does not pay it is still asked for one token now and then, soon after one that was
+        Where drafting does not pay it is still asked for now and then, soon after a token that was
         right, else after twice as many rounds as before until it is as seldom as `_PROBING` asks, when most of the
         batch by worth is due; and where one way pays, the others are tried every so often.
 
         Args:
           worth: of a token in each row, see `worth`.
-          available: which ways have something to propose, by row; None: all. In others a row emits one token.
+          told: of each way; default: all say nothing.
+          foreseen: the chances of each way that says them before, see `core.drafter.foreseen`; 0: it has no token, and the row
+            emits one.
           replaced: whether ended rows are; static.
         """
         costs = self.costs
         ways, depths = costs.draft.shape
+        told = tuple(told) or (None,) * ways
         drafts = np.arange(depths)
         # A tree of any depth may have all nodes.
         index = (
@@ -243,19 +297,34 @@ class Budget(flax.struct.PyTreeNode):
         )
         able = jnp.broadcast_to(worth[:, None], self.waited.shape)
         alone = _alone(worth)
-        expected = self.expected(_SOBER + _HOPE * alone)
-        if available is not None:
-            able = jnp.where(available, able, 0)
-            expected = jnp.where(available[..., None], expected, 1)
+        hope = _SOBER + _HOPE * alone
+        expected = _tokens(self.trust(_prior(told, hope)))
+        for way, chance in enumerate(foreseen):
+            if chance is None:
+                continue
+            found = chance[:, 0] > 0
+            reliable = self.trust(_prior(told, hope))[:, way, : chance.shape[1]] * chance
+            promised = _tokens(jnp.minimum(reliable, 1))
+            promised = jnp.pad(promised, ((0, 0), (0, depths - promised.shape[1])), mode="edge")
+            expected = expected.at[:, way].set(jnp.where(found[:, None], promised, 1))
+            able = able.at[:, way].set(jnp.where(found, able[:, way], 0))
         tokens = jnp.sum(worth[:, None, None] * expected, axis=0)
         seconds = costs.verify[index][None] + costs.draft
         rate = tokens / self._at_worst(seconds, alone)
+        deepest = jnp.sum(jnp.isfinite(costs.draft), axis=1, dtype=jnp.int32) - 1
+        late = [kind == "after" for kind in told]
+        if any(late):
+            whole = jnp.arange(depths, dtype=jnp.int32)[None] == deepest[:, None]
+            asked = jnp.where(
+                whole, self._by_asking(worth, seconds, hope, alone)[:, None], -jnp.inf
+            )
+            rate = jnp.where(np.asarray(late)[:, None] & (drafts > 0)[None], asked, rate)
         # Of equally good ones the first way, and in it the deepest.
-        deepest = jnp.argmax(rate[:, ::-1].reshape(-1)).astype(jnp.int32)
-        way, depth = deepest // depths, depths - 1 - deepest % depths
+        best = jnp.argmax(rate[:, ::-1].reshape(-1)).astype(jnp.int32)
+        way, depth = best // depths, depths - 1 - best % depths
         idle, place = depth == 0, jnp.arange(ways, dtype=jnp.int32)
         first = 1 + _DEAR * costs.draft[:, 1] / costs.verify[0]
-        every = jnp.minimum(self._rarest()[None], first[None] * jnp.exp2(self.tries[..., 0]))
+        every = jnp.minimum(self._rarest()[None], first[None] * jnp.exp2(self.asked))
         every = jnp.where(idle, every, 2 * _RAREST_PROBE)
         due = (self.waited + 1).astype(jnp.float32) >= every
         share = _DUE[0] if replaced else _DUE[1]
@@ -265,13 +334,46 @@ class Budget(flax.struct.PyTreeNode):
         most = jnp.asarray(1 + drafts, jnp.float32)[None] / seconds
         due = due & (jnp.max(most[:, 1:], axis=1, initial=0) * costs.verify[0] > 1)
         probed = jnp.argmax(due).astype(jnp.int32)
+        # One token tells enough, unless the drafter itself ends where no more pay.
         deep = jnp.where(idle, 1, 1 + jnp.argmax(rate[probed, 1:])).astype(jnp.int32)
+        deep = jnp.where(jnp.asarray(late)[probed], deepest[probed], deep)
         way, depth = jnp.where(jnp.any(due), jnp.stack([probed, deep]), jnp.stack([way, depth]))
         forced = self.forced
         return Plan(
             jnp.where(forced[0] == FREE, way, forced[0]),
             jnp.where(forced[1] == FREE, depth, forced[1]),
         )
+
+    def _by_asking(
+        self, worth: Float[Array, " B"], seconds: Float[Array, "N D"], hope: Array, alone: Array
+    ) -> Float[Array, " N"]:
+        """Tokens per second of rounds in which each way is asked, by what its drafts have promised so far."""
+        plain = self.costs.verify[0]
+        promise = _tokens(jnp.ones((1, seconds.shape[1] - 1)) * hope)
+        at_worst = self._at_worst(seconds, alone)
+        hoped = jnp.argmax(promise / at_worst, axis=1)
+        tokens = promise[0, hoped] - 1
+        took = jnp.take_along_axis(seconds, hoped[:, None], axis=1)[:, 0] / plain - 1
+        counts = self.asked + _PRIOR_ASKED
+        tokens = (self.brought + _PRIOR_ASKED * tokens[None]) / counts
+        took = jnp.maximum(self.spent + _PRIOR_ASKED * took[None], 0) / counts
+        total = jnp.maximum(jnp.sum(worth), jnp.finfo(jnp.float32).tiny)
+        took = plain * (1 + jnp.sum(worth[:, None] * took, axis=0) / total)
+        return jnp.sum(worth[:, None] * (1 + tokens), axis=0) / self._at_worst(took, alone)
+
+    def thrift(
+        self, worth: Float[Array, " B"], plan: Plan, widths: tuple[int, ...], told: Sequence[Told]
+    ) -> Thrift:
+        """Where a draft ends that is drafted token by token, and says of each how likely it is."""
+        costs = self.costs
+        plain, draft = costs.verify[0], costs.draft[plan.way]
+        # Verifying one more costs what a width more does on the whole: which widths there are is a matter of compiling.
+        wider = (costs.verify[-1] - plain) / max(1, widths[-1] - 1)
+        least = (jnp.diff(draft) + wider) / (_FURTHER * plain)
+        least = jnp.where(self.forced[1] == FREE, least, -jnp.inf)
+        total = jnp.maximum(jnp.sum(worth), jnp.finfo(jnp.float32).tiny)
+        trust = self.trust(_prior(told, jnp.float32(_SOBER)))[:, plan.way]
+        return Thrift(worth / total, trust, least)
 
     def _rarest(self) -> Float[Array, " N"]:
         """Rounds between probes of each way that nothing speaks for."""
@@ -293,14 +395,22 @@ class Budget(flax.struct.PyTreeNode):
         way: Int[Array, ""],
         widths: tuple[int, ...],
         is_chain: bool,
-    ) -> Int[Array, ""]:
-        """The index of the width at which the draft is verified.
+        told: Sequence[Told] = (),
+        chance: Float[Array, "B P"] | None = None,
+    ) -> tuple[Int[Array, ""], Float[Array, " B"]]:
+        """The index of the width at which the draft is verified, and the tokens that each row can expect of that.
 
         Args:
           worth: see `worth`. nodes: drafted nodes of each row. reached: the depth of the deepest. A chain may be verified in
             part; a tree as a whole or not at all.
+          told: of each way. chance: of each token of the main chain, from a way that says one.
         """
-        expected, chosen = self.expected(_SOBER)[:, way], np.asarray(widths)
+        told = tuple(told) or (None,) * self.costs.draft.shape[0]
+        trust, chosen = self.trust(_prior(told, jnp.float32(_SOBER)))[:, way], np.asarray(widths)
+        if chance is not None:
+            says = jnp.asarray([kind is not None for kind in told])[way]
+            trust = jnp.where(says, jnp.minimum(trust * chance, 1), trust)
+        expected = _tokens(trust)
         if is_chain:
             within = jnp.minimum(nodes[:, None], chosen[None] - 1)
         else:
@@ -309,7 +419,8 @@ class Budget(flax.struct.PyTreeNode):
         rate = jnp.sum(worth[:, None] * tokens, axis=0)
         rate = rate / self._at_worst(self.costs.verify, _alone(worth))
         best = jnp.argmax(rate).astype(jnp.int32)
-        return jnp.where(self.forced[2] == FREE, best, self.forced[2])
+        best = jnp.where(self.forced[2] == FREE, best, self.forced[2])
+        return best, tokens[:, best]
 
     def observe(
         self,
@@ -320,6 +431,9 @@ class Budget(flax.struct.PyTreeNode):
         count: Int[Array, " B"],
         accepted: Int[Array, " B"],
         plan: Plan,
+        index: Int[Array, ""],
+        expected: Float[Array, " B"],
+        chance: Float[Array, "B P"] | None = None,
     ) -> "Budget":
         """The budget with one more round in it.
 
@@ -329,7 +443,8 @@ class Budget(flax.struct.PyTreeNode):
         Args:
           proposed: which depths of the main chain have a token. drafted: those tokens.
           emitted, count: what became text. accepted: drafted nodes among it, of a tree's other paths too.
-          plan: of the round.
+          plan: of the round, as deep as was drafted. index, expected: as `width` gave them. chance: that of each token, 1 of ways
+            that say none; None: all.
         """
         place = jnp.arange(proposed.shape[1], dtype=jnp.int32)[None]
         right = (drafted == emitted[:, :-1]) & proposed & (place < count[:, None])
@@ -341,14 +456,41 @@ class Budget(flax.struct.PyTreeNode):
         seen = seen[:, None] & asked[None, :, None]
         right = right[:, None]
         fade = jnp.where(seen, _MEMORY, 1.0)
+        tries = seen.astype(jnp.float32)
+        if chance is not None:
+            tries = tries * jnp.maximum(chance, _LEAST)[:, None]
         # After a token that was right the next probe is due soon.
         again = jnp.where(right[..., 0], (_SOONER * self._rarest()[None]).astype(jnp.int32), 0)
-        waited = jnp.where(asked[None] & (plan.depth > 0), again, self.waited + 1)
+        asked = asked[None] & (plan.depth > 0)
+        waited = jnp.where(asked, again, self.waited + 1)
+        asked = asked & active[:, None]
+        costs = self.costs
+        took = costs.verify[index] + costs.draft[plan.way, plan.depth]
+        took = jnp.where(plan.depth > 0, took / costs.verify[0] - 1, 0)
+
+        def remembered(old: Array, new: Array | float) -> Array:
+            return jnp.where(asked, _MEMORY * old + new, old)
+
         return self.replace(
             hits=self.hits * fade + (seen & right).astype(jnp.float32),
-            tries=self.tries * fade + seen.astype(jnp.float32),
+            tries=self.tries * fade + tries,
+            asked=remembered(self.asked, 1.0),
+            brought=remembered(self.brought, expected[:, None] - 1),
+            spent=remembered(self.spent, took),
             waited=jnp.where(active[:, None], waited, self.waited),
         )
+
+
+def _prior(told: Sequence[Told], acceptance: Array) -> Float[Array, " N"]:
+    """What each way's word is taken to be worth before anything was seen; of ways that say nothing, their acceptance."""
+    return jnp.where(np.asarray([kind is not None for kind in told]), 1.0, acceptance)
+
+
+def _tokens(acceptance: Float[Array, "*s P"]) -> Float[Array, "*s D"]:
+    """Tokens of a round with 0, 1, ..., P drafted tokens verified, each accepted so often where all before it are."""
+    reach = jnp.maximum(jnp.cumprod(acceptance, axis=-1), _LEAST)
+    none = [(0, 0)] * (acceptance.ndim - 1)
+    return 1 + jnp.pad(jnp.cumsum(reach, axis=-1), (*none, (1, 0)))
 
 
 def select_in_place(index: Int[Array, ""], branches: Sequence, held, otherwise=None):

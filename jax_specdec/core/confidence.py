@@ -39,9 +39,12 @@ def chain_fields(
     sampling = ctx.law.sampling
     if ctx.return_q:
         fields["q"] = distribution(scores, sampling)
-    if ctx.return_top:
+    if ctx.return_top or ctx.return_chance:
         if not ctx.return_q:
             scores = ctx.perturbed(scores, 0, proposal, scores.shape[1], words)
+        if not ctx.return_top:
+            chosen = jnp.take_along_axis(scores, tokens[..., None], axis=-1)
+            return fields | {"probability": confidences(scores, chosen, sampling)[..., 0]}
         ids, probs = best_children(scores, tokens, sampling)
         ids = tokens_of(ids, words)
         fields["probability"] = probs[..., 0]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_specdec._types import Array, Bool, Float, Int, Params, UInt
+from jax_specdec.core.budget import Thrift
 from jax_specdec.core.draft import Text
 from jax_specdec.core.law import Law
 from jax_specdec.core.model import Model, Output, tap_shapes
@@ -130,6 +131,8 @@ class Context(flax.struct.PyTreeNode):
       active: `bool[B]`; rows that are not active may hold anything.
       budget: `int32[B]`, tokens that the row may still emit; drafting deeper is of no use.
       return_q: static; the draft must hand over the distribution it was drawn from (rejection rule).
+      return_chance: static; a drafter that can (`Info.chances`) must say of each token of its chain how likely it is to be right.
+      thrift: where a draft ends because more of it would not pay, None for nowhere.
       return_top: static; a drafter with a distribution must report its probability of every node and the
         best children. They cost passes over the vocabulary, so only their readers ask for them.
       sharding: static; the target's, whose scores lie over its vocabulary, None on one device.
@@ -144,6 +147,8 @@ class Context(flax.struct.PyTreeNode):
     budget: Int[Array, " B"]
     return_q: bool = flax.struct.field(pytree_node=False, default=False)
     return_top: bool = flax.struct.field(pytree_node=False, default=False)
+    return_chance: bool = flax.struct.field(pytree_node=False, default=False)
+    thrift: Thrift | None = None
     sharding: Sharding | None = flax.struct.field(pytree_node=False, default=None)
 
     @property

@@ -6,13 +6,13 @@ each other. States of all drafters live in one dictionary by drafter name.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
 from jax_specdec._types import Array, Bool, Float, Int, Params
 from jax_specdec.core.context import Context, Proposal
-from jax_specdec.core.draft import Draft
+from jax_specdec.core.draft import Draft, Text
 
 States = dict[str, Any]
 
@@ -52,6 +52,8 @@ class Info:
       rewinds: whether `commit` takes states back to any length, and what begins larger states may be copied
         from smaller ones. Others read a text anew that another one begins with.
       models: the models inside, none for statistical drafters.
+      chances: when it says of each token of a chain how likely it is to be right: `before` it drafts, by a method
+        (`foreseen`), or `after`, by `Draft.probability` where `Context.return_chance` asks for it. None: never.
       noise: whether it reads `Context.noise`; where it does not, the noise may be all 0.
     """
 
@@ -66,6 +68,7 @@ class Info:
     ranked: bool = True
     rewinds: bool = True
     models: tuple[ModelUse, ...] = ()
+    chances: Literal["before", "after"] | None = None
     noise: bool = True
 
     @property
@@ -121,13 +124,22 @@ class Drafter(Protocol):
 def ways_of(drafter: Drafter) -> tuple[Drafter, ...]:
     """How a drafter can draft: itself, then with a part of its drafters, where it has `cheaper` ones.
 
-    Where it has `alternatives`, these are all: each of its drafters alone. Its `available(text)` says, `bool[B, N]`,
-    which of them have something to propose; a drafter that often has nothing says so by a method `finds(text)`, `bool[B]`.
+    Where it has `alternatives`, these are all: each of its drafters alone. See `foreseen` for what one may say beforehand.
 
     Ways work on the drafter's states, draft chains as it does, and give no distribution.
     """
     alternatives = getattr(drafter, "alternatives", ())
     return alternatives or (drafter, *getattr(drafter, "cheaper", ()))
+
+
+def foreseen(drafter: Drafter, text: Text) -> tuple[Float[Array, "B Q"] | None, ...]:
+    """Of each of a drafter's ways, how likely the tokens of its draft are to be right, before it drafts.
+
+    A drafter that knows this from the text alone says it by a method `chances(text)`: `float32[B, Q]`, of the token at each
+    depth where all before it are right, 0 where it has none.
+    """
+    ways: tuple[Any, ...] = ways_of(drafter)
+    return tuple(way.chances(text) if way.info.chances == "before" else None for way in ways)
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from jax import lax
 
 from jax_specdec._types import Array, Float, Int, Params
 from jax_specdec.core import acceptance, prng
-from jax_specdec.core.budget import Budget, RoundCosts, check_widths, usual_widths
+from jax_specdec.core.budget import Budget, RoundCosts, Told, check_widths, usual_widths
 from jax_specdec.core.context import Context, Tapped, TargetView
 from jax_specdec.core.draft import Text
 from jax_specdec.core.drafter import Drafter, States, accepted_prefix, ways_of
@@ -99,6 +99,14 @@ class DecodeLoop:
     @property
     def _costs(self) -> tuple[int, int, int]:
         return len(self.widths), len(ways_of(self.drafter)), self.drafter.info.depth
+
+    @property
+    def told(self) -> tuple[Told, ...]:
+        """When each way of drafting says how likely its tokens are, to the budget: behind a draft only where what it says may
+        decide how much of it is verified, and where the drafter's scores lie on one device."""
+        late = self.rule.coupled and sharding_of(self.target) is None
+        told = (way.info.chances for way in ways_of(self.drafter))
+        return tuple(None if kind == "after" and not late else kind for kind in told)
 
     @property
     def sources(self) -> tuple[str, ...]:

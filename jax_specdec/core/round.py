@@ -12,7 +12,7 @@ from jax_specdec.core import acceptance, numerics
 from jax_specdec.core.budget import Plan, select_in_place, worth
 from jax_specdec.core.context import Context, TargetView
 from jax_specdec.core.draft import Draft, Text, narrow, root_only, widened
-from jax_specdec.core.drafter import Drafter, Outcome, States, ways_of
+from jax_specdec.core.drafter import Drafter, Outcome, States, foreseen, ways_of
 from jax_specdec.core.sampling import STRING_COMPLETE
 from jax_specdec.core.sharding import Sharding, constrain, sharding_of
 from jax_specdec.core.state import LoopState
@@ -69,17 +69,19 @@ def decode_round(
     plan, index = Plan(jnp.int32(0), jnp.int32(info.depth)), jnp.int32(0)
     weights = worth(active, None if replaced else state.limit - text.length)
     if budget is not None:
-        peek = getattr(loop.drafter, "available", None)
-        available = None if peek is None else peek(text)
-        plan = budget.plan(weights, loop.widths, info.is_chain, available, replaced=replaced)
+        ahead = foreseen(loop.drafter, text)
+        options = (loop.widths, info.is_chain, loop.told)
+        plan = budget.plan(weights, *options, ahead, replaced=replaced)
     with jax.named_scope("draft"):
         noise = _fill(loop, state, plan, noise)
-        ctx, draft, drafts = _propose(loop, params["drafters"], state, plan, noise)
+        ctx, draft, drafts = _propose(loop, params["drafters"], state, plan, noise, weights)
     proposed = draft.valid & (draft.depths() <= ctx.budget[:, None])
-    kept = proposed
+    kept, chance = proposed, draft.probability[:, 1 : loop.window]
+    expected = jnp.ones_like(weights)
     if budget is not None:
         size = _size(draft, proposed, plan)
-        index = budget.width(weights, *size, plan.way, loop.widths, info.is_chain)
+        index, expected = budget.width(weights, *size, plan.way, *options, chance)
+        plan = _drafted(loop, plan, proposed & active[:, None])
         # What `narrow` leaves of it.
         kept = jnp.cumsum(proposed, axis=1, dtype=jnp.int32) <= jnp.asarray(loop.widths)[index]
         kept = proposed & kept
@@ -95,7 +97,7 @@ def decode_round(
     if budget is not None:
         chain = (proposed[:, 1 : loop.window], draft.tokens[:, 1 : loop.window])
         seen = (found.tokens, found.count, found.accepted)
-        budget = budget.observe(active, *chain, *seen, plan)
+        budget = budget.observe(active, *chain, *seen, plan, index, expected, chance)
     state = state.replace(
         text=Text(write_window(text.tokens, found.tokens, text.length), text.length + found.count),
         view=view,
@@ -153,8 +155,13 @@ def _propose(
     state: LoopState,
     plan: Plan,
     noise: Float[Array, "B Q V"] | None,
+    worth: Float[Array, " B"],
 ) -> tuple[Context, Draft, States]:
-    """What is drafted, at most `plan.depth` tokens deep, and the context that it was drafted in."""
+    """What is drafted, at most `plan.depth` tokens deep, and the context that it was drafted in.
+
+    Args:
+      worth: see `budget.worth`.
+    """
     info, needs_q = loop.drafter.info, loop.rule.needs_q
     if state.budget is None or not info.depth:
         ctx = loop.context(state, loop.noise(state), return_q=needs_q)
@@ -163,6 +170,9 @@ def _propose(
         noise = jnp.zeros((state.keys.shape[0], loop.window, loop.target.vocab_size), jnp.float32)
     ctx = loop.context(state, noise, return_q=needs_q)
     ctx = ctx.replace(budget=jnp.minimum(ctx.budget, plan.depth))
+    if "after" in loop.told:
+        thrift = state.budget.thrift(worth, plan, loop.widths, loop.told)
+        ctx = ctx.replace(return_chance=True, thrift=thrift)
 
     def by(way: Drafter, states: States) -> tuple[States, Draft]:
         # Here and not outside: a branch takes as it is what it does not compute.
@@ -178,6 +188,14 @@ def _propose(
     empty = nothing(loop.drafter, weights, state.drafts, ctx)
     states, draft = select_in_place(way, arms, state.drafts, empty)
     return ctx, draft, states
+
+
+def _drafted(loop: "DecodeLoop", plan: Plan, proposed: Bool[Array, "B T"]) -> Plan:
+    """The plan, as deep as a way that ends its drafts itself has drafted."""
+    nodes = jnp.sum(proposed[:, 1 : loop.window], axis=1, dtype=jnp.int32)
+    reached = jnp.clip(jnp.max(nodes), 1, jnp.maximum(plan.depth, 1))
+    late = jnp.asarray([kind == "after" for kind in loop.told])[plan.way]
+    return plan._replace(depth=jnp.where(late & (plan.depth > 0), reached, plan.depth))
 
 
 def nothing(drafter: Drafter, params: Params, states: States, ctx: Context) -> Draft:

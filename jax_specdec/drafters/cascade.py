@@ -18,6 +18,7 @@ reports a draft that is not the drafter's own.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -94,6 +95,12 @@ class Horizontal(Composed):
         rest = Horizontal(self.drafters[1:], self.budgets[1:], self.cut)
         return (rest, *rest.cheaper)
 
+    def chances(self, text: Text) -> Float[Array, "B Q"]:
+        """See `core.drafter.foreseen`: those of a single drafter."""
+        (drafter,) = self.drafters
+        says: Any = drafter
+        return says.chances(text)
+
     @property
     def info(self) -> Info:
         return self._info
@@ -114,6 +121,9 @@ class Horizontal(Composed):
                 most = budget if self.cut else MAX_NODES
                 models += [_further(use, before, most) for use in info.models]
         depth = max(sizes)
+        said = "after" if all(info.chances for info in infos) else None
+        if len(infos) == 1:
+            said = infos[0].chances
         return Info(
             name=",".join(info.name for info in infos),
             nodes=depth,
@@ -125,6 +135,7 @@ class Horizontal(Composed):
             ranked=all(info.ranked for info in infos),
             rewinds=all(info.rewinds for info in infos),
             models=tuple(models),
+            chances=said,
             noise=any(info.noise for info in infos),
         )
 
@@ -140,6 +151,9 @@ class Horizontal(Composed):
             fields["top_ids"] = jnp.zeros((batch, depth, top), jnp.int32)
             fields["top_probs"] = jnp.zeros((batch, depth, top), jnp.float32)
         count = jnp.zeros((batch,), jnp.int32)
+        # Where a draft ends is counted from the text's end, and known to the drafter that begins it alone.
+        if len(self.drafters) > 1 or self.budgets[0] > 1:
+            ctx = ctx.replace(thrift=None)
         carry, budget = (states, text.tokens, count, fields), 0
         for drafter, more in zip(self.drafters, self.budgets, strict=True):
             budget += more
@@ -296,6 +310,7 @@ class Cascade(Composed):
         sampling = ctx.law.sampling
         own_ctx = ctx.replace(return_q=False)
         # The verifier adds a token of its own.
+        own_ctx = own_ctx.replace(return_chance=False, thrift=None)
         inner_ctx = own_ctx.replace(return_top=lenient, budget=ctx.budget - 1)
         proposed, states = self.inner.draft(params, states, inner_ctx)
         drafted, valid = proposed.tokens[:, 1:], proposed.valid[:, 1:]
@@ -309,10 +324,11 @@ class Cascade(Composed):
         if lenient:
             said = jnp.take_along_axis(scores[:, :-1], drafted[..., None], axis=-1)
             chance = confidences(scores[:, :-1], said, sampling)[..., 0]
-            near = chance * self.lenience > proposed.probability[:, 1:]
             copies = not self.inner.info.distribution if self.copies is None else self.copies
+            drawn = _has_distribution(proposed.top_probs, valid)
+            near = chance * self.lenience > jnp.where(drawn, proposed.probability[:, 1:], 1)
             if not copies:
-                near = near & _has_distribution(proposed.top_probs, valid)
+                near = near & drawn
             agree = agree | near
         agree = valid & agree & ctx.active[:, None]
         accepted = jnp.sum(jnp.cumprod(agree.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)

@@ -8,10 +8,6 @@ way (Oliaro et al., arXiv 2411.04975, section 4); a horizontal cascade has them 
 import dataclasses
 import functools
 
-import jax.numpy as jnp
-
-from jax_specdec._types import Array, Bool
-from jax_specdec.core.draft import Text
 from jax_specdec.core.drafter import Info
 from jax_specdec.drafters.cascade import Horizontal
 from jax_specdec.errors import UserError
@@ -41,12 +37,6 @@ class First(Horizontal):
     def alternatives(self) -> tuple[Horizontal, ...]:
         """Each drafter alone, see `core.drafter.ways_of`."""
         return tuple(Horizontal((drafter,), (1,)) for drafter in self.drafters)
-
-    def available(self, text: Text) -> Bool[Array, "B N"]:
-        """Which of the alternatives have something to propose, as far as that can be said beforehand."""
-        always = jnp.ones_like(text.length, dtype=bool)
-        finds = [getattr(drafter, "finds", None) for drafter in self.drafters]
-        return jnp.stack([always if find is None else find(text) for find in finds], axis=1)
 
     @functools.cached_property
     def _info(self) -> Info:

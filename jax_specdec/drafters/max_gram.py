@@ -8,7 +8,7 @@ from jax_specdec.core.draft import chain
 from jax_specdec.core.drafter import StatelessDrafter, chain_info
 from jax_specdec.drafters import registry
 from jax_specdec.drafters.bigram import successors
-from jax_specdec.drafters.ngram import Ties, longest_suffix_match, occurs_before
+from jax_specdec.drafters.ngram import Ties, copied, longest_suffix_match
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,30 +35,34 @@ class MaxGram(StatelessDrafter):
     @property
     def info(self):
         sizes = KIND.sizes(self.length) if self.fill is None else (self.length,)
-        return chain_info(self.name, self.length, sizes, noise=False)
+        chances = "before" if self.fill is None else None
+        return chain_info(self.name, self.length, sizes, noise=False, chances=chances)
 
-    def finds(self, text):
-        """Whether there is something to propose, `bool[B]`."""
-        found = occurs_before(text, self.min_match)
-        return found if self.fill is None else jnp.ones_like(found)
+    def _match(self, text):
+        return longest_suffix_match(
+            text, min_match=self.min_match, max_match=self.max_match, ties=self.ties
+        )
+
+    def chances(self, text):
+        """See `core.drafter.foreseen`."""
+        return copied(self._match(text)[0], self.length)
 
     def draft(self, params, states, ctx):
         text = ctx.text
-        match, end = longest_suffix_match(
-            text, min_match=self.min_match, max_match=self.max_match, ties=self.ties
-        )
+        match, end = self._match(text)
         step = jnp.arange(self.length, dtype=jnp.int32)[None]
         # The copy runs into itself after `period` tokens, where it has written what it would read.
         period = jnp.maximum(text.length - 1 - end, 1)[:, None]
         source = jnp.minimum(end[:, None] + 1 + step % period, text.tokens.shape[1] - 1)
         tokens = jnp.take_along_axis(text.tokens, source, axis=1)
-        found = (match > 0)[:, None]
+        found, chance = (match > 0)[:, None], copied(match, self.length)
         if self.fill is not None:
             tokens = jnp.where(
                 found, tokens, successors(params[self.fill], text.root(), self.length)
             )
-            found = jnp.ones_like(found)
-        return chain(text, tokens, valid=jnp.broadcast_to(found, tokens.shape)), states
+            found, chance = jnp.ones_like(found), None
+        found = jnp.broadcast_to(found, tokens.shape)
+        return chain(text, tokens, valid=found, probability=chance), states
 
 
 KIND = registry.register(

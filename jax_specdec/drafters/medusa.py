@@ -68,7 +68,12 @@ class MedusaDrafter(StatelessDrafter):
     def info(self):
         use = ModelUse(self.name, self.model, self.length, self.max_depth)
         return chain_info(
-            self.name, self.length, taps=(self._tap,), distribution=True, models=(use,)
+            self.name,
+            self.length,
+            taps=(self._tap,),
+            distribution=True,
+            models=(use,),
+            chances="after",
         )
 
     def scores(self, params: Any, text: Text, view: TargetView) -> Float[Array, "B P V"]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_specdec._types import Array, Bool, Float, Int, Params
-from jax_specdec.core.confidence import chain_fields
+from jax_specdec.core.confidence import chain_fields, confidences
 from jax_specdec.core.context import Context, Proposal, TargetView, tokens_of
 from jax_specdec.core.draft import Draft, chain
 from jax_specdec.core.drafter import Info, ModelUse, Outcome, States, chain_info, rollback
@@ -27,10 +27,11 @@ VERIFY_CHUNK = 16
 
 
 class _Step(NamedTuple):
-    """A draft under way: `items` are `[length, B, ...]` by field, of which the first `depth` are set."""
+    """A draft under way: `reach` is how likely all of it is right, as far as anyone asks; `items` are `[length, B, ...]` by field, of which the first `depth` are set."""
 
     depth: Int[Array, ""]
     going: Bool[Array, " B"]
+    reach: Float[Array, " B"]
     cache: Any
     token: Int[Array, "B 1"]
     items: dict[str, Array]
@@ -81,6 +82,7 @@ class NeuralDrafter:
             sizes,
             taps=self.taps,
             distribution=True,
+            chances="after",
             ends_early=self.stop is not None,
             rewinds=rewinds(self.body),
             models=(use,),
@@ -191,6 +193,9 @@ class NeuralDrafter:
             item = {"choice": choice[:, 0], "valid": going}
             if described:
                 item["scores"] = scores[:, 0]
+            if ctx.return_chance:
+                most = jnp.max(chosen, axis=-1, keepdims=True)
+                item["chance"] = confidences(chosen, most, ctx.law.sampling)[:, 0, 0]
             if self.stop is not None:
                 going = going & ~self.stop.ends(chosen, ctx.law.sampling)
             return tokens_of(choice, words), item, going
@@ -201,29 +206,40 @@ class NeuralDrafter:
             cache = reader.commit(at.cache, out, at.going.astype(jnp.int32))
             token, item, going = propose(out.logits, at.depth, at.going, at.items["choice"])
             items = {key: at.items[key].at[at.depth].set(item[key]) for key in at.items}
-            return _Step(at.depth + 1, going, cache, token, items)
+            return _Step(
+                at.depth + 1, going, reached(at.reach, at.depth, item), cache, token, items
+            )
+
+        def reached(reach, depth, item):
+            if ctx.thrift is None:
+                return reach
+            trust = lax.dynamic_index_in_dim(ctx.thrift.trust, depth, axis=1, keepdims=False)
+            return reach * jnp.minimum(item["chance"] * trust, 1)
+
+        def further(at: _Step) -> Bool[Array, ""]:
+            pays = ctx.thrift is None or ctx.thrift.goes_on(at.reach, at.depth)
+            return (at.depth < most) & jnp.any(at.going) & pays
 
         # Nobody reads tokens behind the budget; at least one is drafted.
         most = jnp.minimum(jnp.max(jnp.where(ctx.active, ctx.budget, 0)), self.length)
         # The last drafted token is not read: it is among the two that the next round begins with.
         going = jnp.ones_like(ctx.active) if self.stop is None else ctx.active
         token, item, going = propose(logits, 0, going, None)
+        reach = reached(jnp.ones((going.shape[0],), jnp.float32), 0, item)
         items = {
             key: jnp.zeros((self.length, *value.shape), value.dtype).at[0].set(value)
             for key, value in item.items()
         }
-        end = lax.while_loop(
-            lambda at: (at.depth < most) & jnp.any(at.going),
-            step,
-            _Step(jnp.int32(1), going, cache, token, items),
-        )
+        end = lax.while_loop(further, step, _Step(jnp.int32(1), going, reach, cache, token, items))
         items = {key: jnp.swapaxes(value, 0, 1) for key, value in end.items.items()}
         choice, fields = items["choice"], {}
         tokens = tokens_of(choice, words)
         if described:
             fields = chain_fields(items["scores"], choice, ctx, self.proposal, words)
+        if ctx.return_chance and not described:
+            fields["probability"] = items["chance"]
         fields["valid"] = line[None] < jnp.minimum(most, ctx.budget[:, None])
-        if self.stop is not None:
+        if self.stop is not None or ctx.thrift is not None:
             fields["valid"] = fields["valid"] & items["valid"]
             if (
                 "top_probs" in fields

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax_specdec.core.draft import chain
 from jax_specdec.core.drafter import StatelessDrafter, chain_info
 from jax_specdec.drafters import registry
-from jax_specdec.drafters.ngram import longest_suffix_match, occurs_before
+from jax_specdec.drafters.ngram import copied, longest_suffix_match
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,24 +25,33 @@ class PromptLookup(StatelessDrafter):
 
     @property
     def info(self):
-        return chain_info(self.name, self.length, KIND.sizes(self.length), noise=False)
+        return chain_info(
+            self.name, self.length, KIND.sizes(self.length), noise=False, chances="before"
+        )
 
-    def finds(self, text):
-        """Whether there is something to propose, `bool[B]`."""
-        return occurs_before(text, self.min_ngram)
+    def _match(self, text):
+        return longest_suffix_match(
+            text, min_match=self.min_ngram, max_match=self.max_ngram, ties="earliest"
+        )
+
+    def chances(self, text):
+        """See `core.drafter.foreseen`; tokens behind the text's end are not proposed."""
+        match, end = self._match(text)
+        there = self._source(end) < text.length[:, None]
+        return jnp.where(there, copied(match, self.length), 0)
+
+    def _source(self, end):
+        return end[:, None] + 1 + jnp.arange(self.length, dtype=jnp.int32)[None]
 
     def draft(self, params, states, ctx):
         del params
         text = ctx.text
-        match, end = longest_suffix_match(
-            text, min_match=self.min_ngram, max_match=self.max_ngram, ties="earliest"
-        )
-        step = jnp.arange(self.length, dtype=jnp.int32)[None]
-        source = end[:, None] + 1 + step
+        match, end = self._match(text)
+        source = self._source(end)
         valid = (match > 0)[:, None] & (source < text.length[:, None])
         source = jnp.minimum(source, text.tokens.shape[1] - 1)
         tokens = jnp.take_along_axis(text.tokens, source, axis=1)
-        return chain(text, tokens, valid=valid), states
+        return chain(text, tokens, valid=valid, probability=copied(match, self.length)), states
 
 
 KIND = registry.register(

@@ -17,11 +17,13 @@ class Rule:
     Attributes:
       nodes: the budget of every verification, the root included. Shapes are static: all of it is spent,
         on invalid nodes if a rule finds too few.
-      needs: the flag of a drafter's kind that the rule goes by, see `drafters.registry`.
+      needs: the flag of a drafter's kind that the rule goes by, see `drafters.registry`. keeps_chances: whether the chain of
+        the widened draft is the drafter's, with what it says of it (`Info.chances`).
     """
 
     nodes: int
     needs: ClassVar[str] = "distribution"
+    keeps_chances: ClassVar[bool] = False
 
     def check(self, drafter: Drafter) -> None:
         """Raises `UserError` for a drafter that the rule cannot widen."""
@@ -96,6 +98,7 @@ class Expand:
             nodes=self.rule.size(inner.depth) - 1,
             sources=(*inner.sources, "sibling"),
             distribution=False,  # it is spent
+            chances="after" if inner.chances and self.rule.keeps_chances else None,
         )
 
     def init(self, batch, capacity):

@@ -27,6 +27,8 @@ class LeafSiblings(Rule):
     what matching shares by intention (see `confidence.chain_fields`).
     """
 
+    keeps_chances = True
+
     def check(self, drafter):
         info = drafter.info
         if not info.is_chain or not info.distribution:

@@ -33,7 +33,7 @@ class Record(NamedTuple):
       rank: `int32[R, P]`, which child of the chain node above the text's next token is: 0 the chain's
         own, -1 none. It means something down to the first that is not 0.
       probs: `float32[R, P, 8]`, `Draft.top_probs` of the chain; all 0 of a drafter without a distribution.
-      proposed: `int32[R]`, tokens of the chain that were drafted.
+      proposed: `int32[R]`, tokens of the chain that were drafted. chance: `float32[R, P]`, `Draft.probability` of them.
     """
 
     row: np.ndarray
@@ -43,6 +43,7 @@ class Record(NamedTuple):
     rank: np.ndarray
     probs: np.ndarray
     proposed: np.ndarray
+    chance: np.ndarray
 
 
 def record(
@@ -111,7 +112,8 @@ def record(
             states = inner.commit(states, outcome)
             row = jnp.arange(batch, dtype=jnp.int32)
             proposed = jnp.sum(there, axis=1, dtype=jnp.int32)
-            seen = (length < ends, row, length, chain, matched, rank, probs, proposed)
+            chance = draft.probability[:, 1 : depth + 1]
+            seen = (length < ends, row, length, chain, matched, rank, probs, proposed, chance)
             return (states, following), seen
 
         states = inner.init(batch, columns)

@@ -15,8 +15,10 @@ import numpy as np
 
 from jax_specdec.checkpoints.target_bound import target_fingerprint
 from jax_specdec.checkpoints.targets import Target
-from jax_specdec.core.budget import RoundCosts, usual_widths
+from jax_specdec.core.budget import RoundCosts, Told, usual_widths
 from jax_specdec.core.context import TargetView
+from jax_specdec.core.drafter import Drafter
+from jax_specdec.core.loop import DecodeLoop
 from jax_specdec.drafters import registry
 from jax_specdec.errors import UserError
 from jax_specdec.expansions.siblings import LeafSiblings
@@ -174,6 +176,9 @@ def tune(
         decoder = SpeculativeDecoder(target, drafter, budget=False)
         return list(decoder.generate(prompts, max_new_tokens=max_new_tokens, batch_size=rows))
 
+    def told_by(drafter: Drafter) -> tuple[Told, ...]:
+        return DecodeLoop(target.decoder, drafter).told
+
     encode = SpeculativeDecoder(target).encode
     answers: list[Generation] = []
     views: dict[tuple[int, ...], TargetView] = {}
@@ -216,7 +221,8 @@ def tune(
             nodes = usual_widths(1 + length)
             v = jnp.asarray([interpolate(verify, width) for width in nodes], jnp.float32)
             table = RoundCosts(v, jnp.asarray([c[: length + 1]], jnp.float32))
-            speed = budgeted_speedup([found], table, nodes, rows)
+            told = told_by(ones[spec.name].drafter)
+            speed = budgeted_speedup([found], table, nodes, rows, told)
             best = max(best, (speed, length), key=lambda one: one[0])
         budgeted, length = best if best[0] >= PAYS else (1.0, 0)
         speedup = costs.speedup(accepted, length)
@@ -309,7 +315,8 @@ def tune(
                     copies = drafted(STATISTICAL, match)
                     assert copies is not None
                     inner = (Spec(STATISTICAL, copying, match=match), Spec(name, length))
-                    speed = budgeted_speedup([copies, found], table, nodes, rows)
+                    told = told_by(make_drafter(Spec(FIRST, inner=inner)).drafter)
+                    speed = budgeted_speedup([copies, found], table, nodes, rows, told)
                     choices.append((speed, Spec(FIRST, inner=inner)))
         return max(choices, key=lambda choice: choice[0], default=None)
 

@@ -27,7 +27,7 @@ from jax_specdec import DecodeLoop, make_generate
 from jax_specdec.core import budget as policy
 from jax_specdec.core import round as rounds
 from jax_specdec.core.acceptance import Reject
-from jax_specdec.core.budget import Budget, Plan, RoundCosts
+from jax_specdec.core.budget import Budget, Plan, RoundCosts, Thrift
 from jax_specdec.core.context import TargetView, make_context
 from jax_specdec.core.draft import Text, chain
 from jax_specdec.drafters.cascade import Cascade
@@ -116,7 +116,7 @@ def test_a_text_that_changes_is_followed(long):
     assert np.count_nonzero(tail) == 0
 
 
-def expectation(hits, tries, prior):
+def expectation(hits, tries, prior, chance):
     """Tokens of a round with each number of drafted ones verified, row by row."""
     weight, (rows, depth) = policy._PRIOR_WEIGHT, hits.shape
     first = (hits[:, 0] + weight * prior) / (tries[:, 0] + weight)
@@ -125,50 +125,176 @@ def expectation(hits, tries, prior):
         reach = 1.0
         for d in range(depth):
             own = (hits[row, d] + weight * first[row]) / (tries[row, d] + weight)
-            reach *= first[row] if d == 0 else own
+            reach *= min(1.0, (first[row] if d == 0 else own) * chance[row, d])
             expected[row, d + 1] = expected[row, d] + max(reach, policy._LEAST)
     return expected
 
 
-def search(v, c, widths, hits, tries, worth, nodes):
-    """The best depth and width by trying all of them, and how fast any of them is."""
+def margin(v, c, worth):
+    """What the policy reckons with, and how hopeful it begins."""
     count = worth.sum() ** 2 / (worth**2).sum()
-    hope = policy._SOBER + policy._HOPE / np.sqrt(count)
-    hopeful, sober = (expectation(hits, tries, x) for x in (hope, policy._SOBER))
-    depths, speeds, rows = [], [], len(hits)
     one, many = policy._MARGIN
-    margin = many - (many - one) / np.sqrt(count)
-    v, c = (x0 + margin * (x - x0) for x, x0 in ((v, v[0]), (c, 0)))
+    more = many - (many - one) / np.sqrt(count)
+    hope = policy._SOBER + policy._HOPE / np.sqrt(count)
+    return [x0 + more * (x - x0) for x, x0 in ((v, v[0]), (c, 0))], hope
+
+
+def search(v, c, widths, hits, tries, worth, nodes, told, chance):
+    """How fast each depth and each width is, by trying all of them."""
+    (v, c), hope = margin(v, c, worth)
+    known = told is not None
+    hopeful, sober = (
+        expectation(hits, tries, 1.0 if known else x, chance) for x in (hope, policy._SOBER)
+    )
+    if told == "before":
+        hopeful[chance[:, 0] == 0] = 1
+    depths, speeds, rows = [], [], len(hits)
     for d in range(hits.shape[1] + 1):
         width = next(i for i, w in enumerate(widths) if w >= d + 1)
         depths.append((worth * hopeful[:, d]).sum() / (v[width] + c[d]))
     for i, width in enumerate(widths):
         within = np.minimum(nodes, width - 1)
         speeds.append((worth * sober[np.arange(rows), within]).sum() / v[i])
-    return depths, speeds
+    return depths, speeds, sober
 
 
-def test_arithmetic_against_a_search():
+def asking(v, c, widths, asked, brought, spent, worth):
+    """How fast rounds are in which a drafter is asked that says only behind its draft what it is worth."""
+    (v, c), hope = margin(v, c, worth)
+    hoped, weight = [], policy._PRIOR_ASKED
+    for d in range(len(c)):
+        width = next(i for i, w in enumerate(widths) if w >= d + 1)
+        tokens = sum(hope**i for i in range(1, d + 1))
+        hoped.append((tokens, v[width] + c[d] - v[0]))
+    tokens, took = max(hoped, key=lambda one: (1 + one[0]) / (v[0] + one[1]))
+    (_, _), more = (v, c), (worth.sum() ** 2 / (worth**2).sum()) ** -0.5
+    one, many = policy._MARGIN
+    took = took / (many - (many - one) * more) / v[0]
+    brought = (brought + weight * tokens) / (asked + weight)
+    took = (worth * (spent + weight * took) / (asked + weight)).sum() / worth.sum()
+    return (worth * (1 + brought)).sum() / (v[0] * (1 + (many - (many - one) * more) * took))
+
+
+@pytest.mark.parametrize("told", (None, "before", "after"))
+def test_arithmetic_against_a_search(told):
     rng = np.random.default_rng(0)
-    widths, depth, rows = (1, 4, 8), 7, 3
-    plan = jax.jit(lambda state, worth: state.plan(worth, widths, True).depth)
-    width = jax.jit(lambda state, *args: state.width(*args, jnp.int32(0), widths, True))
+    widths, depth, rows = (1, 2, 4, 8), 7, 3
+
+    @jax.jit
+    def plan(state, worth, chance):
+        foreseen = (chance if told == "before" else None,)
+        return state.plan(worth, widths, True, (told,), foreseen).depth
+
+    @jax.jit
+    def width(state, worth, nodes, chance):
+        way = jnp.int32(0)
+        return state.width(worth, nodes, nodes, way, widths, True, (told,), chance)
+
+    idle = 0
     for _ in range(60):
         v = np.sort(rng.uniform(1, 3, len(widths))).astype(np.float32)
         c = np.concatenate([[0], np.cumsum(rng.uniform(0.05, 0.2, depth))]).astype(np.float32)
         state = Budget.empty(RoundCosts(jnp.asarray(v), jnp.asarray(c)[None]), rows)
         tries = rng.integers(0, 9, (rows, depth)).astype(np.float32)
         hits = np.floor(tries * rng.uniform(size=tries.shape)).astype(np.float32)
+        asked = rng.integers(0, 9, rows).astype(np.float32)
+        brought, spent = (asked * rng.uniform(size=rows).astype(np.float32) for _ in range(2))
         state = state.replace(hits=jnp.asarray(hits)[:, None], tries=jnp.asarray(tries)[:, None])
+        by_way = (jnp.asarray(x)[:, None] for x in (asked, brought, spent))
+        state = state.replace(**dict(zip(("asked", "brought", "spent"), by_way, strict=True)))
         active = np.asarray([True, *(rng.uniform(size=rows - 1) < 0.7)])
         worth = np.where(active, rng.uniform(0.01, 1, rows), 0).astype(np.float32)
         nodes = rng.integers(0, depth + 1, rows).astype(np.int32)
-        depths, speeds = search(v, c, widths, hits, tries, worth, nodes)
-        got = int(plan(state, jnp.asarray(worth)))
+        chance = rng.uniform(0.2, 1, (rows, depth)).astype(np.float32)
+        if told == "before":
+            chance[rng.uniform(size=rows) < 0.3] = 0
+        given = chance if told is not None else np.ones_like(chance)
+        depths, speeds, sober = search(v, c, widths, hits, tries, worth, nodes, told, given)
+        if told == "after":
+            most = asking(v, c, widths, asked, brought, spent, worth)
+            depths = [depths[0], *[0.0] * (depth - 1), most]
+        got = int(plan(state, jnp.asarray(worth), jnp.asarray(chance)))
+        idle += got == 0
         assert depths[got] >= max(depths) * (1 - 1e-5)
-        sizes = [jnp.asarray(nodes)] * 2
-        index = int(width(state, jnp.asarray(worth), *sizes))
-        assert speeds[index] >= max(speeds) * (1 - 1e-5)
+        index, expected = width(state, *map(jnp.asarray, (worth, nodes, chance)))
+        assert speeds[int(index)] >= max(speeds) * (1 - 1e-5)
+        within = np.minimum(nodes, widths[int(index)] - 1)
+        np.testing.assert_allclose(expected, sober[np.arange(rows), within], rtol=1e-5)
+    assert 0 < idle < 60 or told is None
+
+
+def test_a_draft_ends_where_more_would_not_pay():
+    """Against a walk along the chain; a forced depth is drafted whole."""
+    rng, rows, depth, widths = np.random.default_rng(0), 2, 6, (1, 2, 4, 7)
+    ends = jax.jit(lambda thrift, chance: thrift.depth(chance))
+    for _ in range(40):
+        v = np.sort(rng.uniform(1, 2, len(widths))).astype(np.float32)
+        c = np.concatenate([[0], np.cumsum(rng.uniform(0.02, 0.1, depth))]).astype(np.float32)
+        state = Budget.empty(RoundCosts(jnp.asarray(v), jnp.asarray(c)[None]), rows)
+        worth, chance = rng.uniform(0.1, 1, rows), rng.uniform(0.3, 1, (rows, depth))
+        args = (jnp.asarray(worth, jnp.float32), Plan(jnp.int32(0), jnp.int32(depth)), widths)
+        thrift = state.thrift(*args, ("after",))
+        drafted, reach = 1, chance[:, 0].copy()
+        while drafted < depth:
+            cost = (c[drafted + 1] - c[drafted] + (v[-1] - v[0]) / (widths[-1] - 1)) / v[0]
+            if (worth * reach).sum() / worth.sum() * policy._FURTHER < cost:
+                break
+            reach *= chance[:, drafted]
+            drafted += 1
+        assert int(ends(thrift, jnp.asarray(chance, jnp.float32))) == drafted
+        forced = state.force(depth=depth).thrift(*args, ("after",))
+        assert int(ends(forced, jnp.zeros((rows, depth)))) == depth
+
+
+def test_a_model_drafts_as_far_as_it_is_sure():
+    """The tokens are those of a whole draft, with the softmax of its scores as their chances, and the loop ends behind them."""
+    text, weights = Text(*h.pad(h.prompts_of([9, 9]), 24)), h.weights(h.SMALL, 11)
+    drafter = LmDrafter(h.SMALL, 6)
+    ctx = make_context(text, TargetView(None), h.sampling_of(2), jnp.zeros((2, 7, h.VOCAB)))
+    ctx = ctx.replace(return_chance=True)
+
+    @jax.jit
+    def draft(ctx):
+        return drafter.draft({"lm": weights}, drafter.init(2, 24), ctx)[0]
+
+    whole = draft(ctx)
+    chance = np.asarray(whole.probability)[:, 1:]
+    assert (chance > 0).all() and (chance < 1).all() and whole.valid.all()
+    first = h.SMALL.apply(
+        weights,
+        text.tokens[:, :9],
+        jnp.broadcast_to(jnp.arange(9)[None], (2, 9)),
+        h.SMALL.init_cache(2, 9),
+    )
+    want = jax.nn.softmax(first.logits[:, -1]).max(axis=-1)
+    np.testing.assert_allclose(chance[:, 0], want, rtol=1e-4)
+    reach = np.cumprod(chance, axis=1).mean(axis=0)
+    for depth in range(1, 6):
+        least = jnp.asarray([0.0, *[1.001 * reach[depth - 1]] * 5], jnp.float32)
+        least = least.at[1:depth].set(0)
+        thrift = Thrift(jnp.full((2,), 0.5), jnp.ones((2, 6)), least)
+        got = draft(ctx.replace(thrift=thrift))
+        assert (got.valid.sum(axis=1) == 1 + depth).all()
+        assert (got.tokens[:, : 1 + depth] == whole.tokens[:, : 1 + depth]).all()
+        assert int(thrift.depth(whole.probability[:, 1:])) == depth
+
+
+def test_a_drafter_that_is_too_sure_is_not_believed():
+    """What it says counts as much as it has held so far."""
+    costs, active = costs_of(loop_of(LM), 0.2, 0.01), jnp.ones((1,), bool)
+    state, plan = Budget.empty(costs, 1), Plan(jnp.int32(0), jnp.int32(6))
+    chance, widths = jnp.full((1, 6), 0.9), loop_of(LM).widths
+    width = jax.jit(
+        lambda s: s.width(jnp.ones(1), six, six, plan.way, widths, True, ("after",), chance)
+    )
+    six, drafted = jnp.full((1,), 6), jnp.ones((1, 6), jnp.int32)
+    index, before = width(state)
+    assert widths[int(index)] == 7 and before[0] > 4
+    for _ in range(60):
+        wrong, none = jnp.zeros((1, 7), jnp.int32), jnp.zeros((1,), jnp.int32)
+        args = (active, jnp.ones((1, 6), bool), drafted, wrong, none + 1, none, plan)
+        state = state.observe(*args, jnp.int32(0), jnp.ones(1), chance)
+    assert state.trust(1.0)[0, 0, 0] < 0.2 and widths[int(width(state)[0])] == 1
 
 
 def test_a_batch_waits_for_its_last_row():
@@ -185,7 +311,9 @@ def test_most_of_a_batch_must_be_due(replaced, enough):
     """A draft that does not pay is asked for again when so many rows of four have waited."""
     costs = RoundCosts(jnp.asarray([1.0, 2.5, 3.0]), 0.2 * jnp.arange(8, dtype=jnp.float32)[None])
     state = Budget.empty(costs, 4)
-    state = state.replace(tries=jnp.full_like(state.tries, 9.0))
+    state = state.replace(
+        tries=jnp.full_like(state.tries, 9.0), asked=jnp.full_like(state.asked, 9.0)
+    )
     plan = jax.jit(lambda state: state.plan(jnp.ones(4), (1, 4, 8), True, replaced=replaced).depth)
     for rows in range(5):
         waited = jnp.where(jnp.arange(4) < rows, policy._RAREST_PROBE, 0)[:, None]
@@ -318,7 +446,10 @@ def test_a_pure_function_takes_costs(plain):
     text, stats = jax.device_get(jax.export.deserialize(data).call(*args))
     for row, want in enumerate(plain.tokens):
         assert text.tokens[row, lengths[row] : text.length[row]].tolist() == want
-    assert stats.widths.shape == (4, 3) and (stats.widths.sum(axis=1) == stats.rounds).all()
+    assert (
+        stats.widths.shape == (4, len(loop.widths))
+        and (stats.widths.sum(axis=1) == stats.rounds).all()
+    )
 
 
 def test_forced_rounds_are_for_measuring():
@@ -380,7 +511,7 @@ def test_costs_that_are_not_of_the_loop():
     for costs, sentence in (
         (
             good.replace(verify=good.verify[1:]),
-            r"shapes \(3,\) \(one for each width\) .* got \(2,\)",
+            r"shapes \(4,\) \(one for each width\) .* got \(3,\)",
         ),
         (good.replace(draft=good.draft[:, 1:]), "0 to 6 drafted tokens"),
         (good.replace(verify=good.verify * jnp.nan), "above 0 and finite"),
