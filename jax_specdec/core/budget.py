@@ -5,8 +5,8 @@ A round that drafts D tokens a row and verifies T nodes a row takes `draft[D] + 
 `Budget.plan` chooses D before anything is drafted, 0 included, and `Budget.width` the verified nodes once the
 draft is known; both maximise tokens per second (arXiv 2211.17192, section 3.3, with measured costs in place
 of constants and the row's own acceptance in place of a mean). Most drafters say of each token how likely it is to be
-right (`Info.chances`): a model by its confidence, a copy by how long a match it continues. Then what is remembered is how
-far that can be relied on (`trust`), a draft ends where going on would not pay (`Thrift`), and no more of it is verified than
+right (`Info.chances`): a model by its confidence, a copy by how long a match it continues. Then what is remembered is by
+how much it understates that (`believed`), a draft ends where going on would not pay (`Thrift`), and no more of it is verified than
 pays. All rows of a batch share a round, and so its depth and width; their acceptance is estimated row by row. A batch has ended when its last row has: what a row gains
 that is ahead of the others is worth little (`worth`), unless ended rows are replaced.
 
@@ -39,6 +39,11 @@ _MEMORY = 0.96
 # but the mean of N rows that count alike is hardly that far from the usual: what hope is above it shrinks as their
 # deviation does, by the root of N.
 _PRIOR_WEIGHT, _SOBER, _HOPE = 4.0, 0.5, 0.3
+# By how much a drafter understates its chances, in logits, before anything was seen: a model by 1, since the best token of its
+# distribution is the target's best more often than the target would draw it, a copy by nothing; and how well that is known.
+_UNDERSTATED, _PRIOR_KNOWN, _MOST_SHIFT = 1.0, 2.0, 6.0
+# No drafter is surer than that.
+_SURE = 1e-3
 # What asking a drafter brings that says only behind its draft how likely that is: its first answers count for more than what
 # was hoped, since each costs little and says much.
 _PRIOR_ASKED = 0.5
@@ -163,22 +168,21 @@ class Thrift(flax.struct.PyTreeNode):
     """Where a draft ends because drafting and verifying one more token would not pay.
 
     Attributes:
-      worth: `float32[B]`, of a token in each row, 1 in all. trust: `float32[B, P]`, what the drafter's chance of the token at
-        each depth is to be multiplied by.
+      worth: `float32[B]`, of a token in each row, 1 in all. shift: `float32[B]`, see `believed`.
       least: `float32[P]`, the chance that all tokens before depth i + 1 are right, from which on that one is drafted.
     """
 
     worth: Float[Array, " B"]
-    trust: Float[Array, "B P"]
+    shift: Float[Array, " B"]
     least: Float[Array, " P"]
 
-    def reach(self, chance: Float[Array, "B P"]) -> Float[Array, "B P"]:
-        """The chance that the tokens down to each depth are right, from what the drafter says of each."""
-        return jnp.cumprod(jnp.minimum(chance * self.trust[:, : chance.shape[1]], 1), axis=1)
+    def further(self, reach: Float[Array, " B"], chance: Float[Array, " B"]) -> Float[Array, " B"]:
+        """The chance that all tokens are right, of some and of the next one, of which the drafter says `chance`."""
+        return reach * believed(chance, self.shift)
 
     def depth(self, chance: Float[Array, "B P"]) -> Int[Array, ""]:
         """How many tokens are drafted, by what the drafter would say of each."""
-        reach = self.reach(chance)
+        reach = jnp.cumprod(believed(chance, self.shift[:, None]), axis=1)
         line = jnp.arange(1, reach.shape[1], dtype=jnp.int32)
         on = jnp.sum(self.worth[:, None] * reach[:, :-1], axis=0) >= self.least[line]
         return 1 + jnp.sum(jnp.cumprod(on.astype(jnp.int32)), dtype=jnp.int32)
@@ -202,8 +206,9 @@ class Budget(flax.struct.PyTreeNode):
     Attributes:
       costs: the same for all rows.
       hits, tries: `float32[B, N, P]`, how often the draft's token at depth i + 1 became text, and how often that
-        was seen, where all before it had, by way of drafting; both forget. A token that its drafter gave a chance of being
-        right is that much of a try.
+        was seen, where all before it had, by way of drafting; both forget.
+      shift, known: `float32[B, N]`, by how much more each way understates its chances than was thought, in logits (`believed`),
+        and how well that is known: the Fisher information of the tokens seen, which forgets.
       asked, brought, spent: `float32[B, N]`, how often the drafter was asked, the tokens beyond one that its drafts promised, and
         the rounds of plain decoding that they took beyond one; all forget.
       waited: `int32[B, N]`, rounds since the drafter was last asked in that way.
@@ -214,6 +219,8 @@ class Budget(flax.struct.PyTreeNode):
     costs: RoundCosts
     hits: Float[Array, "B N P"]
     tries: Float[Array, "B N P"]
+    shift: Float[Array, "B N"]
+    known: Float[Array, "B N"]
     asked: Float[Array, "B N"]
     brought: Float[Array, "B N"]
     spent: Float[Array, "B N"]
@@ -230,6 +237,8 @@ class Budget(flax.struct.PyTreeNode):
             costs=costs,
             hits=by_depth,
             tries=by_depth,
+            shift=by_way,
+            known=by_way,
             asked=by_way,
             brought=by_way,
             spent=by_way,
@@ -239,7 +248,7 @@ class Budget(flax.struct.PyTreeNode):
 
     def placed(self, sharding: Sharding) -> "Budget":
         """The same where rows lie on a mesh; costs are everywhere."""
-        names = ("hits", "tries", "asked", "brought", "spent", "waited")
+        names = ("hits", "tries", "shift", "known", "asked", "brought", "spent", "waited")
         return self.replace(**{name: sharding.rows(getattr(self, name)) for name in names})
 
     def force(self, *, way: int = FREE, depth: int = FREE, width: int = FREE) -> "Budget":
@@ -250,24 +259,27 @@ class Budget(flax.struct.PyTreeNode):
         """
         return self.replace(forced=jnp.asarray([way, depth, width], jnp.int32))
 
-    def trust(self, prior: float | Array) -> Float[Array, "B N P"]:
-        """What a drafter's chance of the token at each depth is to be multiplied by, where all before it are accepted.
+    def acceptance(self, prior: float | Array) -> Float[Array, "B N P"]:
+        """Chance that the token at each depth is accepted where all before it are, of ways that say nothing of it.
 
-        Of drafters that say nothing that is the chance itself. A depth with little evidence counts as the first, and the
-        first as `prior`, which may be `[N]`.
+        A depth with little evidence counts as the first, and the first as `prior`.
         """
-        prior = jnp.broadcast_to(jnp.asarray(prior, jnp.float32), self.waited.shape)[..., None]
         hits, tries = self.hits, self.tries + _PRIOR_WEIGHT
         first = (hits[..., :1] + _PRIOR_WEIGHT * prior) / tries[..., :1]
         rest = (hits[..., 1:] + _PRIOR_WEIGHT * first) / tries[..., 1:]
         return jnp.concatenate([first, rest], axis=-1)
+
+    def understated(self, told: Sequence[Told]) -> Float[Array, "B N"]:
+        """By how much each way understates its chances, see `believed`."""
+        thought = [_UNDERSTATED if kind == "after" else 0.0 for kind in told]
+        return self.shift + jnp.asarray([thought], jnp.float32)
 
     def plan(
         self,
         worth: Float[Array, " B"],
         widths: tuple[int, ...],
         is_chain: bool,
-        told: Sequence[Told] = (),
+        told: Sequence[Told],
         foreseen: Sequence[Float[Array, "B Q"] | None] = (),
         *,
         replaced: bool = False,
@@ -280,14 +292,13 @@ class Budget(flax.struct.PyTreeNode):
 
         Args:
           worth: of a token in each row, see `worth`.
-          told: of each way; default: all say nothing.
+          told: of each way.
           foreseen: the chances of each way that says them before, see `core.drafter.foreseen`; 0: it has no token, and the row
             emits one.
           replaced: whether ended rows are; static.
         """
         costs = self.costs
         ways, depths = costs.draft.shape
-        told = tuple(told) or (None,) * ways
         drafts = np.arange(depths)
         # A tree of any depth may have all nodes.
         index = (
@@ -298,13 +309,13 @@ class Budget(flax.struct.PyTreeNode):
         able = jnp.broadcast_to(worth[:, None], self.waited.shape)
         alone = _alone(worth)
         hope = _SOBER + _HOPE * alone
-        expected = _tokens(self.trust(_prior(told, hope)))
+        expected = _tokens(self.acceptance(hope))
+        shift = self.understated(told)
         for way, chance in enumerate(foreseen):
             if chance is None:
                 continue
             found = chance[:, 0] > 0
-            reliable = self.trust(_prior(told, hope))[:, way, : chance.shape[1]] * chance
-            promised = _tokens(jnp.minimum(reliable, 1))
+            promised = _tokens(believed(chance, shift[:, way, None]))
             promised = jnp.pad(promised, ((0, 0), (0, depths - promised.shape[1])), mode="edge")
             expected = expected.at[:, way].set(jnp.where(found[:, None], promised, 1))
             able = able.at[:, way].set(jnp.where(found, able[:, way], 0))
@@ -372,8 +383,7 @@ class Budget(flax.struct.PyTreeNode):
         least = (jnp.diff(draft) + wider) / (_FURTHER * plain)
         least = jnp.where(self.forced[1] == FREE, least, -jnp.inf)
         total = jnp.maximum(jnp.sum(worth), jnp.finfo(jnp.float32).tiny)
-        trust = self.trust(_prior(told, jnp.float32(_SOBER)))[:, plan.way]
-        return Thrift(worth / total, trust, least)
+        return Thrift(worth / total, self.understated(told)[:, plan.way], least)
 
     def _rarest(self) -> Float[Array, " N"]:
         """Rounds between probes of each way that nothing speaks for."""
@@ -395,8 +405,8 @@ class Budget(flax.struct.PyTreeNode):
         way: Int[Array, ""],
         widths: tuple[int, ...],
         is_chain: bool,
-        told: Sequence[Told] = (),
-        chance: Float[Array, "B P"] | None = None,
+        told: Sequence[Told],
+        chance: Float[Array, "B P"],
     ) -> tuple[Int[Array, ""], Float[Array, " B"]]:
         """The index of the width at which the draft is verified, and the tokens that each row can expect of that.
 
@@ -405,12 +415,10 @@ class Budget(flax.struct.PyTreeNode):
             part; a tree as a whole or not at all.
           told: of each way. chance: of each token of the main chain, from a way that says one.
         """
-        told = tuple(told) or (None,) * self.costs.draft.shape[0]
-        trust, chosen = self.trust(_prior(told, jnp.float32(_SOBER)))[:, way], np.asarray(widths)
-        if chance is not None:
-            says = jnp.asarray([kind is not None for kind in told])[way]
-            trust = jnp.where(says, jnp.minimum(trust * chance, 1), trust)
-        expected = _tokens(trust)
+        says = jnp.asarray([kind is not None for kind in told])[way]
+        likely = believed(chance, self.understated(told)[:, way, None])
+        expected = _tokens(jnp.where(says, likely, self.acceptance(_SOBER)[:, way]))
+        chosen = np.asarray(widths)
         if is_chain:
             within = jnp.minimum(nodes[:, None], chosen[None] - 1)
         else:
@@ -433,7 +441,8 @@ class Budget(flax.struct.PyTreeNode):
         plan: Plan,
         index: Int[Array, ""],
         expected: Float[Array, " B"],
-        chance: Float[Array, "B P"] | None = None,
+        told: Sequence[Told],
+        chance: Float[Array, "B P"],
     ) -> "Budget":
         """The budget with one more round in it.
 
@@ -443,8 +452,7 @@ class Budget(flax.struct.PyTreeNode):
         Args:
           proposed: which depths of the main chain have a token. drafted: those tokens.
           emitted, count: what became text. accepted: drafted nodes among it, of a tree's other paths too.
-          plan: of the round, as deep as was drafted. index, expected: as `width` gave them. chance: that of each token, 1 of ways
-            that say none; None: all.
+          plan: of the round, as deep as was drafted. index, expected: as `width` gave them. told, chance: as it took them.
         """
         place = jnp.arange(proposed.shape[1], dtype=jnp.int32)[None]
         right = (drafted == emitted[:, :-1]) & proposed & (place < count[:, None])
@@ -456,9 +464,12 @@ class Budget(flax.struct.PyTreeNode):
         seen = seen[:, None] & asked[None, :, None]
         right = right[:, None]
         fade = jnp.where(seen, _MEMORY, 1.0)
-        tries = seen.astype(jnp.float32)
-        if chance is not None:
-            tries = tries * jnp.maximum(chance, _LEAST)[:, None]
+        # One step of Newton's towards the likeliest shift, from what was thought before.
+        likely = believed(chance, self.understated(told)[:, plan.way, None])[:, None]
+        missed = jnp.sum(jnp.where(seen, right.astype(jnp.float32) - likely, 0), axis=-1)
+        learned = jnp.sum(jnp.where(seen, likely * (1 - likely), 0), axis=-1)
+        known = jnp.where(jnp.any(seen, axis=-1), _MEMORY * self.known, self.known) + learned
+        shift = self.shift + missed / (_PRIOR_KNOWN + known)
         # After a token that was right the next probe is due soon.
         again = jnp.where(right[..., 0], (_SOONER * self._rarest()[None]).astype(jnp.int32), 0)
         asked = asked[None] & (plan.depth > 0)
@@ -473,7 +484,9 @@ class Budget(flax.struct.PyTreeNode):
 
         return self.replace(
             hits=self.hits * fade + (seen & right).astype(jnp.float32),
-            tries=self.tries * fade + tries,
+            tries=self.tries * fade + seen.astype(jnp.float32),
+            shift=jnp.clip(shift, -_MOST_SHIFT, _MOST_SHIFT),
+            known=known,
             asked=remembered(self.asked, 1.0),
             brought=remembered(self.brought, expected[:, None] - 1),
             spent=remembered(self.spent, took),
@@ -481,9 +494,10 @@ class Budget(flax.struct.PyTreeNode):
         )
 
 
-def _prior(told: Sequence[Told], acceptance: Array) -> Float[Array, " N"]:
-    """What each way's word is taken to be worth before anything was seen; of ways that say nothing, their acceptance."""
-    return jnp.where(np.asarray([kind is not None for kind in told]), 1.0, acceptance)
+def believed(chance: Float[Array, "*s"], shift: Float[Array, "*#s"]) -> Float[Array, "*s"]:
+    """A drafter's chances, that are said to be so many logits too small; 0 stays 0, where there is no token."""
+    odds = jnp.clip(chance, _SURE, 1 - _SURE)
+    return jnp.where(chance > 0, jax.nn.sigmoid(jax.scipy.special.logit(odds) + shift), 0)
 
 
 def _tokens(acceptance: Float[Array, "*s P"]) -> Float[Array, "*s D"]:

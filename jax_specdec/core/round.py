@@ -97,7 +97,7 @@ def decode_round(
     if budget is not None:
         chain = (proposed[:, 1 : loop.window], draft.tokens[:, 1 : loop.window])
         seen = (found.tokens, found.count, found.accepted)
-        budget = budget.observe(active, *chain, *seen, plan, index, expected, chance)
+        budget = budget.observe(active, *chain, *seen, plan, index, expected, loop.told, chance)
     state = state.replace(
         text=Text(write_window(text.tokens, found.tokens, text.length), text.length + found.count),
         view=view,

@@ -100,7 +100,7 @@ def _seconds(
         # Tokens stand for whether they are right: a drafted 0 where the text has 0.
         emitted = (behind >= right[:, None]).astype(jnp.int32)
         chain = (place < drafted[:, None], jnp.zeros((batch, depths), jnp.int32))
-        seen = (emitted, count, accepted, plan, index, expected, said)
+        seen = (emitted, count, accepted, plan, index, expected, told, said)
         budget = budget.observe(active, *chain, *seen)
         seconds = seconds + costs.draft[plan.way, plan.depth] + costs.verify[index]
         return at + count, budget, seconds

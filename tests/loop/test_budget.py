@@ -116,18 +116,28 @@ def test_a_text_that_changes_is_followed(long):
     assert np.count_nonzero(tail) == 0
 
 
-def expectation(hits, tries, prior, chance):
+def expectation(hits, tries, prior):
     """Tokens of a round with each number of drafted ones verified, row by row."""
-    weight, (rows, depth) = policy._PRIOR_WEIGHT, hits.shape
-    first = (hits[:, 0] + weight * prior) / (tries[:, 0] + weight)
-    expected = np.ones((rows, depth + 1))
-    for row in range(rows):
+    weight = policy._PRIOR_WEIGHT
+    first = (hits[:, :1] + weight * prior) / (tries[:, :1] + weight)
+    own = (hits[:, 1:] + weight * first) / (tries[:, 1:] + weight)
+    return promised(np.concatenate([first, own], axis=1))
+
+
+def promised(acceptance):
+    expected = np.ones((len(acceptance), acceptance.shape[1] + 1))
+    for row, chances in enumerate(acceptance):
         reach = 1.0
-        for d in range(depth):
-            own = (hits[row, d] + weight * first[row]) / (tries[row, d] + weight)
-            reach *= min(1.0, (first[row] if d == 0 else own) * chance[row, d])
+        for d, chance in enumerate(chances):
+            reach *= chance
             expected[row, d + 1] = expected[row, d] + max(reach, policy._LEAST)
     return expected
+
+
+def believed(chance, shift):
+    """In odds."""
+    odds = np.exp(shift)[:, None] * chance / (1 - chance)
+    return odds / (1 + odds)
 
 
 def margin(v, c, worth):
@@ -139,15 +149,15 @@ def margin(v, c, worth):
     return [x0 + more * (x - x0) for x, x0 in ((v, v[0]), (c, 0))], hope
 
 
-def search(v, c, widths, hits, tries, worth, nodes, told, chance):
+def search(v, c, widths, hits, tries, worth, nodes, shift, told, chance):
     """How fast each depth and each width is, by trying all of them."""
     (v, c), hope = margin(v, c, worth)
-    known = told is not None
-    hopeful, sober = (
-        expectation(hits, tries, 1.0 if known else x, chance) for x in (hope, policy._SOBER)
-    )
+    hopeful, sober = (expectation(hits, tries, x) for x in (hope, policy._SOBER))
+    if told is not None:
+        thought = policy._UNDERSTATED if told == "after" else 0
+        hopeful = sober = promised(believed(chance, shift + thought))
     if told == "before":
-        hopeful[chance[:, 0] == 0] = 1
+        hopeful = np.where(chance[:, :1] == 0, 1, hopeful)
     depths, speeds, rows = [], [], len(hits)
     for d in range(hits.shape[1] + 1):
         width = next(i for i, w in enumerate(widths) if w >= d + 1)
@@ -200,16 +210,17 @@ def test_arithmetic_against_a_search(told):
         asked = rng.integers(0, 9, rows).astype(np.float32)
         brought, spent = (asked * rng.uniform(size=rows).astype(np.float32) for _ in range(2))
         state = state.replace(hits=jnp.asarray(hits)[:, None], tries=jnp.asarray(tries)[:, None])
-        by_way = (jnp.asarray(x)[:, None] for x in (asked, brought, spent))
-        state = state.replace(**dict(zip(("asked", "brought", "spent"), by_way, strict=True)))
+        shift = rng.normal(size=rows).astype(np.float32)
+        by_way = {"asked": asked, "brought": brought, "spent": spent, "shift": shift}
+        state = state.replace(**{name: jnp.asarray(x)[:, None] for name, x in by_way.items()})
         active = np.asarray([True, *(rng.uniform(size=rows - 1) < 0.7)])
         worth = np.where(active, rng.uniform(0.01, 1, rows), 0).astype(np.float32)
         nodes = rng.integers(0, depth + 1, rows).astype(np.int32)
-        chance = rng.uniform(0.2, 1, (rows, depth)).astype(np.float32)
+        chance = rng.uniform(0.2, 0.99, (rows, depth)).astype(np.float32)
         if told == "before":
             chance[rng.uniform(size=rows) < 0.3] = 0
-        given = chance if told is not None else np.ones_like(chance)
-        depths, speeds, sober = search(v, c, widths, hits, tries, worth, nodes, told, given)
+        args = (v, c, widths, hits, tries, worth, nodes, shift, told, chance)
+        depths, speeds, sober = search(*args)
         if told == "after":
             most = asking(v, c, widths, asked, brought, spent, worth)
             depths = [depths[0], *[0.0] * (depth - 1), most]
@@ -233,13 +244,15 @@ def test_a_draft_ends_where_more_would_not_pay():
         state = Budget.empty(RoundCosts(jnp.asarray(v), jnp.asarray(c)[None]), rows)
         worth, chance = rng.uniform(0.1, 1, rows), rng.uniform(0.3, 1, (rows, depth))
         args = (jnp.asarray(worth, jnp.float32), Plan(jnp.int32(0), jnp.int32(depth)), widths)
+        state = state.replace(shift=jnp.asarray(rng.normal(size=(rows, 1)), jnp.float32))
         thrift = state.thrift(*args, ("after",))
-        drafted, reach = 1, chance[:, 0].copy()
+        true = believed(chance, np.asarray(state.shift)[:, 0] + policy._UNDERSTATED)
+        drafted, reach = 1, true[:, 0].copy()
         while drafted < depth:
             cost = (c[drafted + 1] - c[drafted] + (v[-1] - v[0]) / (widths[-1] - 1)) / v[0]
             if (worth * reach).sum() / worth.sum() * policy._FURTHER < cost:
                 break
-            reach *= chance[:, drafted]
+            reach *= true[:, drafted]
             drafted += 1
         assert int(ends(thrift, jnp.asarray(chance, jnp.float32))) == drafted
         forced = state.force(depth=depth).thrift(*args, ("after",))
@@ -272,29 +285,39 @@ def test_a_model_drafts_as_far_as_it_is_sure():
     for depth in range(1, 6):
         least = jnp.asarray([0.0, *[1.001 * reach[depth - 1]] * 5], jnp.float32)
         least = least.at[1:depth].set(0)
-        thrift = Thrift(jnp.full((2,), 0.5), jnp.ones((2, 6)), least)
+        thrift = Thrift(jnp.full((2,), 0.5), jnp.zeros((2,)), least)
         got = draft(ctx.replace(thrift=thrift))
         assert (got.valid.sum(axis=1) == 1 + depth).all()
         assert (got.tokens[:, : 1 + depth] == whole.tokens[:, : 1 + depth]).all()
         assert int(thrift.depth(whole.probability[:, 1:])) == depth
 
 
-def test_a_drafter_that_is_too_sure_is_not_believed():
-    """What it says counts as much as it has held so far."""
-    costs, active = costs_of(loop_of(LM), 0.2, 0.01), jnp.ones((1,), bool)
-    state, plan = Budget.empty(costs, 1), Plan(jnp.int32(0), jnp.int32(6))
-    chance, widths = jnp.full((1, 6), 0.9), loop_of(LM).widths
-    width = jax.jit(
-        lambda s: s.width(jnp.ones(1), six, six, plan.way, widths, True, ("after",), chance)
-    )
-    six, drafted = jnp.full((1,), 6), jnp.ones((1, 6), jnp.int32)
-    index, before = width(state)
-    assert widths[int(index)] == 7 and before[0] > 4
-    for _ in range(60):
-        wrong, none = jnp.zeros((1, 7), jnp.int32), jnp.zeros((1,), jnp.int32)
-        args = (active, jnp.ones((1, 6), bool), drafted, wrong, none + 1, none, plan)
-        state = state.observe(*args, jnp.int32(0), jnp.ones(1), chance)
-    assert state.trust(1.0)[0, 0, 0] < 0.2 and widths[int(width(state)[0])] == 1
+@pytest.mark.parametrize("told", ("before", "after"))
+@pytest.mark.parametrize(("said", "true"), [(0.9, 0.0), (0.9, 0.5), (0.1, 0.8), (0.5, 1.0)])
+def test_what_a_drafter_says_is_corrected_by_what_holds(said, true, told):
+    """It is too sure, or not sure enough, and after some rounds believed accordingly."""
+    loop, active = loop_of(LM), jnp.ones((1,), bool)
+    costs, plan = costs_of(loop, 0.2, 0.01), Plan(jnp.int32(0), jnp.int32(6))
+    chance, six = jnp.full((1, 6), said), jnp.full((1,), 6)
+    rng, one, thought, seen = np.random.default_rng(0), jnp.ones((1,)), [], []
+
+    @jax.jit
+    def more(state, emitted, count):
+        args = (active, jnp.ones((1, 6), bool), jnp.ones((1, 6), jnp.int32), emitted, count)
+        return state.observe(*args, count - 1, plan, jnp.int32(0), one, (told,), chance)
+
+    state = Budget.empty(costs, 1)
+    for step in range(200):
+        right = int(np.cumprod(rng.uniform(size=6) < true).sum())
+        emitted = jnp.asarray([[1] * right + [0] * (7 - right)], jnp.int32)
+        state = more(state, emitted, jnp.asarray([right + 1]))
+        if step >= 40:
+            seen += [1] * right + [0] * (right < 6)
+            likely = policy.believed(chance[0], state.understated((told,))[0])
+            thought.append(float(likely[0]))
+    assert abs(np.mean(thought) - np.mean(seen)) < 0.08
+    index, _ = state.width(one, six, six, plan.way, loop.widths, True, (told,), chance)
+    assert (loop.widths[int(index)] == 1) == (true == 0)
 
 
 def test_a_batch_waits_for_its_last_row():
@@ -314,7 +337,11 @@ def test_most_of_a_batch_must_be_due(replaced, enough):
     state = state.replace(
         tries=jnp.full_like(state.tries, 9.0), asked=jnp.full_like(state.asked, 9.0)
     )
-    plan = jax.jit(lambda state: state.plan(jnp.ones(4), (1, 4, 8), True, replaced=replaced).depth)
+
+    @jax.jit
+    def plan(state):
+        return state.plan(jnp.ones(4), (1, 4, 8), True, (None,), replaced=replaced).depth
+
     for rows in range(5):
         waited = jnp.where(jnp.arange(4) < rows, policy._RAREST_PROBE, 0)[:, None]
         assert int(plan(state.replace(waited=waited))) == (rows >= enough)
