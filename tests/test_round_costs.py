@@ -24,9 +24,9 @@ pytestmark = pytest.mark.usefixtures("budgets")
 REAL = {"measure": measure, "computed_costs": computed_costs}
 CALL = 0.8  # what calling the program takes, however many rounds it makes
 VERIFY, DRAFT = (
-    (5.0, 5.5, 6.0, 8.0),
+    (5.0, 5.5, 6.0, 7.0, 8.0),
     (0.5, 0.25),
-)  # of 1, 2, 4 and 8 nodes; of a draft, and of each of its tokens
+)  # of 1, 2, 3, 5 and 8 nodes; of a draft, and of each of its tokens
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ class Machine:
         self.rounds.append((depth, index, count))
         one = VERIFY[index] + (DRAFT[0] + DRAFT[1] * depth if depth else 0)
         slow = 1 + self.noise * self.rng.uniform() + 2 * (self.rng.uniform() < self.disturbed)
-        lost = (self.rng.uniform(size=count) < self.busy) * (1 + 2 * index)
+        lost = (self.rng.uniform(size=count) < self.busy) * (1 + index)
         self.now += one * (count * slow + lost.sum()) * 1e-3
         assert state.length + count <= self.capacity, "a row is full and ends"
         return state.replace(length=state.length + count)
@@ -103,7 +103,7 @@ def test_measured_costs(monkeypatch, disturbed, runs):
         found, sure = measure(loop, machine.arrays, machine.begin, machine.run)
         assert machine.begun > 1
         kinds = [kind[:2] for kind in machine.rounds]
-        assert {kinds.index((0, i)) for i in range(4)} == {0, 1, 2, 3}
+        assert {kinds.index((0, i)) for i in range(5)} == {0, 1, 2, 3, 4}
         assert (np.diff(found.verify) >= 0).all() and (np.diff(found.draft[0]) >= 0).all()
         if not sure:
             continue
@@ -173,7 +173,7 @@ def test_measured_once_and_said(target, monkeypatch, said, cache):
     (line,), ran = said, len(machine.rounds)
     assert (
         "max-gram:7" in line
-        and "5 for 1, 5.5 for 2, 6 for 4, 8 for 8 nodes" in line
+        and "5 for 1, 5.5 for 2, 6 for 3, 7 for 5, 8 for 8 nodes" in line
         and str(cache) in line
     )
     assert get(costs, machine) is first and len(machine.rounds) == ran
@@ -243,7 +243,7 @@ def test_files_of_something_else(target, monkeypatch, cache, tmp_path):
         ("device", "TPU v5 lite", "for the device TPU v5 lite, not cpu"),
         ("drafter", "lm:4", "for the drafter lm:4, not max-gram:7"),
         ("parameters", "0", "for a drafter of other sizes"),
-        ("widths", [1, 8], "for the widths 1, 8, not 1, 2, 4, 8"),
+        ("widths", [1, 8], "for the widths 1, 8, not 1, 2, 3, 5, 8"),
         ("dtype", "bfloat16", "for the dtype bfloat16, not float32"),
         ("int8", ["cache"], "for parts in int8 cache, not none"),
     ):
@@ -281,7 +281,7 @@ def test_the_command_refuses_such_files(tiny_checkpoints, tmp_path, capsys):
 
 
 def test_given_costs(target, monkeypatch):
-    mine = RoundCosts(jnp.asarray([1.0, 1.5, 2.0, 3.0]), jnp.zeros((1, 8)))
+    mine = RoundCosts(jnp.asarray([1.0, 1.5, 2.0, 2.5, 3.0]), jnp.zeros((1, 8)))
     costs, machine = tables(target, monkeypatch, given=mine)
     assert get(costs, machine) is mine and not machine.rounds
     with pytest.raises(UserError, match="shape"):

@@ -44,7 +44,7 @@ def register(commands: Any) -> None:
     )
     for flag, default, text in (
         ("--per-file", 8, "prompts of each file"),
-        ("--longest", 12, "tokens of a draft, at most"),
+        ("--longest", 15, "tokens of a draft, at most"),
         ("--max-new-tokens", 64, "the longest answer"),
         ("--batch-size", 1, "prompts at a time"),
     ):

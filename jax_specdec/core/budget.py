@@ -117,12 +117,14 @@ class RoundCosts(flax.struct.PyTreeNode):
 def usual_widths(nodes: int) -> tuple[int, ...]:
     """Widths for a drafter whose verification has at most `nodes` nodes, its root included.
 
-    Powers of two, without what is nearly the widest: each width is compiled.
+    Fibonacci's numbers, without what is nearly the widest: each width is compiled.
 
     >>> usual_widths(1), usual_widths(5), usual_widths(8), usual_widths(9), usual_widths(22)
-    ((1,), (1, 2, 5), (1, 2, 4, 8), (1, 2, 4, 9), (1, 2, 4, 8, 16, 22))
+    ((1,), (1, 2, 3, 5), (1, 2, 3, 5, 8), (1, 2, 3, 5, 9), (1, 2, 3, 5, 8, 13, 22))
     """
-    steps = [2**i for i in range(nodes.bit_length())]
+    steps = [1, 2]
+    while steps[-1] < nodes:
+        steps.append(sum(steps[-2:]))
     return tuple(dict.fromkeys([*(width for width in steps if 5 * width < 4 * nodes), nodes]))
 
 

@@ -102,7 +102,7 @@ def tune(
     names: Sequence[str],
     prompts: Sequence[Any],
     *,
-    longest: int = 12,
+    longest: int = 15,
     max_new_tokens: int = 64,
     batch_size: int = 1,
     repeats: int = 5,
@@ -148,7 +148,7 @@ def tune(
     if FIRST not in combinations:  # else copies may be so long
         longest = max(limits.values(), default=1)
     ids = [SpeculativeDecoder(target).encode(prompt) for prompt in prompts[:rows]]
-    widths = {1, 2, 4, 8, 1 + longest} & set(range(1, longest + 2))
+    widths = {1, 2, 3, 5, 8, 1 + longest} & set(range(1, longest + 2))
     if any(spec.rule for spec in specs):
         widths |= {8, 12, 16, 20, 24, 32}
     plans = {spec.key: _plans(spec, limits[spec.key], max(widths)) for spec in specs}

@@ -538,7 +538,7 @@ def test_costs_that_are_not_of_the_loop():
     for costs, sentence in (
         (
             good.replace(verify=good.verify[1:]),
-            r"shapes \(4,\) \(one for each width\) .* got \(3,\)",
+            r"shapes \(5,\) \(one for each width\) .* got \(4,\)",
         ),
         (good.replace(draft=good.draft[:, 1:]), "0 to 6 drafted tokens"),
         (good.replace(verify=good.verify * jnp.nan), "above 0 and finite"),

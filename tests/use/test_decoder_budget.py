@@ -33,7 +33,7 @@ def costs_of(loop, verify, draft):
 def decoder(target):
     """One whose costs tests may change: they are no part of its programs."""
     decoder = sd.SpeculativeDecoder(target, sd.load_drafter("lm:3", target))
-    assert decoder.loop.widths == (1, 2, 4)
+    assert decoder.loop.widths == (1, 2, 3, 4)
     return decoder
 
 
@@ -99,11 +99,11 @@ def test_real_rounds_are_measured_as_they_are_forced(decoder, monkeypatch):
     found, _ = forced_rounds.measure(decoder.loop, arrays, begin, watched)
     decoder.loop.check_costs(found)
     assert (
-        kinds == {(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (3, 0)}
+        kinds == {*((0, i) for i in range(4)), (1, 0), (2, 0), (3, 0)}
         and decoder.compilations == compiled
     )
     verify, draft = np.asarray(found.verify), np.asarray(found.draft[0])
-    assert 0 < verify[0] <= verify[1] <= verify[2] < 1 and 0 < draft[1] <= draft[3] < 1
+    assert 0 < verify[0] <= verify[1] <= verify[-1] < 1 and 0 < draft[1] <= draft[3] < 1
 
 
 def test_without_a_budget(target, decoder, with_costs):
@@ -136,7 +136,7 @@ def test_what_is_refused(target, decoder):
     with pytest.raises(sd.UserError, match="Costs are for a drafter"):
         sd.SpeculativeDecoder(target, costs=good)
     other = sd.load_drafter("lm:6", target)
-    with pytest.raises(sd.UserError, match=r"shapes \(4,\) .* got \(3,\)"):
+    with pytest.raises(sd.UserError, match=r"shapes \(5,\) .* got \(4,\)"):
         sd.SpeculativeDecoder(target, other, costs=good)
     for wrong in ("yes", 1, None):
         with pytest.raises(sd.UserError, match="budget is True or False"):
