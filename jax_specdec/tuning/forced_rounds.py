@@ -20,9 +20,9 @@ from jax_specdec.core.budget import RoundCosts
 from jax_specdec.core.drafter import ways_of
 from jax_specdec.core.loop import DecodeLoop, LoopState
 
-# Seconds that measuring takes, and takes in addition where passes disagree, unless `FEWEST` passes take longer; of
-# one timing, and of one that is short.
-SECONDS, MORE_SECONDS, SLICE, SHORT = 2.5, 3.5, 0.03, 0.003
+# Seconds that measuring each kind of round takes, and takes in addition where passes disagree, unless `FEWEST` passes take
+# longer; of one timing, and of one that is short.
+SECONDS, MORE_SECONDS, SLICE, SHORT = 0.5, 0.7, 0.03, 0.003
 FEWEST, USUAL, MOST = 3, 9, 150
 FASTEST = 0.03
 # The standard error of a cost up to which it is trusted, and the least that a draft is taken to cost, in plain
@@ -54,7 +54,7 @@ def measure(loop: DecodeLoop, arrays: Any, begin: Begin, run: Run) -> tuple[Roun
     kinds: list[Kind] = [*wider, *drafting]
     first = [rounds.seconds(kind, 1) for kind in (PLAIN, *kinds)]  # nothing was in any cache
     times = _Passes(rounds, kinds, _count(SLICE, first[0]))
-    while times.passes < FEWEST or (times.passes < USUAL and times.spent < SECONDS):
+    while times.passes < FEWEST or (times.passes < USUAL and times.spent < SECONDS * len(kinds)):
         times.add()
     sure = all(map(trusted, times.ratios.values()))
     if sure:
@@ -62,7 +62,9 @@ def measure(loop: DecodeLoop, arrays: Any, begin: Begin, run: Run) -> tuple[Roun
         usually = {kind: float(np.median(values)) for kind, values in times.ratios.items()}
     else:
         times = _Passes(rounds, kinds, _count(SHORT, first[0]))
-        while times.passes < FEWEST or (times.passes < MOST and times.spent < MORE_SECONDS):
+        while times.passes < FEWEST or (
+            times.passes < MOST and times.spent < MORE_SECONDS * len(kinds)
+        ):
             times.add()
         one = float(np.quantile(times.plain, FASTEST))
         usually = {kind: times.fastest(kind) for kind in kinds}
