@@ -233,10 +233,13 @@ class Broken(Bigram):
     @property
     def info(self):
         info = super().info
+        told = {"too early": "after", "someday": "someday", "blind": "before", "boastful": "before"}
+        info = dataclasses.replace(info, chances=told.get(self.how))
         return dataclasses.replace(info, nodes=64) if self.how == "wide" else info
 
-    def finds(self, text):
-        return jnp.full(text.length.shape, self.how != "blind")
+    def chances(self, text):
+        chance = 2.0 if self.how == "boastful" else 0.0
+        return jnp.full((text.length.shape[0], self.length), chance, jnp.float32)
 
     def init(self, batch, capacity):
         states = {"bigram": jnp.zeros((batch,), jnp.int32)}
@@ -269,6 +272,7 @@ class Broken(Bigram):
             "half a tree": {"parent": jnp.zeros_like(tokens)},
             "always q": {"q": jnp.ones((tokens.shape[0], self.length, h.VOCAB), jnp.float32)},
             "too sure": {"probability": draft.probability * 2},
+            "too early": {"probability": draft.probability * 0},
         }
         return draft.replace(**{"tokens": tokens, **changes.get(self.how, {})}), states
 
@@ -290,7 +294,10 @@ class Broken(Bigram):
         ("holes", "below an invalid one"),
         ("half a tree", "must all be given"),
         ("always q", "q must be None"),
-        ("blind", r"finds\(text\) must be true where the drafter proposes"),
+        ("blind", r"chances\(text\) must be above 0 where the drafter proposes"),
+        ("boastful", r"chances\(text\) must be in \[0, 1\]"),
+        ("too early", r"proposes must be above 0"),
+        ("someday", r"must be 'before', 'after' or None"),
         ("too sure", r"probability of a node must be in \[0, 1\]"),
     ],
 )

@@ -129,6 +129,39 @@ def _check_tree(parent: np.ndarray, depth: np.ndarray, bits: np.ndarray, limit: 
     )
 
 
+def check_chances(draft: Draft, drafter: Any, text: Text, rows: np.ndarray) -> None:
+    """Checks what a drafter that has `Info.chances` says of its tokens, in some rows `bool[B]`.
+
+    Raises:
+      AssertionError: what is wrong with it.
+    """
+    info, batch = drafter.info, text.length.shape[0]
+    valid = np.asarray(draft.valid)[:, 1 : info.depth + 1]
+    said = np.asarray(draft.probability)[:, 1 : info.depth + 1]
+    require(
+        info.chances in ("before", "after"),
+        f"info.chances must be 'before', 'after' or None, got {info.chances!r}",
+    )
+    require(
+        (said > 0)[valid & rows[:, None]].all(),
+        "the probability of a token that its drafter proposes must be above 0 where info.chances says that it is one",
+    )
+    if info.chances == "after":
+        return
+    chances = np.asarray(drafter.chances(text))
+    depth = chances.shape[-1]
+    require(
+        chances.dtype == np.float32 and chances.ndim == 2 and chances.shape[0] == batch,
+        f"chances(text) must be float32[{batch}, P], got {chances.dtype}{chances.shape}",
+    )
+    require(0 < depth <= info.depth, f"chances(text) must be of 1 to {info.depth} depths")
+    require(((chances >= 0) & (chances <= 1)).all(), "chances(text) must be in [0, 1]")
+    require(
+        ((chances > 0) | ~valid[:, :depth])[rows].all(),
+        "chances(text) must be above 0 where the drafter proposes something",
+    )
+
+
 def check_static(drafter: Any) -> None:
     wanted = ("info", "init", "reset", "extend", "draft", "commit")
     missing = [name for name in wanted if not hasattr(drafter, name)]

@@ -20,7 +20,7 @@ from jax_specdec.core.model import Model
 from jax_specdec.core.plain import NoDrafter
 from jax_specdec.core.prefill import read_text
 from jax_specdec.generation import near_tie
-from jax_specdec.testing.draft import check_draft, check_static, require
+from jax_specdec.testing.draft import check_chances, check_draft, check_static, require
 
 FOREIGN = "another drafter's"
 # Of each row in turn. Filters leave a drafter fewer tokens than it has places for.
@@ -206,13 +206,8 @@ class _Run:
                 (draft.top_ids is not None) == way.info.distribution,
                 "top_ids must be given when they are asked for, if and only if info.distribution",
             )
-        finds = getattr(way, "finds", None)
-        if finds is not None:
-            proposes = np.asarray(draft.valid)[rows, 1:].any(axis=1)
-            require(
-                (np.asarray(finds(text))[rows] | ~proposes).all(),
-                "finds(text) must be true where the drafter proposes something",
-            )
+        if way.info.chances is not None:
+            check_chances(draft, way, text, np.asarray(active))
         return jax.device_get(draft), after
 
     def follow(self, draft: Draft, lengths: np.ndarray) -> tuple[np.ndarray, Outcome]:
