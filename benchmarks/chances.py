@@ -22,7 +22,7 @@ import jax_specdec as sd
 from jax_specdec.specs import language as specs
 from jax_specdec.text.chat import chat_ids
 from jax_specdec.tuning.budgeted import budgeted_speedup
-from jax_specdec.tuning.replay import Record, read_whole, record
+from jax_specdec.tuning.replay import Record, acceptance, read_whole, record
 from jax_specdec.tuning.round_costs import kept_file, owner_of, read_table
 
 EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 1.0)
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--drafters", default="glide:4,max-gram:15")
+    parser.add_argument("--draft", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--per-category", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--longest", type=int, default=350, help="prompt tokens kept, the last")
@@ -42,6 +43,7 @@ def main() -> None:
     args = parser.parse_args()
 
     target = sd.load_target(args.model, dtype=args.dtype)
+    drafts = dict(item.split("=", 1) for item in args.draft)
     asked = questions(args.data, args.per_category)
     prompts = [
         chat_ids(target.tokenizer, [{"role": "user", "content": text}])[-args.longest :]
@@ -55,8 +57,8 @@ def main() -> None:
     found = {"machine": machine(), "model": args.model, "dtype": args.dtype, "answers": len(texts)}
     found |= {"max_new_tokens": args.max_new_tokens, "edges": EDGES, "drafters": {}}
     for spec in specs.split(args.drafters):
-        loaded = sd.load_drafter(spec, target)
-        drafts = along(target, loaded, texts, starts)
+        loaded = sd.load_drafter(spec, target, drafts=drafts or None)
+        chains = along(target, loaded, texts, starts)
         decoder = sd.SpeculativeDecoder(target, loaded)
         list(decoder.generate(prompts[:1], **options))  # which measures what its rounds cost
         file = kept_file(owner_of(target, decoder.loop, loaded, 1))
@@ -66,11 +68,12 @@ def main() -> None:
             jnp.asarray(table["verify_s"], jnp.float32), jnp.asarray(table["draft_s"], jnp.float32)
         )
         told, untold = (
-            played(drafts, costs, decoder.loop.widths, kind)
+            played(chains, costs, decoder.loop.widths, kind)
             for kind in (decoder.loop.told, (None,))
         )
         found["drafters"][spec] = {
-            "by_chance": by_chance(drafts, np.asarray([len(text) for text in texts])),
+            "accepted": acceptance(chains, loaded.drafter.info.depth),
+            "by_chance": by_chance(chains, np.asarray([len(text) for text in texts])),
             "played": {"told": told, "untold": untold},
             "widths": decoder.loop.widths,
             "costs": {"verify_s": table["verify_s"], "draft_s": table["draft_s"]},
