@@ -239,7 +239,7 @@ class Stats:
       per_drafter: by source, `calls` (rounds in which tokens of it were verified), `drafted` and `accepted`.
       wall_time_s: prefill to the last token of the row's batch, compilation apart.
       steps_per_width: rounds by how many nodes were verified, root included. steps_per_depth: rounds by how many
-        tokens were drafted, the first of them without a draft; see `core.budget`.
+        tokens were asked for, or drafted by a model before it ended itself, the first of them without a draft; see `core.budget`.
       num_cached_tokens: of the prompt, those that were not read because caches held them (`Conversation`).
       near_ties: emitted tokens whose score beat the second best by less than rounding may change
         (`near_tie`); None where margins are not recorded.

@@ -296,7 +296,7 @@ class Broken(Bigram):
         ("always q", "q must be None"),
         ("blind", r"chances\(text\) must be above 0 where the drafter proposes"),
         ("boastful", r"chances\(text\) must be in \[0, 1\]"),
-        ("too early", r"proposes must be above 0"),
+        ("too early", "must say how likely they are"),
         ("someday", r"must be 'before', 'after' or None"),
         ("too sure", r"probability of a node must be in \[0, 1\]"),
     ],

@@ -3,12 +3,16 @@
 A round that drafts D tokens a row and verifies T nodes a row takes `draft[D] + verify[T]` seconds and emits
 `1 + A_1 + ... + A_D` tokens in each row, A_i being the chance that the first i drafted tokens are accepted.
 `Budget.plan` chooses D before anything is drafted, 0 included, and `Budget.width` the verified nodes once the
-draft is known; both maximise tokens per second (arXiv 2211.17192, section 3.3, with measured costs in place
-of constants and the row's own acceptance in place of a mean). Most drafters say of each token how likely it is to be
-right (`Info.chances`): a model by its confidence, a copy by how long a match it continues. Then what is remembered is by
-how much it understates that (`believed`), a draft ends where going on would not pay (`Thrift`), and no more of it is verified than
-pays. All rows of a batch share a round, and so its depth and width; their acceptance is estimated row by row. A batch has ended when its last row has: what a row gains
-that is ahead of the others is worth little (`worth`), unless ended rows are replaced.
+draft is known, for most tokens per second (arXiv 2211.17192, section 3.3, with measured costs in place
+of constants and the row's own acceptance in place of a mean).
+
+Most drafters say of each token how likely it is to be right (`Info.chances`): a model by its confidence, a copy by how
+long a match it continues. Then what is remembered is by how much they understate that (`believed`), no more of a draft is
+verified than pays, and a model is asked or not, its draft ending where going on would not pay (`Thrift`).
+
+All rows of a batch share a round, and so its depth and width; their acceptance is estimated row by row. A batch has
+ended when its last row has: what a row gains that is ahead of the others is worth little (`worth`), unless ended rows
+are replaced.
 
 A drafter that is made of drafters may draft in several ways (`drafter.ways_of`), with all of them or with some: each
 has its own costs and its own acceptance, and `plan` chooses among them, too.
@@ -44,8 +48,7 @@ _PRIOR_WEIGHT, _SOBER, _HOPE = 4.0, 0.5, 0.3
 _UNDERSTATED, _PRIOR_KNOWN, _MOST_SHIFT = 1.0, 2.0, 6.0
 # No drafter is surer than that.
 _SURE = 1e-3
-# What asking a drafter brings that says only behind its draft how likely that is: its first answers count for more than what
-# was hoped, since each costs little and says much.
+# How many drafts it counts for what is hoped of a model: little, since each draft costs little and says much.
 _PRIOR_ASKED = 0.5
 # Of a token behind those that were drafted so far: how likely it is to be right, as long as nobody has drafted it.
 _FURTHER = 0.5
@@ -140,6 +143,11 @@ def check_widths(widths: tuple[int, ...], nodes: int) -> None:
 
 # When a way says of its tokens how likely each is to be right: before it drafts, with the draft, or never.
 Told = Literal["before", "after"] | None
+
+
+def told_as(kind: Told, told: Sequence[Told], way: Int[Array, ""]) -> Bool[Array, ""]:
+    """Whether a way is of this kind."""
+    return jnp.asarray([one == kind for one in told])[way]
 
 
 class Plan(NamedTuple):
@@ -328,10 +336,9 @@ class Budget(flax.struct.PyTreeNode):
         late = [kind == "after" for kind in told]
         if any(late):
             whole = jnp.arange(depths, dtype=jnp.int32)[None] == deepest[:, None]
-            asked = jnp.where(
-                whole, self._by_asking(worth, seconds, hope, alone)[:, None], -jnp.inf
-            )
-            rate = jnp.where(np.asarray(late)[:, None] & (drafts > 0)[None], asked, rate)
+            by_asking = self._by_asking(worth, seconds, hope, alone)[:, None]
+            by_asking = jnp.where(whole, by_asking, -jnp.inf)
+            rate = jnp.where(np.asarray(late)[:, None] & (drafts > 0)[None], by_asking, rate)
         # Of equally good ones the first way, and in it the deepest.
         best = jnp.argmax(rate[:, ::-1].reshape(-1)).astype(jnp.int32)
         way, depth = best // depths, depths - 1 - best % depths
@@ -349,7 +356,7 @@ class Budget(flax.struct.PyTreeNode):
         probed = jnp.argmax(due).astype(jnp.int32)
         # One token tells enough, unless the drafter itself ends where no more pay.
         deep = jnp.where(idle, 1, 1 + jnp.argmax(rate[probed, 1:])).astype(jnp.int32)
-        deep = jnp.where(jnp.asarray(late)[probed], deepest[probed], deep)
+        deep = jnp.where(told_as("after", told, probed), deepest[probed], deep)
         way, depth = jnp.where(jnp.any(due), jnp.stack([probed, deep]), jnp.stack([way, depth]))
         forced = self.forced
         return Plan(
@@ -364,12 +371,13 @@ class Budget(flax.struct.PyTreeNode):
         plain = self.costs.verify[0]
         promise = _tokens(jnp.ones((1, seconds.shape[1] - 1)) * hope)
         at_worst = self._at_worst(seconds, alone)
-        hoped = jnp.argmax(promise / at_worst, axis=1)
+        hoped = 1 + jnp.argmax((promise / at_worst)[:, 1:], axis=1)
         tokens = promise[0, hoped] - 1
         took = jnp.take_along_axis(seconds, hoped[:, None], axis=1)[:, 0] / plain - 1
         counts = self.asked + _PRIOR_ASKED
         tokens = (self.brought + _PRIOR_ASKED * tokens[None]) / counts
         took = jnp.maximum(self.spent + _PRIOR_ASKED * took[None], 0) / counts
+        took = jnp.where(worth[:, None] > 0, took, 0)
         total = jnp.maximum(jnp.sum(worth), jnp.finfo(jnp.float32).tiny)
         took = plain * (1 + jnp.sum(worth[:, None] * took, axis=0) / total)
         return jnp.sum(worth[:, None] * (1 + tokens), axis=0) / self._at_worst(took, alone)
@@ -417,7 +425,7 @@ class Budget(flax.struct.PyTreeNode):
             part; a tree as a whole or not at all.
           told: of each way. chance: of each token of the main chain, from a way that says one.
         """
-        says = jnp.asarray([kind is not None for kind in told])[way]
+        says = ~told_as(None, told, way)
         likely = believed(chance, self.understated(told)[:, way, None])
         expected = _tokens(jnp.where(says, likely, self.acceptance(_SOBER)[:, way]))
         chosen = np.asarray(widths)
@@ -462,8 +470,8 @@ class Budget(flax.struct.PyTreeNode):
         right = right | (place < accepted[:, None])
         before = jnp.pad(right[:, :-1], ((0, 0), (1, 0)), constant_values=True)
         seen = before & proposed & (place < count[:, None]) & active[:, None]
-        asked = jnp.arange(self.waited.shape[1], dtype=jnp.int32) == plan.way
-        seen = seen[:, None] & asked[None, :, None]
+        taken = jnp.arange(self.waited.shape[1], dtype=jnp.int32)[None] == plan.way
+        seen = seen[:, None] & taken[..., None]
         right = right[:, None]
         fade = jnp.where(seen, _MEMORY, 1.0)
         # One step of Newton's towards the likeliest shift, from what was thought before.
@@ -474,15 +482,16 @@ class Budget(flax.struct.PyTreeNode):
         shift = self.shift + missed / (_PRIOR_KNOWN + known)
         # After a token that was right the next probe is due soon.
         again = jnp.where(right[..., 0], (_SOONER * self._rarest()[None]).astype(jnp.int32), 0)
-        asked = asked[None] & (plan.depth > 0)
-        waited = jnp.where(asked, again, self.waited + 1)
-        asked = asked & active[:, None]
+        taken = taken & (plan.depth > 0)
+        waited = jnp.where(taken, again, self.waited + 1)
+        # A row for which there was nothing tells nothing.
+        told_more = taken & active[:, None] & proposed[:, :1]
         costs = self.costs
         took = costs.verify[index] + costs.draft[plan.way, plan.depth]
         took = jnp.where(plan.depth > 0, took / costs.verify[0] - 1, 0)
 
         def remembered(old: Array, new: Array | float) -> Array:
-            return jnp.where(asked, _MEMORY * old + new, old)
+            return jnp.where(told_more, _MEMORY * old + new, old)
 
         return self.replace(
             hits=self.hits * fade + (seen & right).astype(jnp.float32),

@@ -40,8 +40,8 @@ class Draft(flax.struct.PyTreeNode):
       tokens: `int32[B, T]`, the root first.
       valid: `bool[B, T]`; a node below an invalid one is invalid. The root is always valid.
       source: `int32[B, T]`, which drafter the node is from: 0 the root, i the i-th of `Info.sources`.
-      probability: `float32[B, T]`, the drafter's probability of the node, of a copy how often such copies are right; 1 where
-        it has none or neither `Context.return_top` nor `return_chance` was set.
+      probability: `float32[B, T]`, the drafter's probability of the node, 1 where it has none or neither
+        `Context.return_top` nor `return_chance` was set.
       parent, depth: `int32[B, T]`, or None for a chain. The root is its own parent.
       ancestors: `int32[B, T, W]`, or None for a chain: bit j of row i is set iff node j is node i or
         above it.

@@ -53,7 +53,8 @@ class Info:
         from smaller ones. Others read a text anew that another one begins with.
       models: the models inside, none for statistical drafters.
       chances: when it says of each token of a chain how likely it is to be right: `before` it drafts, by a method
-        (`foreseen`), or `after`, by `Draft.probability` where `Context.return_chance` asks for it. None: never.
+        (`foreseen`); or `after`, by `Draft.probability` where `Context.return_chance` asks for it, and then a draft that
+        costs more the longer it is ends where `Context.thrift` says. None: never.
       noise: whether it reads `Context.noise`; where it does not, the noise may be all 0.
     """
 

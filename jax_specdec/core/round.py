@@ -9,7 +9,7 @@ from jax import lax
 
 from jax_specdec._types import Array, Bool, Float, Int, Params
 from jax_specdec.core import acceptance, numerics
-from jax_specdec.core.budget import Plan, select_in_place, worth
+from jax_specdec.core.budget import Plan, select_in_place, told_as, worth
 from jax_specdec.core.context import Context, TargetView
 from jax_specdec.core.draft import Draft, Text, narrow, root_only, widened
 from jax_specdec.core.drafter import Drafter, Outcome, States, foreseen, ways_of
@@ -80,6 +80,10 @@ def decode_round(
     expected = jnp.ones_like(weights)
     if budget is not None:
         size = _size(draft, proposed, plan)
+        for way, said in enumerate(ahead):
+            if said is not None:
+                said = jnp.pad(said, ((0, 0), (0, chance.shape[1] - said.shape[1])))
+                chance = jnp.where(plan.way == way, said, chance)
         index, expected = budget.width(weights, *size, plan.way, *options, chance)
         plan = _drafted(loop, plan, proposed & active[:, None])
         # What `narrow` leaves of it.
@@ -194,8 +198,8 @@ def _drafted(loop: "DecodeLoop", plan: Plan, proposed: Bool[Array, "B T"]) -> Pl
     """The plan, as deep as a way that ends its drafts itself has drafted."""
     nodes = jnp.sum(proposed[:, 1 : loop.window], axis=1, dtype=jnp.int32)
     reached = jnp.clip(jnp.max(nodes), 1, jnp.maximum(plan.depth, 1))
-    late = jnp.asarray([kind == "after" for kind in loop.told])[plan.way]
-    return plan._replace(depth=jnp.where(late & (plan.depth > 0), reached, plan.depth))
+    late = told_as("after", loop.told, plan.way) & (plan.depth > 0)
+    return plan._replace(depth=jnp.where(late, reached, plan.depth))
 
 
 def nothing(drafter: Drafter, params: Params, states: States, ctx: Context) -> Draft:

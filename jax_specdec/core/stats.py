@@ -19,7 +19,8 @@ class Stats(flax.struct.PyTreeNode):
       drafted, accepted: `int32[B, O+1]`, tokens by source; column 0 is unused.
       calls: `int32[B, O+1]`, rounds in which tokens of the source were verified for the row.
       accepted_per_pos: `int32[B, P]`, how often the draft's token at depth d + 1 was accepted.
-      depths: `int32[B, P+1]`, rounds by how deep was drafted; column 0 are those without a draft.
+      depths: `int32[B, P+1]`, rounds by drafted tokens: those asked for, or as many as a model drafted before it
+        ended itself; column 0 are those without a draft.
       widths: `int32[B, K]`, rounds by the loop's widths, the drafter's own where it has none.
       finish: `int32[B]`: RUNNING, STOP, LENGTH, or FAILED where the scores were not finite.
       source: `int32[B, C]`, source of each emitted token, 0 the target. Indexed as the text.

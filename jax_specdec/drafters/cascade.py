@@ -121,9 +121,8 @@ class Horizontal(Composed):
                 most = budget if self.cut else MAX_NODES
                 models += [_further(use, before, most) for use in info.models]
         depth = max(sizes)
-        said = "after" if all(info.chances for info in infos) else None
-        if len(infos) == 1:
-            said = infos[0].chances
+        # A draft of several turns does not end by `thrift`, nor is all of it known before.
+        one_turn = len(infos) == 1 and self.budgets[0] == 1
         return Info(
             name=",".join(info.name for info in infos),
             nodes=depth,
@@ -135,7 +134,7 @@ class Horizontal(Composed):
             ranked=all(info.ranked for info in infos),
             rewinds=all(info.rewinds for info in infos),
             models=tuple(models),
-            chances=said,
+            chances=infos[0].chances if one_turn else None,
             noise=any(info.noise for info in infos),
         )
 
@@ -153,7 +152,7 @@ class Horizontal(Composed):
         count = jnp.zeros((batch,), jnp.int32)
         # Where a draft ends is counted from the text's end, and known to the drafter that begins it alone.
         if len(self.drafters) > 1 or self.budgets[0] > 1:
-            ctx = ctx.replace(thrift=None)
+            ctx = ctx.replace(thrift=None, return_chance=False)
         carry, budget = (states, text.tokens, count, fields), 0
         for drafter, more in zip(self.drafters, self.budgets, strict=True):
             budget += more
@@ -325,10 +324,9 @@ class Cascade(Composed):
             said = jnp.take_along_axis(scores[:, :-1], drafted[..., None], axis=-1)
             chance = confidences(scores[:, :-1], said, sampling)[..., 0]
             copies = not self.inner.info.distribution if self.copies is None else self.copies
-            drawn = _has_distribution(proposed.top_probs, valid)
-            near = chance * self.lenience > jnp.where(drawn, proposed.probability[:, 1:], 1)
+            near = chance * self.lenience > proposed.probability[:, 1:]
             if not copies:
-                near = near & drawn
+                near = near & _has_distribution(proposed.top_probs, valid)
             agree = agree | near
         agree = valid & agree & ctx.active[:, None]
         accepted = jnp.sum(jnp.cumprod(agree.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)

@@ -55,14 +55,13 @@ class MaxGram(StatelessDrafter):
         period = jnp.maximum(text.length - 1 - end, 1)[:, None]
         source = jnp.minimum(end[:, None] + 1 + step % period, text.tokens.shape[1] - 1)
         tokens = jnp.take_along_axis(text.tokens, source, axis=1)
-        found, chance = (match > 0)[:, None], copied(match, self.length)
+        found = (match > 0)[:, None]
         if self.fill is not None:
             tokens = jnp.where(
                 found, tokens, successors(params[self.fill], text.root(), self.length)
             )
-            found, chance = jnp.ones_like(found), None
-        found = jnp.broadcast_to(found, tokens.shape)
-        return chain(text, tokens, valid=found, probability=chance), states
+            found = jnp.ones_like(found)
+        return chain(text, tokens, valid=jnp.broadcast_to(found, tokens.shape)), states
 
 
 KIND = registry.register(

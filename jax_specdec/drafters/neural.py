@@ -206,12 +206,13 @@ class NeuralDrafter:
             cache = reader.commit(at.cache, out, at.going.astype(jnp.int32))
             token, item, going = propose(out.logits, at.depth, at.going, at.items["choice"])
             items = {key: at.items[key].at[at.depth].set(item[key]) for key in at.items}
-            return _Step(at.depth + 1, going, reached(at.reach, item), cache, token, items)
+            return _Step(at.depth + 1, going, reached(at.reach, item, going), cache, token, items)
 
-        def reached(reach, item):
+        def reached(reach, item, going):
+            """A row that has ended asks for nothing more."""
             if ctx.thrift is None:
                 return reach
-            return ctx.thrift.further(reach, item["chance"])
+            return jnp.where(going, ctx.thrift.further(reach, item["chance"]), 0)
 
         def further(at: _Step) -> Bool[Array, ""]:
             pays = ctx.thrift is None or ctx.thrift.goes_on(at.reach, at.depth)
@@ -222,7 +223,7 @@ class NeuralDrafter:
         # The last drafted token is not read: it is among the two that the next round begins with.
         going = jnp.ones_like(ctx.active) if self.stop is None else ctx.active
         token, item, going = propose(logits, 0, going, None)
-        reach = reached(jnp.ones((going.shape[0],), jnp.float32), item)
+        reach = reached(jnp.ones((going.shape[0],), jnp.float32), item, going)
         items = {
             key: jnp.zeros((self.length, *value.shape), value.dtype).at[0].set(value)
             for key, value in item.items()

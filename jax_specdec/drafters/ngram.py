@@ -78,7 +78,8 @@ def copied(match: Int[Array, " B"], length: int) -> Float[Array, "B P"]:
 
     m tokens in a row were right, and the next is in (m - 1/2) / (m + 1) of all cases; then they are m + 1. Of SmolLM2's
     answers .22, .54, .65, .70, .79 and .88 of the first tokens behind matches of 1, 2, 3, 4, 6 and 8 to 12 are right, and .54,
-    .65, .69 and .75 of the first four behind matches of 2 (`docs/decisions.md`).
+    .65, .69 and .75 of the first four behind matches of 2 (`docs/decisions.md`). `longest_suffix_match` counts no further than it
+    must, so that a long match may pass for one of 16 tokens.
     """
     so_far = match[:, None].astype(jnp.float32) + jnp.arange(length, dtype=jnp.float32)[None]
     return jnp.where(match[:, None] > 0, (so_far - 0.5) / (so_far + 1), 0)

@@ -51,7 +51,7 @@ class PromptLookup(StatelessDrafter):
         valid = (match > 0)[:, None] & (source < text.length[:, None])
         source = jnp.minimum(source, text.tokens.shape[1] - 1)
         tokens = jnp.take_along_axis(text.tokens, source, axis=1)
-        return chain(text, tokens, valid=valid, probability=copied(match, self.length)), states
+        return chain(text, tokens, valid=valid), states
 
 
 KIND = registry.register(

@@ -137,16 +137,17 @@ def check_chances(draft: Draft, drafter: Any, text: Text, rows: np.ndarray) -> N
     """
     info, batch = drafter.info, text.length.shape[0]
     valid = np.asarray(draft.valid)[:, 1 : info.depth + 1]
-    said = np.asarray(draft.probability)[:, 1 : info.depth + 1]
     require(
         info.chances in ("before", "after"),
         f"info.chances must be 'before', 'after' or None, got {info.chances!r}",
     )
-    require(
-        (said > 0)[valid & rows[:, None]].all(),
-        "the probability of a token that its drafter proposes must be above 0 where info.chances says that it is one",
-    )
     if info.chances == "after":
+        said = np.asarray(draft.probability)[:, 1 : info.depth + 1]
+        there = valid & rows[:, None]
+        require(
+            not there.any() or bool(((said > 0) & (said < 1))[there].any()),
+            "the probability of tokens must say how likely they are where info.chances is 'after'",
+        )
         return
     chances = np.asarray(drafter.chances(text))
     depth = chances.shape[-1]

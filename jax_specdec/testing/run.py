@@ -207,7 +207,15 @@ class _Run:
                 "top_ids must be given when they are asked for, if and only if info.distribution",
             )
         if way.info.chances is not None:
-            check_chances(draft, way, text, np.asarray(active))
+            said = draft
+            if not wants_q:  # as the loop asks
+                plain = ctx.replace(return_top=False, return_chance=True)
+                said = self.draft(way, self.params, states, plain)[0]
+                require(
+                    bool((said.tokens == draft.tokens)[rows].all()),
+                    "what is drafted must not depend on what is asked of it",
+                )
+            check_chances(said, way, text, np.asarray(active))
         return jax.device_get(draft), after
 
     def follow(self, draft: Draft, lengths: np.ndarray) -> tuple[np.ndarray, Outcome]:

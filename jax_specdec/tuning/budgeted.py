@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from jax_specdec._types import Array
-from jax_specdec.core.budget import Budget, RoundCosts, Told, worth
+from jax_specdec.core.budget import Budget, RoundCosts, Told, told_as, worth
 from jax_specdec.tuning.replay import Record
 
 
@@ -83,14 +83,12 @@ def _seconds(
         right = matched[plan.way, row, here]
         drafted = jnp.minimum(jnp.minimum(plan.depth, proposed[plan.way, row, here]), left)
         said = chance[plan.way, row, here]
-        if "after" in told:
-            thrift = budget.thrift(weights, plan, widths, told)
-            deep = thrift.depth(said)
-            deep = jnp.where(
-                jnp.asarray([kind == "after" for kind in told])[plan.way], deep, depths
-            )
-            drafted = jnp.minimum(drafted, deep)
-            plan = plan._replace(depth=jnp.minimum(plan.depth, deep))
+        if "after" in told:  # as `core.round` has it: such a way ends itself
+            late = told_as("after", told, plan.way)
+            deep = budget.thrift(weights, plan, widths, told).depth(said)
+            drafted = jnp.where(active, jnp.minimum(drafted, jnp.where(late, deep, depths)), 0)
+            deep = jnp.clip(jnp.max(drafted), 1, jnp.maximum(plan.depth, 1))
+            plan = plan._replace(depth=jnp.where(late & (plan.depth > 0), deep, plan.depth))
         drafted = jnp.where(active, drafted, 0)
         options = (widths, True, told)
         index, expected = budget.width(weights, drafted, drafted, plan.way, *options, said)

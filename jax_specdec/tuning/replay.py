@@ -15,7 +15,7 @@ from jax import lax
 from jax_specdec.checkpoints.targets import Target
 from jax_specdec.core.context import Tapped, TargetView, make_context
 from jax_specdec.core.draft import Text
-from jax_specdec.core.drafter import Outcome
+from jax_specdec.core.drafter import Outcome, foreseen
 from jax_specdec.core.prefill import read_text
 from jax_specdec.core.sampling import make_sampling
 from jax_specdec.errors import UserError
@@ -33,7 +33,8 @@ class Record(NamedTuple):
       rank: `int32[R, P]`, which child of the chain node above the text's next token is: 0 the chain's
         own, -1 none. It means something down to the first that is not 0.
       probs: `float32[R, P, 8]`, `Draft.top_probs` of the chain; all 0 of a drafter without a distribution.
-      proposed: `int32[R]`, tokens of the chain that were drafted. chance: `float32[R, P]`, `Draft.probability` of them.
+      proposed: `int32[R]`, tokens of the chain that were drafted. chance: `float32[R, P]`, how likely they are to be right,
+        by what the drafter says (`Info.chances`).
     """
 
     row: np.ndarray
@@ -113,6 +114,10 @@ def record(
             row = jnp.arange(batch, dtype=jnp.int32)
             proposed = jnp.sum(there, axis=1, dtype=jnp.int32)
             chance = draft.probability[:, 1 : depth + 1]
+            if info.chances == "before":
+                (said,) = foreseen(inner, ctx.text)
+                assert said is not None
+                chance = jnp.pad(said, ((0, 0), (0, depth - said.shape[1])))
             seen = (length < ends, row, length, chain, matched, rank, probs, proposed, chance)
             return (states, following), seen
 

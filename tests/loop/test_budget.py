@@ -1,5 +1,6 @@
 """Rounds of several widths, and the budget that chooses depth and width: no text changes, and nothing is wasted."""
 
+import dataclasses
 import itertools
 import re
 
@@ -31,6 +32,7 @@ from jax_specdec.core.budget import Budget, Plan, RoundCosts, Thrift
 from jax_specdec.core.context import TargetView, make_context
 from jax_specdec.core.draft import Text, chain
 from jax_specdec.drafters.cascade import Cascade
+from jax_specdec.drafters.early_exit import Stop
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.errors import UserError
 
@@ -172,13 +174,13 @@ def asking(v, c, widths, asked, brought, spent, worth):
     """How fast rounds are in which a drafter is asked that says only behind its draft what it is worth."""
     (v, c), hope = margin(v, c, worth)
     hoped, weight = [], policy._PRIOR_ASKED
-    for d in range(len(c)):
+    for d in range(1, len(c)):
         width = next(i for i, w in enumerate(widths) if w >= d + 1)
         tokens = sum(hope**i for i in range(1, d + 1))
         hoped.append((tokens, v[width] + c[d] - v[0]))
     tokens, took = max(hoped, key=lambda one: (1 + one[0]) / (v[0] + one[1]))
-    (_, _), more = (v, c), (worth.sum() ** 2 / (worth**2).sum()) ** -0.5
     one, many = policy._MARGIN
+    more = (worth.sum() ** 2 / (worth**2).sum()) ** -0.5
     took = took / (many - (many - one) * more) / v[0]
     brought = (brought + weight * tokens) / (asked + weight)
     took = (worth * (spent + weight * took) / (asked + weight)).sum() / worth.sum()
@@ -290,6 +292,32 @@ def test_a_model_drafts_as_far_as_it_is_sure():
         assert (got.valid.sum(axis=1) == 1 + depth).all()
         assert (got.tokens[:, : 1 + depth] == whole.tokens[:, : 1 + depth]).all()
         assert int(thrift.depth(whole.probability[:, 1:])) == depth
+    # A row that is not asked, or has ended where its drafter is unsure, keeps no draft going.
+    least = jnp.asarray([0.0, *[1e-6] * 5], jnp.float32)
+    thrift = Thrift(jnp.asarray([0.0, 1.0]), jnp.zeros((2,)), least)
+    one = ctx.replace(thrift=thrift, active=jnp.asarray([False, True]))
+    assert (draft(one).valid.sum(axis=1) == 7).all()
+    drafter = LmDrafter(h.SMALL, 6, stop=Stop("confidence", 0.999))
+    ended = jax.jit(lambda ctx: drafter.draft({"lm": weights}, drafter.init(2, 24), ctx)[0])(one)
+    assert ended.valid[1].sum() == 2
+
+
+def test_a_model_that_can_never_pay_is_never_asked():
+    """Nor one of two ways, beside a copy that has something to propose, or nothing."""
+    verify = jnp.asarray([1.0, 1.2, 1.5, 2.0])
+    draft = jnp.asarray([[0, 0.01, 0.01, 0.01], [0, 9.0, 9.5, jnp.inf]])
+    state = Budget.empty(RoundCosts(verify, draft), 1)
+
+    @jax.jit
+    def plan(state, chance):
+        told = ("before", "after")
+        return state.plan(jnp.ones(1), (1, 2, 3, 4), True, told, (chance, None))
+
+    for waited in (0, 1000):
+        late = state.replace(waited=jnp.full_like(state.waited, waited))
+        sure = plan(late, jnp.full((1, 3), 0.9))
+        assert int(sure.way) == 0 and int(sure.depth) > 0
+        assert int(plan(late, jnp.zeros((1, 3))).depth) == 0
 
 
 @pytest.mark.parametrize("told", ("before", "after"))
@@ -416,7 +444,8 @@ def test_a_new_request_begins_without_memory():
     one = jax.tree.map(lambda x: x[1:2] if x.ndim and len(x) == 4 else x, sampling)
     insert = jax.jit(loop.insert)
     after = insert(params, state, jnp.int32(2), tokens[1:2], lengths[1:2], one, ids[1:2]).budget
-    for name in ("hits", "tries", "waited"):
+    names = [field.name for field in dataclasses.fields(after)]
+    for name in set(names) - {"costs", "forced"}:
         old, new = np.asarray(getattr(state.budget, name)), np.asarray(getattr(after, name))
         assert old[2].any() or name == "waited"
         assert not new[2].any() and (np.delete(new, 2, 0) == np.delete(old, 2, 0)).all()
