@@ -105,8 +105,8 @@ class DecodeLoop:
         """When each way of drafting says how likely its tokens are, to the budget: behind a draft only where what it says may
         decide how much of it is verified, and where the drafter's scores lie on one device."""
         late = self.rule.coupled and sharding_of(self.target) is None
-        told = (way.info.chances for way in ways_of(self.drafter))
-        return tuple(None if kind == "after" and not late else kind for kind in told)
+        told: list[Told] = [way.info.chances for way in ways_of(self.drafter)]
+        return tuple(told if late else (None if kind == "after" else kind for kind in told))
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -304,12 +304,12 @@ class DecodeLoop:
         return jax.tree.map(axis, shapes(1), shapes(2))
 
     def context(
-        self, state: LoopState, noise: Float[Array, "B Q V"] | None, **static: bool
+        self, state: LoopState, noise: Float[Array, "B Q V"] | None, *, return_q: bool = False
     ) -> Context:
         """What the drafter sees of a state.
 
         Args:
-          static: `return_q`, `return_top`.
+          return_q: static, see `Context`.
         """
         return Context(
             text=state.text,
@@ -320,7 +320,7 @@ class DecodeLoop:
             active=state.stats.finish == RUNNING,
             budget=state.limit - state.text.length,
             sharding=sharding_of(self.target),
-            **static,
+            return_q=return_q,
         )
 
     def noise(self, state: LoopState, rows: int | None = None) -> Float[Array, "B Q V"]:

@@ -70,8 +70,8 @@ def decode_round(
     weights = worth(active, None if replaced else state.limit - text.length)
     if budget is not None:
         ahead = foreseen(loop.drafter, text)
-        options = (loop.widths, info.is_chain, loop.told)
-        plan = budget.plan(weights, *options, ahead, replaced=replaced)
+        widths, told = loop.widths, loop.told
+        plan = budget.plan(weights, widths, info.is_chain, told, ahead, replaced=replaced)
     with jax.named_scope("draft"):
         noise = _fill(loop, state, plan, noise)
         ctx, draft, drafts = _propose(loop, params["drafters"], state, plan, noise, weights)
@@ -79,12 +79,14 @@ def decode_round(
     kept, chance = proposed, draft.probability[:, 1 : loop.window]
     expected = jnp.ones_like(weights)
     if budget is not None:
-        size = _size(draft, proposed, plan)
+        nodes, reached = _size(draft, proposed, plan)
         for way, said in enumerate(ahead):
             if said is not None:
                 said = jnp.pad(said, ((0, 0), (0, chance.shape[1] - said.shape[1])))
                 chance = jnp.where(plan.way == way, said, chance)
-        index, expected = budget.width(weights, *size, plan.way, *options, chance)
+        index, expected = budget.width(
+            weights, nodes, reached, plan.way, loop.widths, info.is_chain, loop.told, chance
+        )
         plan = _drafted(loop, plan, proposed & active[:, None])
         # What `narrow` leaves of it.
         kept = jnp.cumsum(proposed, axis=1, dtype=jnp.int32) <= jnp.asarray(loop.widths)[index]
