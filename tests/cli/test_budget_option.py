@@ -13,7 +13,7 @@ def test_rounds_are_counted(model, capsys):
     args = ["generate", "--model", model, "--prompt", PROMPT, "--drafter", "lm:3", *SHORT]
     (on,) = records(capsys, *args)
     rounds = on["stats"]["num_spec_steps"]
-    assert on["stats"]["steps_per_width"] == {"1": 0, "4": rounds}
+    assert on["stats"]["steps_per_width"] == {"1": 0, "2": 0, "3": 0, "4": rounds}
     assert on["stats"]["steps_per_depth"] == [0, 0, 0, rounds]
     assert main(args) == 0
     assert f", rounds by width 4: {rounds}, without a draft: 0" in capsys.readouterr().err
