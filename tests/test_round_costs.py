@@ -82,7 +82,7 @@ class Machine:
         self.rounds.append((depth, index, count))
         one = VERIFY[index] + (DRAFT[0] + DRAFT[1] * depth if depth else 0)
         slow = 1 + self.noise * self.rng.uniform() + 2 * (self.rng.uniform() < self.disturbed)
-        lost = (self.rng.uniform(size=count) < self.busy) * (1 + index)
+        lost = (self.rng.uniform(size=count) < self.busy) * (1 + 2 * index)
         self.now += one * (count * slow + lost.sum()) * 1e-3
         assert state.length + count <= self.capacity, "a row is full and ends"
         return state.replace(length=state.length + count)
@@ -93,8 +93,8 @@ def loop_of(drafter):
     return dataclasses.replace(loop, widths=usual_widths(loop.nodes))
 
 
-@pytest.mark.parametrize(("disturbed", "runs"), ((0.0, 1), (0.05, 30)))
-def test_measured_costs(monkeypatch, disturbed, runs):
+@pytest.mark.parametrize(("disturbed", "runs", "least"), ((0.0, 1, 1), (0.05, 30, 16), (0.2, 6, 1)))
+def test_measured_costs(monkeypatch, disturbed, runs, least):
     """Interleaved, never past the end of a row; what is slow now and then is not seen wherever the costs are trusted."""
     loop, trusted = loop_of(MaxGram(7)), 0
     for run in range(runs):
@@ -111,7 +111,7 @@ def test_measured_costs(monkeypatch, disturbed, runs):
         np.testing.assert_allclose(found.verify, np.asarray(VERIFY) * 1e-3, rtol=1e-4)
         want = [0, *(1e-3 * (DRAFT[0] + DRAFT[1] * d) for d in range(1, 8))]
         np.testing.assert_allclose(found.draft, [want], rtol=1e-3, atol=1e-7)
-    assert trusted > runs // 2
+    assert trusted >= least
 
 
 def test_noise_is_measured_for_longer_and_distrusted(monkeypatch):

@@ -216,12 +216,11 @@ def tune(
         lengths = sorted(
             {costs.best_length(accepted), *(p.length or 0 for p in plans[spec.key])} - {0}
         )
-        best = (1.0, 0)
+        best, told = (1.0, 0), told_by(ones[spec.name].drafter)
         for length in lengths:
             nodes = usual_widths(1 + length)
             v = jnp.asarray([interpolate(verify, width) for width in nodes], jnp.float32)
             table = RoundCosts(v, jnp.asarray([c[: length + 1]], jnp.float32))
-            told = told_by(ones[spec.name].drafter)
             speed = budgeted_speedup([found], table, nodes, rows, told)
             best = max(best, (speed, length), key=lambda one: one[0])
         budgeted, length = best if best[0] >= PAYS else (1.0, 0)
@@ -295,7 +294,8 @@ def tune(
     def best_first() -> tuple[float, Spec] | None:
         """The fastest combination of copying and a model, with a budget; None where no model drafts chains."""
         copying = limits_of.get(STATISTICAL, longest)
-        again = seconds[Spec(STATISTICAL, max(BEHIND))]
+        copying_spec = Spec(STATISTICAL, max(BEHIND))
+        again, copier = seconds[copying_spec], make_drafter(copying_spec).drafter
         choices = []
         for name in models:
             found, most = drafted(name), limits_of[name]
@@ -303,6 +303,7 @@ def tune(
                 continue
             nodes, costs = usual_widths(1 + max(copying, most)), chosen[name].costs
             v = jnp.asarray([interpolate(verify, width) for width in nodes], jnp.float32)
+            told = (*told_by(copier), *told_by(ones[name].drafter))
             drafts = np.full((2, nodes[-1]), np.inf)
             drafts[0, : copying + 1] = again
             drafts[:, 0] = 0
@@ -315,7 +316,6 @@ def tune(
                     copies = drafted(STATISTICAL, match)
                     assert copies is not None
                     inner = (Spec(STATISTICAL, copying, match=match), Spec(name, length))
-                    told = told_by(make_drafter(Spec(FIRST, inner=inner)).drafter)
                     speed = budgeted_speedup([copies, found], table, nodes, rows, told)
                     choices.append((speed, Spec(FIRST, inner=inner)))
         return max(choices, key=lambda choice: choice[0], default=None)
