@@ -341,7 +341,7 @@ class Siblings(StatelessDrafter):
         batch, depth = text.length.shape[0], self.inner.length
         # Under the rejection rule siblings must not reuse the noise of the target's draw; the draft's
         # own noise is free for any use.
-        scores = jnp.log(draft.q) + ctx.noise[:, :depth]
+        scores = jnp.log(draft.q) + ctx.noise(depths=depth)
         drawn = jax.nn.one_hot(draft.tokens[:, 1:], draft.q.shape[-1], dtype=bool)
         scores = jnp.where(drawn, -jnp.inf, scores)
         best, ids = jax.lax.top_k(scores, self.count)  # [B, P, count]

@@ -175,7 +175,9 @@ def test_the_command(folders, target, tmp_path, capsys):
     data.write_text('{"text": "the cat ran, and the cat ran"}\n')
     words = ["train", "vocabulary", str(home), "--target", str(target.path), "--data", str(data)]
     assert main([*words, "--size", "40"]) == 0
-    assert "it covers 100.0% of the text" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "it covers 100.0% of the text" in said
+    assert "different tokens: the other" in said and "Traceback" not in said
     found = json.loads((home / FILE).read_text())
     assert len(found["ids"]) == 40 and set(target.config.eos_ids) <= set(found["ids"])
     options = ["--drafter", "lm", "--draft", f"lm={home}"]
@@ -207,12 +209,15 @@ def test_the_command(folders, target, tmp_path, capsys):
         ({"ids": [-1, 0, 1]}, "token -1, which is out of range"),
         ({"ids": [1, 0]}, "increasing order"),
         ({"ids": [299]}, "which ends a text"),
+        ({"ids": "ends"}, "no token beside those that end a text"),
     ],
 )
 def test_what_is_refused(change, said, folders, target, tmp_path):
     shutil.copytree(folders / "lm", tmp_path / "lm")
     ids = list(range(target.vocab_size))
     good = {"vocab_size": target.vocab_size, "ids": ids}
+    if change == {"ids": "ends"}:
+        change = {"ids": sorted(target.config.eos_ids)}
     (tmp_path / "lm" / FILE).write_text(json.dumps(good | change))
     with pytest.raises(UserError, match=said):
         sd.load_drafter("lm:2", target, drafts={"lm": tmp_path / "lm"})

@@ -19,6 +19,7 @@ from jax_specdec.drafters.max_gram import MaxGram
 from jax_specdec.drafters.ngram import copied as copied_chances
 from jax_specdec.drafters.ngram import longest_suffix_match
 from jax_specdec.drafters.prompt_lookup import PromptLookup
+from jax_specdec.errors import UserError
 from jax_specdec.testing import check_drafter
 
 ROWS, CAPACITY = 512, 48
@@ -69,8 +70,7 @@ def copied(text, end, length):
 def draft(drafter, text, params=None):
     def call(text):
         batch = text.length.shape[0]
-        noise = jnp.zeros((batch, 8, 5), jnp.float32)
-        ctx = make_context(text, TargetView(None), h.sampling_of(batch), noise)
+        ctx = make_context(text, TargetView(None), h.sampling_of(batch), h.VOCAB)
         return jax.jit(drafter.draft)(params or {}, {}, ctx)[0]
 
     return jax.device_get(call(text))
@@ -224,6 +224,9 @@ def test_contract(name):
     check_drafter(drafter, params(), h.TARGET, h.target_params())
 
 
+MISSHAPEN = ("a number", "flat", "many rows", "deep")
+
+
 @dataclasses.dataclass(frozen=True)
 class Broken(Bigram):
     """A bigram drafter that breaks the contract in one way."""
@@ -234,12 +237,15 @@ class Broken(Bigram):
     def info(self):
         info = super().info
         told = {"too early": "after", "someday": "someday", "blind": "before", "boastful": "before"}
+        told |= dict.fromkeys(MISSHAPEN, "before")
         info = dataclasses.replace(info, chances=told.get(self.how))
         return dataclasses.replace(info, nodes=64) if self.how == "wide" else info
 
     def chances(self, text):
         chance = 2.0 if self.how == "boastful" else 0.0
-        return jnp.full((text.length.shape[0], self.length), chance, jnp.float32)
+        shape = (text.length.shape[0], self.length)
+        shape = {"flat": (2,), "many rows": (9, 2), "deep": (2, 99)}.get(self.how, shape)
+        return 0.5 if self.how == "a number" else jnp.full(shape, chance, jnp.float32)
 
     def init(self, batch, capacity):
         states = {"bigram": jnp.zeros((batch,), jnp.int32)}
@@ -305,6 +311,14 @@ def test_contract_broken(how, sentence):
     table = {"bigram": jnp.asarray(np.random.default_rng(0).permutation(h.VOCAB), jnp.int32)}
     with pytest.raises(AssertionError, match=sentence):
         check_drafter(Broken(2, how=how), table, h.SMALL, h.small_params())
+
+
+@pytest.mark.parametrize("how", MISSHAPEN)
+def test_chances_of_another_shape(how):
+    """One sentence where the loop asks, too."""
+    packed = random_texts(3)[1]
+    with pytest.raises(UserError, match="The chances of drafter 'bigram' must be float32"):
+        foreseen(Broken(2, how=how), packed)
 
 
 def test_unhashable_drafters_are_refused():

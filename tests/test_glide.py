@@ -13,7 +13,6 @@ from jax_specdec import DecodeLoop, Decoder, UserError
 from jax_specdec.core import cache as kv
 from jax_specdec.core.acceptance import Unverified
 from jax_specdec.core.context import TargetView, last_seen, make_context
-from jax_specdec.core.prng import shared_noise
 from jax_specdec.drafters.glide import GliDeDrafter, GliDeReader
 from jax_specdec.expansions.beam_search import BeamSearch
 from jax_specdec.expansions.cape import Cape
@@ -285,8 +284,8 @@ def test_drafting_is_the_training_forward_with_the_right_visibility(kind):
 
     @functools.partial(jax.jit, static_argnums=0)
     def draft(drafter, params, state):
-        gumbel = shared_noise(state.keys, hot, state.text.length, length + 1, h.VOCAB)
-        ctx = make_context(state.text, state.view, hot, gumbel, return_q=True)
+        fields = {"keys": state.keys, "return_q": True}
+        ctx = make_context(state.text, state.view, hot, h.VOCAB, **fields)
         return drafter.draft(params, state.drafts, ctx)[0]
 
     @jax.jit

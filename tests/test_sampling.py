@@ -258,7 +258,8 @@ def test_what_is_reported_of_a_draft(rejecting):
     )
     keys = prng.row_keys(sampling, jnp.arange(4, dtype=jnp.int32))
     gumbel = prng.shared_noise(keys, sampling, lengths, 4, h.VOCAB)
-    ctx = make_context(text, view, sampling, gumbel, return_q=rejecting, return_top=True)
+    fields = {"keys": keys, "return_q": rejecting, "return_top": True}
+    ctx = make_context(text, view, sampling, h.VOCAB, **fields)
 
     @jax.jit
     def draw(params):

@@ -103,6 +103,10 @@ def read_draft_vocabulary(folder: Path, target: Any) -> np.ndarray | None:
             f"{path} lacks {', '.join(map(str, sorted(missing)))}, which ends a text: a drafter that cannot "
             "propose the end drafts past it."
         )
+    if not set(ids) - set(target.config.eos_ids):
+        raise UserError(
+            f"{path} has no token beside those that end a text: there is nothing to draft."
+        )
     return np.asarray(ids, np.int32)
 
 

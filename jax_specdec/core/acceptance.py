@@ -77,11 +77,13 @@ class Acceptance(Protocol):
 
 def node_noise(ctx: Context, draft: Draft) -> Float[Array, "B T V"]:
     """The shared noise of each node's own token, by the node's depth."""
-    assert ctx.noise is not None, "there is noise in every round"
+    nodes = draft.tokens.shape[1]
+    depths = min(nodes, draft.depth_limit + 1)
+    noise = ctx.noise(depths=depths)
     if draft.is_chain:
-        return ctx.noise[:, : draft.tokens.shape[1]]
+        return noise
     depth = jnp.broadcast_to(draft.depths(), draft.tokens.shape)
-    return jnp.take_along_axis(ctx.noise, depth[..., None], axis=1)
+    return jnp.take_along_axis(noise, jnp.minimum(depth, depths - 1)[..., None], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Match:
     needs_q = False
 
     def __call__(self, ctx, draft, scores):
-        return match(draft, ctx.argmax(scores + node_noise(ctx, draft)))
+        return match(draft, ctx.argmax(scores + ctx.node_noise))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +153,7 @@ class LossyTypical:
             raise UserError(f"The delta of lossy-typical must be above 0, got {self.delta}.")
 
     def __call__(self, ctx, draft, scores):
-        token = ctx.argmax(scores + node_noise(ctx, draft))
+        token = ctx.argmax(scores + ctx.node_noise)
         return lossy_typical(draft, distribution(scores, ctx.law.sampling), token, self)
 
 

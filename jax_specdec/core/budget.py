@@ -96,6 +96,17 @@ class RoundCosts(flax.struct.PyTreeNode):
             draft[way, most + 1 :] = np.inf
         return cls(jnp.ones((widths,), jnp.float32), jnp.asarray(draft))
 
+    def as_arrays(self) -> "RoundCosts":
+        """The same of a user's numbers; raises `UserError` where they are none."""
+        if hasattr(self.verify, "shape") and hasattr(self.draft, "shape"):
+            return self
+        try:
+            return RoundCosts(*(jnp.asarray(x, jnp.float32) for x in (self.verify, self.draft)))
+        except (TypeError, ValueError):
+            raise UserError(
+                "The costs of a round are arrays of numbers: see `RoundCosts`."
+            ) from None
+
     def check(self, widths: int, ways: int, depth: int) -> None:
         """Raises `UserError` unless these are the costs of such a loop, as far as they are known."""
         wanted, got = ((widths,), (ways, depth + 1)), (self.verify.shape, self.draft.shape)

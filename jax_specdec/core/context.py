@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 import flax.struct
 import jax.numpy as jnp
-from jax import lax
 
 from jax_specdec._types import Array, Bool, Float, Int, Params, UInt
+from jax_specdec.core import prng
 from jax_specdec.core.budget import Thrift
 from jax_specdec.core.draft import Text
 from jax_specdec.core.law import Law
@@ -124,10 +124,7 @@ class Context(flax.struct.PyTreeNode):
       text: the committed text; in a cascade, with what was drafted so far behind it.
       view: the target, which has read `view.length` positions of the committed text.
       law: temperature, filters and processors, see `scores`.
-      noise: `float32[B, P+1, V]`, Gumbel noise that drafting and verification share: entry d is added to
-        the scores of the token at position `text.length + d`. Zero in rows at temperature 0; None while
-        text is only read.
-      keys: `uint32[B, 2]`, key data of each row, for draws of a drafter's own.
+      keys: `uint32[B, 2]`, key data of each row: of `noise`, and for draws of a drafter's own.
       active: `bool[B]`; rows that are not active may hold anything.
       budget: `int32[B]`, tokens that the row may still emit; drafting deeper is of no use.
       return_q: static; the draft must hand over the distribution it was drawn from (rejection rule).
@@ -136,12 +133,13 @@ class Context(flax.struct.PyTreeNode):
       return_top: static; a drafter with a distribution must report its probability of every node and the
         best children. They cost passes over the vocabulary, so only their readers ask for them.
       sharding: static; the target's, whose scores lie over its vocabulary, None on one device.
+      vocab_size: static, V. role: static, which noise: under the rejection rule drafts have another one than the target.
+      node_noise: `float32[B, T, V]`, for a rule of acceptance: the shared noise of the token behind each node. None in drafting.
     """
 
     text: Text
     view: TargetView
     law: Law
-    noise: Float[Array, "B Q V"] | None
     keys: UInt[Array, "B 2"]
     active: Bool[Array, " B"]
     budget: Int[Array, " B"]
@@ -150,6 +148,9 @@ class Context(flax.struct.PyTreeNode):
     return_chance: bool = flax.struct.field(pytree_node=False, default=False)
     thrift: Thrift | None = None
     sharding: Sharding | None = flax.struct.field(pytree_node=False, default=None)
+    vocab_size: int = flax.struct.field(pytree_node=False, kw_only=True)
+    role: int = flax.struct.field(pytree_node=False, default=prng.ROLE_MATCH)
+    node_noise: Float[Array, "B T V"] | None = None
 
     @property
     def may_score_some(self) -> bool:
@@ -193,9 +194,23 @@ class Context(flax.struct.PyTreeNode):
         """
         if proposal == "greedy" and not self.return_q:
             return scores
-        assert self.noise is not None, "there is noise in every round"
-        noise = lax.dynamic_slice_in_dim(self.noise, depth, depths, axis=1)
-        return scores + (noise if words is None else jnp.take(noise, words, axis=-1))
+        return scores + self.noise(depth, depths, words)
+
+    def noise(
+        self, depth: Array | int = 0, depths: int = 1, words: Int[Array, " R"] | None = None
+    ) -> Float[Array, "B P V"]:
+        """The Gumbel noise that drafting and verification share, 0 in rows at temperature 0.
+
+        It is a function of row, position and token, and made where it is wanted: nobody keeps it.
+
+        Args:
+          depth: the first of `depths`; that of `text.length + depth`, the position of the token to which it is added.
+          words: the tokens it is wanted of, in place of all V.
+        """
+        start, sampling = self.text.length + depth, self.law.sampling
+        return prng.shared_noise(
+            self.keys, sampling, start, depths, self.vocab_size, self.role, words
+        )
 
     def argmax(self, scores: Float[Array, "B T V"]) -> Int[Array, "B T"]:
         """The best token at each of T nodes, with one reduction where scores lie over a mesh."""
@@ -206,7 +221,7 @@ def make_context(
     text: Text,
     view: TargetView,
     sampling: Sampling,
-    noise: Float[Array, "B Q V"] | None = None,
+    vocab_size: int,
     **fields: Any,
 ) -> Context:
     """A context outside of the loop: all rows active, nothing limits them, the whole text is prompt.
@@ -221,4 +236,4 @@ def make_context(
         "active": jnp.ones(rows, bool),
         "budget": jnp.full(rows, 1 << 20, jnp.int32),
     }
-    return Context(text=text, view=view, noise=noise, **{**usual, **fields})
+    return Context(text=text, view=view, vocab_size=vocab_size, **{**usual, **fields})

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax_specdec._types import Array, Bool, Float, Int, Params
 from jax_specdec.core.context import Context, Proposal
 from jax_specdec.core.draft import Draft, Text
+from jax_specdec.errors import UserError, a_kind
 
 States = dict[str, Any]
 
@@ -55,7 +56,6 @@ class Info:
       chances: when it says of each token of a chain how likely it is to be right: `before` it drafts, by a method
         (`foreseen`); or `after`, by `Draft.probability` where `Context.return_chance` asks for it, and then a draft that
         costs more the longer it is ends where `Context.thrift` says. None: never.
-      noise: whether it reads `Context.noise`; where it does not, the noise may be all 0.
     """
 
     name: str
@@ -70,7 +70,6 @@ class Info:
     rewinds: bool = True
     models: tuple[ModelUse, ...] = ()
     chances: Literal["before", "after"] | None = None
-    noise: bool = True
 
     @property
     def is_chain(self) -> bool:
@@ -109,7 +108,7 @@ class Drafter(Protocol):
         """Reads what it has not read of the committed text, the prompt included, in chunks.
 
         Args:
-          ctx: without noise.
+          ctx: its noise is of no use here.
         """
         ...
 
@@ -138,9 +137,24 @@ def foreseen(drafter: Drafter, text: Text) -> tuple[Float[Array, "B Q"] | None, 
 
     A drafter that knows this from the text alone says it by a method `chances(text)`: `float32[B, Q]`, of the token at each
     depth where all before it are right, 0 where it has none.
+
+    Raises:
+      UserError: chances of another shape.
     """
-    ways: tuple[Any, ...] = ways_of(drafter)
-    return tuple(way.chances(text) if way.info.chances == "before" else None for way in ways)
+
+    def said(way: Any) -> Array | None:
+        if way.info.chances != "before":
+            return None
+        chances, rows, most = way.chances(text), text.length.shape[0], way.info.depth
+        shape = getattr(chances, "shape", ())
+        if len(shape) != 2 or shape[0] != rows or not 1 <= shape[1] <= most:
+            raise UserError(
+                f"The chances of drafter {way.info.name!r} must be float32[{rows}, P] of 1 to {most} depths, not "
+                f"{a_kind(chances) if not shape else list(shape)}."
+            )
+        return jnp.asarray(chances, jnp.float32)
+
+    return tuple(map(said, ways_of(drafter)))
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ from jax_specdec.core.plain import NoDrafter
 from jax_specdec.core.processors import Processing, Processor
 from jax_specdec.core.sampling import Sampling
 from jax_specdec.core.stats import Stats
+from jax_specdec.errors import UserError, a_kind
 
 
 def make_generate(
@@ -52,7 +53,9 @@ def make_generate(
         margins,
     )
     if costs is not None:
-        loop = loop.budgeted()
+        if not isinstance(costs, RoundCosts):
+            raise UserError(f"costs are `RoundCosts` or None, not {a_kind(costs)}.")
+        loop, costs = loop.budgeted(), costs.as_arrays()
         loop.check_costs(costs)
 
     def generate(

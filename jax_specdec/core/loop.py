@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_specdec._types import Array, Float, Int, Params
+from jax_specdec._types import Array, Int, Params
 from jax_specdec.core import acceptance, prng
 from jax_specdec.core.budget import Budget, RoundCosts, Told, check_widths, usual_widths
 from jax_specdec.core.context import Context, Tapped, TargetView
@@ -22,7 +22,7 @@ from jax_specdec.core.law import Law
 from jax_specdec.core.model import Model
 from jax_specdec.core.prefill import read_text
 from jax_specdec.core.processors import Processor
-from jax_specdec.core.round import decode_round, room_for_noise
+from jax_specdec.core.round import decode_round
 from jax_specdec.core.sampling import Sampling
 from jax_specdec.core.sharding import on_its_mesh, sharding_of
 from jax_specdec.core.state import LoopState
@@ -229,7 +229,7 @@ class DecodeLoop:
             state = state.replace(**{name: sharding.rows(getattr(state, name)) for name in names})
             if budget is not None:
                 state = state.replace(budget=budget.placed(sharding))
-        ctx = self.context(state, None)
+        ctx = self.context(state)
         return state.replace(drafts=self.drafter.extend(params["drafters"], drafts, ctx))
 
     @on_its_mesh
@@ -303,9 +303,7 @@ class DecodeLoop:
 
         return jax.tree.map(axis, shapes(1), shapes(2))
 
-    def context(
-        self, state: LoopState, noise: Float[Array, "B Q V"] | None, *, return_q: bool = False
-    ) -> Context:
+    def context(self, state: LoopState, *, return_q: bool = False) -> Context:
         """What the drafter sees of a state.
 
         Args:
@@ -315,24 +313,13 @@ class DecodeLoop:
             text=state.text,
             view=state.view,
             law=Law(state.sampling, state.prompt_length, self.processors),
-            noise=noise,
             keys=state.keys,
             active=state.stats.finish == RUNNING,
             budget=state.limit - state.text.length,
             sharding=sharding_of(self.target),
             return_q=return_q,
-        )
-
-    def noise(self, state: LoopState, rows: int | None = None) -> Float[Array, "B Q V"]:
-        """The noise that drafting and verification share in one round.
-
-        Args:
-          rows: at how many positions, above 0; default: all.
-        """
-        rows = self.window if rows is None else min(rows, self.window)
-        role = prng.ROLE_DRAFT if self.rule.needs_q else prng.ROLE_MATCH
-        return prng.shared_noise(
-            state.keys, state.sampling, state.text.length, rows, self.target.vocab_size, role
+            vocab_size=self.target.vocab_size,
+            role=prng.ROLE_DRAFT if self.rule.needs_q else prng.ROLE_MATCH,
         )
 
     def round(self, params: Params, state: LoopState, *, replaced: bool = False) -> LoopState:
@@ -341,8 +328,7 @@ class DecodeLoop:
         Args:
           replaced: whether ended rows are, so that no row waits for another (`core.budget.worth`); static.
         """
-        noise = room_for_noise(self, state.keys.shape[0])
-        return decode_round(self, params, state, noise, replaced)[0]
+        return decode_round(self, params, state, replaced)
 
     @on_its_mesh
     def run(
@@ -362,14 +348,13 @@ class DecodeLoop:
         rows = state.text.length.shape[0] if until is None else until
 
         def going(carry):
-            done, state, _ = carry
+            done, state = carry
             running = state.stats.finish == RUNNING
             ended = jnp.sum(~running, dtype=jnp.int32)
             return jnp.any(running) & (ended < rows) & (done < rounds)
 
         def step(carry):
-            done, state, noise = carry
-            return done + 1, *decode_round(self, params, state, noise, until is not None)
+            done, state = carry
+            return done + 1, decode_round(self, params, state, until is not None)
 
-        noise = room_for_noise(self, state.keys.shape[0])
-        return lax.while_loop(going, step, (jnp.int32(0), state, noise))[1]
+        return lax.while_loop(going, step, (jnp.int32(0), state))[1]

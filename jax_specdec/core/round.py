@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jax_specdec._types import Array, Bool, Float, Int, Params
 from jax_specdec.core import acceptance, numerics
@@ -14,7 +13,7 @@ from jax_specdec.core.context import Context, TargetView
 from jax_specdec.core.draft import Draft, Text, narrow, root_only, widened
 from jax_specdec.core.drafter import Drafter, Outcome, States, foreseen, ways_of
 from jax_specdec.core.sampling import STRING_COMPLETE
-from jax_specdec.core.sharding import Sharding, constrain, sharding_of
+from jax_specdec.core.sharding import Sharding
 from jax_specdec.core.state import LoopState
 from jax_specdec.core.stats import FAILED, LENGTH, RUNNING, STOP, write_window
 
@@ -43,27 +42,13 @@ class Emitted(NamedTuple):
     margins: Float[Array, "B Q"] | None
 
 
-def room_for_noise(loop: "DecodeLoop", batch: int) -> Float[Array, "B Q V"] | None:
-    """Where rounds with a budget keep the noise that their drafts and their verification share; None: they share none.
-
-    Over a large vocabulary it is dear to make, even of zeros: it is written in place, where a row samples, and as many
-    positions as the draft can need.
-    """
-    depths = [way.info.depth for way in ways_of(loop.drafter) if way.info.noise]
-    if not loop.widths or not depths:
-        return None
-    room = jnp.zeros((batch, 1 + max(depths), loop.target.vocab_size), jnp.float32)
-    return constrain(sharding_of(loop.target), room, "batch", None, "vocab")
-
-
 def decode_round(
     loop: "DecodeLoop",
     params: Params,
     state: LoopState,
-    noise: Float[Array, "B Q V"] | None,
     replaced: bool,
-) -> tuple[LoopState, Float[Array, "B Q V"] | None]:
-    """`DecodeLoop.round`, and the noise of `room_for_noise`."""
+) -> LoopState:
+    """`DecodeLoop.round`."""
     text, budget, info = state.text, state.budget, loop.drafter.info
     active = state.stats.finish == RUNNING
     plan, index = Plan(jnp.int32(0), jnp.int32(info.depth)), jnp.int32(0)
@@ -73,8 +58,7 @@ def decode_round(
         widths, told = loop.widths, loop.told
         plan = budget.plan(weights, widths, info.is_chain, told, ahead, replaced=replaced)
     with jax.named_scope("draft"):
-        noise = _fill(loop, state, plan, noise)
-        ctx, draft, drafts = _propose(loop, params["drafters"], state, plan, noise, weights)
+        ctx, draft, drafts = _propose(loop, params["drafters"], state, plan, weights)
     proposed = draft.valid & (draft.depths() <= ctx.budget[:, None])
     kept, chance = proposed, draft.probability[:, 1 : loop.window]
     expected = jnp.ones_like(weights)
@@ -92,7 +76,7 @@ def decode_round(
         kept = jnp.cumsum(proposed, axis=1, dtype=jnp.int32) <= jnp.asarray(loop.widths)[index]
         kept = proposed & kept
     draft = draft.replace(valid=kept)
-    arm = functools.partial(_verify, loop, params["target"], state, ctx, draft, plan.depth)
+    arm = functools.partial(_verify, loop, params["target"], state, ctx, draft)
     arms = [functools.partial(arm, width) for width in loop.widths or (loop.nodes,)]
     view, found = select_in_place(index, arms, state.view)
     place = jnp.arange(loop.window, dtype=jnp.int32)[None]
@@ -104,7 +88,7 @@ def decode_round(
         chain = (proposed[:, 1 : loop.window], draft.tokens[:, 1 : loop.window])
         seen = (found.tokens, found.count, found.accepted)
         budget = budget.observe(active, *chain, *seen, plan, index, expected, loop.told, chance)
-    state = state.replace(
+    return state.replace(
         text=Text(write_window(text.tokens, found.tokens, text.length), text.length + found.count),
         view=view,
         drafts=drafts,
@@ -124,35 +108,6 @@ def decode_round(
         ),
         budget=budget,
     )
-    return state, noise
-
-
-def _fill(
-    loop: "DecodeLoop", state: LoopState, plan: Plan, noise: Float[Array, "B Q V"] | None
-) -> Float[Array, "B Q V"] | None:
-    """The noise of this round, of the root and as many tokens as are asked for, if a row samples; else what was there."""
-    if noise is None:
-        return None
-    most = noise.shape[1]
-    sizes = sorted({min(size, most) for size in loop.widths})
-
-    def write(rows: int, noise: Array) -> tuple[Array, tuple]:
-        return lax.dynamic_update_slice(noise, loop.noise(state, rows), (0, 0, 0)), ()
-
-    index = jnp.sum(jnp.asarray(sizes, jnp.int32) <= plan.depth, dtype=jnp.int32)
-    index = jnp.minimum(index, len(sizes) - 1)
-    index = jnp.where(jnp.any(state.sampling.temperature > 0), index, -1)
-    arms = [functools.partial(write, rows) for rows in sizes]
-    return select_in_place(index, arms, noise, ())[0]
-
-
-def _heard(ctx: Context, depth: Int[Array, ""]) -> Context:
-    """The same with 0 for noise that is of no round or of an earlier one: of rows that do not sample, and below `depth`."""
-    assert ctx.noise is not None, "there is noise in every round"
-    hot = ctx.law.sampling.temperature > 0
-    place = jnp.arange(ctx.noise.shape[1], dtype=jnp.int32)
-    written = hot[:, None] & (place <= depth)[None]
-    return ctx.replace(noise=jnp.where(written[..., None], ctx.noise, 0))
 
 
 def _propose(
@@ -160,7 +115,6 @@ def _propose(
     weights: Params,
     state: LoopState,
     plan: Plan,
-    noise: Float[Array, "B Q V"] | None,
     worth: Float[Array, " B"],
 ) -> tuple[Context, Draft, States]:
     """What is drafted, at most `plan.depth` tokens deep, and the context that it was drafted in.
@@ -169,20 +123,16 @@ def _propose(
       worth: see `budget.worth`.
     """
     info, needs_q = loop.drafter.info, loop.rule.needs_q
+    ctx = loop.context(state, return_q=needs_q)
     if state.budget is None or not info.depth:
-        ctx = loop.context(state, loop.noise(state), return_q=needs_q)
         return ctx, *loop.drafter.draft(weights, state.drafts, ctx)
-    if noise is None:  # nobody reads it
-        noise = jnp.zeros((state.keys.shape[0], loop.window, loop.target.vocab_size), jnp.float32)
-    ctx = loop.context(state, noise, return_q=needs_q)
     ctx = ctx.replace(budget=jnp.minimum(ctx.budget, plan.depth))
     if "after" in loop.told:
         thrift = state.budget.thrift(worth, plan, loop.widths, loop.told)
         ctx = ctx.replace(return_chance=True, thrift=thrift)
 
     def by(way: Drafter, states: States) -> tuple[States, Draft]:
-        # Here and not outside: a branch takes as it is what it does not compute.
-        draft, states = way.draft(weights, states, _heard(ctx, plan.depth))
+        draft, states = way.draft(weights, states, ctx)
         if way is not loop.drafter:
             draft = widened(
                 draft, info.nodes, [loop.sources.index(n) + 1 for n in way.info.sources]
@@ -245,19 +195,14 @@ def _verify(
     state: LoopState,
     ctx: Context,
     draft: Draft,
-    depth: Int[Array, ""],
     width: int,
     view: TargetView,
 ) -> tuple[TargetView, Emitted]:
     """Verifies a draft's first `width` valid nodes, commits what becomes text but the last, and ends rows.
 
     Args:
-      params: the target's. depth: that of the plan. view: the state's, which nothing else reads.
+      params: the target's. view: the state's, which nothing else reads.
     """
-    if loop.widths:
-        assert ctx.noise is not None, "there is noise in every round"
-        shared = loop.drafter.info.noise and ctx.noise.shape[1] >= min(width, loop.window)
-        ctx = _heard(ctx, depth) if shared else ctx.replace(noise=loop.noise(state, width))
     text, active, window = state.text, ctx.active, loop.window
     part, order = narrow(draft, width)
     with jax.named_scope("verify"):
@@ -265,8 +210,9 @@ def _verify(
         out = loop.tapped.apply(params, part.tokens, positions, view, part.ancestors)
         assert out.logits is not None
         scores = ctx.scores(out.logits, part.tokens[:, 1:], part.on_path())
+        ctx = ctx.replace(node_noise=acceptance.node_noise(ctx, part))
         found = loop.rule(ctx, part, scores)
-    margin, sound = _examine(loop.rule, ctx, part, scores, loop.margins)
+    margin, sound = _examine(loop.rule, ctx, scores, loop.margins)
 
     # Tokens before the first node without a law are right; unless they end the row, it fails behind them.
     sound = jnp.take_along_axis(sound, found.path, axis=1)
@@ -316,7 +262,6 @@ def _lead(scores: Float[Array, "B T V"], sharding: Sharding | None) -> Float[Arr
 def _examine(
     rule: acceptance.Acceptance,
     ctx: Context,
-    draft: Draft,
     scores: Float[Array, "B T V"],
     margins: bool,
 ) -> tuple[Float[Array, "B T"] | None, Bool[Array, "B T"]]:
@@ -325,7 +270,8 @@ def _examine(
     A node has no token of its own where a score is NaN or infinite, or all tokens are forbidden.
     """
     if rule.coupled:  # the rule took the maximum of this sum, too
-        scores = scores + acceptance.node_noise(ctx, draft)
+        assert ctx.node_noise is not None
+        scores = scores + ctx.node_noise
     sound = jnp.isfinite(numerics.best(scores, ctx.sharding)[0])
     if not margins:
         return None, sound

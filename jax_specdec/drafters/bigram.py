@@ -60,7 +60,7 @@ class Bigram(StatelessDrafter):
 
     @property
     def info(self):
-        return chain_info(self.name, self.length, noise=False)
+        return chain_info(self.name, self.length)
 
     def draft(self, params, states, ctx):
         tokens = successors(params[self.name], ctx.text.root(), self.length)

@@ -135,13 +135,11 @@ class Horizontal(Composed):
             rewinds=all(info.rewinds for info in infos),
             models=tuple(models),
             chances=infos[0].chances if one_turn else None,
-            noise=any(info.noise for info in infos),
         )
 
     def draft(self, params, states, ctx):
         text, batch, depth = ctx.text, ctx.text.length.shape[0], self.info.depth
-        assert ctx.noise is not None, "there is noise in every round"
-        top = min(TOP, ctx.noise.shape[-1])
+        top = min(TOP, ctx.vocab_size)
         fields = {
             "source": jnp.zeros((batch, depth), jnp.int32),
             "probability": jnp.ones((batch, depth), jnp.float32),
@@ -179,8 +177,7 @@ class Horizontal(Composed):
           carry: states; `int32[B, C]` the text with the draft behind it; `int32[B]` drafted tokens; what is
             known of each, `[B, P, ...]` by field of `Draft`.
         """
-        text, info, noise = ctx.text, drafter.info, ctx.noise
-        assert noise is not None, "there is noise in every round"
+        text, info = ctx.text, drafter.info
         wanted = jnp.where(ctx.active, jnp.minimum(budget, ctx.budget), 0)
         label = [0, *(self.info.sources.index(name) + 1 for name in info.sources)]
 
@@ -193,10 +190,6 @@ class Horizontal(Composed):
             need, length = lacking(carry), text.length + count
             here = ctx.replace(
                 text=Text(tokens, length),
-                # A turn of one token begins its draft; one that is cut may draft further than there is noise.
-                noise=noise
-                if budget == 1 and info.depth < noise.shape[1]
-                else _ahead(noise, count, info.depth + 1),
                 active=need,
                 budget=ctx.budget - count,
             )
@@ -357,15 +350,6 @@ def _has_distribution(top_probs: Array | None, valid: Bool[Array, "B M"]) -> Boo
     if top_probs is None:
         return jnp.zeros_like(valid)
     return jnp.max(top_probs[:, :-1], axis=-1) > 0
-
-
-def _ahead(
-    noise: Float[Array, "B Q V"], count: Int[Array, " B"], steps: int
-) -> Float[Array, "B R V"]:
-    """The noise of the positions from `count` tokens further on."""
-    place = count[:, None] + jnp.arange(steps, dtype=jnp.int32)[None]
-    place = jnp.minimum(place, noise.shape[1] - 1)[..., None]
-    return jnp.take_along_axis(noise, place, axis=1)
 
 
 def _write(old: Array, new: Array, start: Int[Array, " B"], count: Int[Array, " B"]) -> Array:

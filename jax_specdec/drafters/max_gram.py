@@ -36,7 +36,7 @@ class MaxGram(StatelessDrafter):
     def info(self):
         sizes = KIND.sizes(self.length) if self.fill is None else (self.length,)
         chances = "before" if self.fill is None else None
-        return chain_info(self.name, self.length, sizes, noise=False, chances=chances)
+        return chain_info(self.name, self.length, sizes, chances=chances)
 
     def _match(self, text):
         return longest_suffix_match(

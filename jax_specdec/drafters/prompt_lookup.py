@@ -25,9 +25,7 @@ class PromptLookup(StatelessDrafter):
 
     @property
     def info(self):
-        return chain_info(
-            self.name, self.length, KIND.sizes(self.length), noise=False, chances="before"
-        )
+        return chain_info(self.name, self.length, KIND.sizes(self.length), chances="before")
 
     def _match(self, text):
         return longest_suffix_match(

@@ -70,8 +70,8 @@ def _shapes(tree: Any) -> Any:
 
 
 @functools.cache
-def _programs(target: Model, taps: tuple[int, ...]) -> tuple[Any, Any, Any]:
-    """`(read, noise, decode)`: what does not depend on the drafter is compiled once for all."""
+def _programs(target: Model, taps: tuple[int, ...]) -> tuple[Any, Any]:
+    """`(read, decode)`: what does not depend on the drafter is compiled once for all."""
 
     tapped = Tapped(target, taps)
 
@@ -79,16 +79,12 @@ def _programs(target: Model, taps: tuple[int, ...]) -> tuple[Any, Any, Any]:
         view = tapped.init_view(params, text.length.shape[0], slots)
         return read_text(tapped, params, view, text.tokens, text.length - 1)
 
-    def noise(keys, sampling, start, depth):
-        return prng.shared_noise(keys, sampling, start, depth, target.vocab_size)
-
     def decode(loop, capacity, params, *args):
         state = loop.start(params, *args, capacity=capacity)
         return loop.run(params, state, 2 * capacity)
 
     return (
         jax.jit(read, static_argnums=2),
-        jax.jit(noise, static_argnums=3),
         jax.jit(decode, static_argnums=(0, 1)),
     )
 
@@ -100,7 +96,7 @@ class _Run:
         self.drafter, self.params, self.target = drafter, params, target
         self.all_params = {"target": target_params, "drafters": params}
         self.info = drafter.info
-        self.read, self.noise, self.decode = _programs(target, self.info.taps)
+        self.read, self.decode = _programs(target, self.info.taps)
         self.init = jax.jit(drafter.init, static_argnums=(0, 1))
         self.extend, self.commit, self.reset = (
             jax.jit(f) for f in (drafter.extend, drafter.commit, drafter.reset)
@@ -162,13 +158,13 @@ class _Run:
     def extended(self, states, text, view):
         return self.extend(self.params, states, self.context(text, view))
 
-    def context(self, text: Text, view: TargetView, noise=None, **fields) -> Context:
+    def context(self, text: Text, view: TargetView, **fields) -> Context:
         batch = text.length.shape[0]
         return make_context(
             text,
             view,
             self.sampling,
-            noise,
+            self.target.vocab_size,
             law=Law(self.sampling, jnp.asarray(self.lengths)),
             keys=self.keys,
             budget=jnp.full((batch,), self.info.depth + 1, jnp.int32),
@@ -194,10 +190,9 @@ class _Run:
         way = self.drafter if way is None else way
         batch = text.length.shape[0]
         vocab = self.target.vocab_size
-        gumbel = self.noise(self.keys, self.sampling, text.length, self.info.depth + 1)
         active = np.ones((batch,), bool) if active is None else active
         rows = jnp.asarray(active)
-        ctx = self.context(text, view, gumbel, active=rows, return_q=wants_q, return_top=True)
+        ctx = self.context(text, view, active=rows, return_q=wants_q, return_top=True)
         draft, after = self.draft(way, self.params, states, ctx)
         self.same(states, after, "draft")
         if active.all():

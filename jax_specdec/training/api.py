@@ -19,7 +19,7 @@ from jax_specdec.models.config import ModelConfig
 from jax_specdec.models.glide_config import GliDeConfig
 from jax_specdec.models.medusa import MedusaConfig
 from jax_specdec.pipeline import SpeculativeDecoder
-from jax_specdec.progress import check_progress
+from jax_specdec.progress import check_progress, say, told
 from jax_specdec.specs.build import LoadedDrafter, load_drafter
 from jax_specdec.specs.language import Spec
 from jax_specdec.training import runs
@@ -207,6 +207,12 @@ def train_vocabulary(
     if all(int(token) in empty for text in documents for token in text):
         raise UserError("The data has no token to count.")
     ids = draft_vocabulary.most_frequent(documents, size, config.vocab_size, ends)
+    seen = {int(token) for text in documents for token in np.unique(np.asarray(text))} | ends
+    if len(seen) < size and told():
+        say(
+            f"The data has {len(seen)} different tokens: the other {size - len(seen)} of the draft vocabulary are the "
+            "first ones of the tokenizer."
+        )
     known = np.zeros(config.vocab_size, bool)
     known[ids] = True
     covered = sum(int(known[np.asarray(text)].sum()) for text in documents)

@@ -87,7 +87,7 @@ def _begun(loop: DecodeLoop, params: Any, ids: Sequence[Sequence[int]], steps: i
 @functools.partial(jax.jit, static_argnums=0)
 def _read(loop: DecodeLoop, params: Any, state: Any) -> Any:
     """The drafter's states with the text read."""
-    return loop.drafter.extend(params["drafters"], state.drafts, loop.context(state, None))
+    return loop.drafter.extend(params["drafters"], state.drafts, loop.context(state))
 
 
 def _rounds_for(seconds: float) -> int:
@@ -195,7 +195,7 @@ def _drafts_only(loop: DecodeLoop, params: Any, between: Any, state: Any, rounds
         # As if the target had read the text: a drafter may ask how far behind it is.
         cache = target.rollback(state.view.cache, length - 1)
         now = state.replace(text=Text(text.tokens, length), view=state.view.replace(cache=cache))
-        ctx = loop.context(now, loop.noise(now))
+        ctx = loop.context(now)
         draft, drafts = drafter.draft(params, drafts, ctx)
         one = jnp.ones_like(length)
         drafts = drafter.commit(drafts, accepted_prefix(length, one, drafter.info.depth))

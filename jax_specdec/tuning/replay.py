@@ -80,7 +80,6 @@ def record(
     @jax.jit
     def run(params: Any, view: TargetView, tokens, starts):
         place = jnp.arange(depth, dtype=jnp.int32)[None]
-        greedy = jnp.zeros((batch, depth + 1, tapped.vocab_size), jnp.float32)
         path = jnp.broadcast_to(jnp.arange(depth + 1, dtype=jnp.int32)[None], (batch, depth + 1))
 
         def step(carry, _):
@@ -89,7 +88,7 @@ def record(
                 Text(tokens, length),
                 tapped.rollback(view, length - 1),
                 sampling,
-                greedy,
+                tapped.vocab_size,
                 return_top=True,
             )
             draft, states = inner.draft(params, states, ctx)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jax_specdec
@@ -77,7 +76,7 @@ class CostTables:
         self._file: tuple[Path, dict[str, Any]] | None = None
         self._computed = isinstance(given, str) and given == COMPUTED
         if isinstance(given, RoundCosts):
-            self._given = _as_arrays(given)
+            self._given = given.as_arrays()
             loop.check_costs(self._given)
         elif given is not None and not self._computed:
             if not isinstance(given, (str, os.PathLike)) or not os.fspath(given):
@@ -147,15 +146,6 @@ class CostTables:
                 f"The costs in {shown(file)} were measured for {what}: leave them out to measure what is used here."
             )
         _costs(self._loop, table, file)
-
-
-def _as_arrays(costs: RoundCosts) -> RoundCosts:
-    if hasattr(costs.verify, "shape") and hasattr(costs.draft, "shape"):
-        return costs
-    try:
-        return RoundCosts(*(jnp.asarray(x, jnp.float32) for x in (costs.verify, costs.draft)))
-    except (TypeError, ValueError):
-        raise UserError("The costs of a round are arrays of numbers: see `RoundCosts`.") from None
 
 
 def _said(value: Any) -> str:

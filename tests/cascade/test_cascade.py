@@ -15,7 +15,6 @@ from test_glide import pair
 from jax_specdec import DecodeLoop
 from jax_specdec.core.context import make_context
 from jax_specdec.core.drafter import Drafter
-from jax_specdec.core.prng import shared_noise
 from jax_specdec.drafters.cascade import Cascade, Horizontal
 from jax_specdec.drafters.early_exit import Stop
 from jax_specdec.drafters.glide import GliDeDrafter
@@ -66,9 +65,9 @@ all_laws = jax.jit(jax.nn.softmax)
 def drafted(drafter, alone, params, state, running):
     """A round's draft, and that of a reviewer alone which has just read the text."""
     text, steps = state.text, drafter.info.depth + 1
-    gumbel = shared_noise(state.keys, state.sampling, text.length, steps, h.VOCAB)
     budget = jnp.full_like(text.length, steps)
-    ctx = make_context(text, state.view, state.sampling, gumbel, active=running, budget=budget)
+    fields = {"keys": state.keys, "active": running, "budget": budget}
+    ctx = make_context(text, state.view, state.sampling, h.VOCAB, **fields)
     draft, _ = drafter.draft(params, state.drafts, ctx)
     fresh = alone.init(text.length.shape[0], text.tokens.shape[1])
     fresh = alone.extend(params, fresh, ctx)

@@ -158,7 +158,7 @@ def test_early_exit_with_a_grown_tree_is_refused(rule):
 @functools.partial(jax.jit, static_argnums=0)
 def first_draft(loop, params, tokens, lengths, sampling, ids):
     state = loop.start(params, tokens, lengths, sampling, ids, capacity=48)
-    ctx = loop.context(state, loop.noise(state))
+    ctx = loop.context(state)
     return loop.drafter.draft(params["drafters"], state.drafts, ctx)[0]
 
 

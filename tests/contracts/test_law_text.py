@@ -23,7 +23,7 @@ OFF = np.full((ROWS, 2), -1, np.int32)
 
 
 def decode(loop, params, hot, **fields):
-    fields = {"stop_ids": OFF, "temperature": HEAT if hot else 0.0, "seed": 3, **fields}
+    fields = {"stop_ids": OFF, "temperature": HEAT if hot else 0.0, "seed": 4, **fields}
     return h.decode(loop, params, PROMPTS, h.sampling_of(ROWS, max_new_tokens=NEW, **fields))
 
 

@@ -63,38 +63,35 @@ def test_unpinned_keys_are_found(usual):
 # The tail of the noise
 
 
-def bits_from_keys():
-    """A generator whose bits are its key: word 0 for the first half of what is drawn, then word 1."""
-
-    def random_bits(key, width, shape):
-        assert width == 32
-        words = key if len(shape) == 2 else key[:1]
-        return jnp.broadcast_to(words.reshape(-1, *(1,) * (len(shape) - 1)), shape)
-
-    return extend.define_prng_impl(
-        key_shape=(2,),
-        seed=lambda seed: jnp.stack([seed, seed]).astype(jnp.uint32),
-        split=lambda key, shape: jnp.broadcast_to(key, (*shape, 2)),
-        random_bits=random_bits,
-        fold_in=lambda key, data: key,
-        name="bits from keys",
-        tag="bits",
-    )
+def test_bits_are_threefry():
+    """Those of JAX's own generator."""
+    key = jnp.asarray([5, 0xFFFFFFF7], jnp.uint32)
+    high, low = prng.threefry(key, jnp.zeros((9,), jnp.uint32), jnp.arange(9, dtype=jnp.uint32))
+    with jax.threefry_partitionable(True):
+        want = jax.random.bits(jax.random.wrap_key_data(key, impl="threefry2x32"), (9,))
+    assert (high ^ low == want).all()
+    both = jnp.concatenate([high, low])
+    assert (
+        extend.threefry_2x32(key, jnp.arange(18, dtype=jnp.uint32) % 9 * 0) == both[0]
+    ).sum() <= 9
 
 
 def test_noise_is_gumbel_far_into_the_tail(monkeypatch):
-    """Uniforms of 46 bits are transformed, so that tokens rarer than e^-16 are drawn, as often as they are."""
-    impl = bits_from_keys()
-    monkeypatch.setattr(prng, "IMPL", impl)
-    high = np.asarray([0, 0, 0, 0, 0, 1, 5, 1 << 12, 1 << 20, 1 << 22, (1 << 23) - 1])
-    low = np.asarray([1, 1 << 8, 1 << 16, 1 << 22, (1 << 23) - 1, 0, 77, 9, 12345, 0, 0])
-    keys = jnp.asarray(np.stack([high, low], axis=1).astype(np.uint32) << 9)
-    start = jnp.zeros((len(high),), jnp.int32)
-    noise = np.asarray(prng.position_noise(keys, start, 1, 4))
-    below = high / 2**23 + low / 2**46  # the chance of noise above
-    want = -np.log(-np.log1p(-below))
-    np.testing.assert_allclose(noise, np.broadcast_to(want[:, None, None], noise.shape), rtol=1e-5)
-    assert noise.max() > 31
-    # The negative control: the usual mode ends before e^-16, whatever the bits.
-    largest = jax.random.wrap_key_data(jnp.full((2,), 0xFFFFFFFF, jnp.uint32), impl=impl)
-    assert jax.random.gumbel(largest, (4,), mode="low").max() < 16
+    """Of all 64 bits, so that tokens rarer than e^-16 are drawn, as often as they are."""
+    high = np.asarray([0, 0, 0, 0, 1, 77, 1 << 9, 1 << 21, 1 << 31, (1 << 32) - (1 << 9)])
+    low = np.asarray([1, 1 << 9, 1 << 17, (1 << 32) - 1, 0, 5, 12345, 1 << 31, 9, 0])
+    words = tuple(jnp.asarray(word, jnp.uint32) for word in (high, low))
+    monkeypatch.setattr(prng, "threefry", lambda *args: words)
+    keys, start = jnp.zeros((1, 2), jnp.uint32), jnp.zeros((1,), jnp.int32)
+    noise = np.asarray(prng.position_noise(keys, start, 1, len(high)))[0, 0]
+    above = (high + low / 2**32) / 2**32  # the chance of more noise
+    np.testing.assert_allclose(noise, -np.log(-np.log1p(-above)), rtol=1e-5)
+    assert noise.max() > 44
+    # All zeros and all ones are finite, too.
+    ends = jnp.asarray([0, 0xFFFFFFFF], jnp.uint32)
+    monkeypatch.setattr(prng, "threefry", lambda *args: (ends, ends))
+    noise = np.asarray(prng.position_noise(keys, start, 1, 2))[0, 0]
+    assert 44 < noise[0] < 45 and -3 < noise[1] < -2.5
+    # The negative control: the usual mode ends before e^-16.
+    bits = jnp.uint32(0xFFFFFFFF)
+    assert jax.random.gumbel(jax.random.key(int(bits) % 7), (1 << 20,), mode="low").max() < 16.7

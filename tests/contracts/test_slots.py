@@ -23,7 +23,7 @@ LAWS = {
     "max_new_tokens": [24, 9, 17, 28, 4, 20, 24],
     "temperature": [0.0, 1.0, 0.7, 0.0, 1.3, 1.0, 1.0],
     "top_k": [0, 0, 5, 0, 0, 9, 0],
-    "seed": [1, 2, 3, 4, 5, 6, 7],
+    "seed": [1, 2, 13, 4, 5, 16, 17],
     "own_seed": [False, True, False, True, False, True, True],
 }
 PIECES = [bytes([65 + token]) for token in range(h.VOCAB)]

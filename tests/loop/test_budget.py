@@ -265,7 +265,7 @@ def test_a_model_drafts_as_far_as_it_is_sure():
     """The tokens are those of a whole draft, with the softmax of its scores as their chances, and the loop ends behind them."""
     text, weights = Text(*h.pad(h.prompts_of([9, 9]), 24)), h.weights(h.SMALL, 11)
     drafter = LmDrafter(h.SMALL, 6)
-    ctx = make_context(text, TargetView(None), h.sampling_of(2), jnp.zeros((2, 7, h.VOCAB)))
+    ctx = make_context(text, TargetView(None), h.sampling_of(2), h.VOCAB)
     ctx = ctx.replace(return_chance=True)
 
     @jax.jit
@@ -452,16 +452,6 @@ def test_a_new_request_begins_without_memory():
     assert (after.costs.verify == state.budget.costs.verify).all()
 
 
-def test_noise_of_earlier_rounds_is_not_heard():
-    """What is written in place is of this round down to the depth that is asked for, in rows that sample."""
-    text = Text(jnp.zeros((2, 8), jnp.int32), jnp.ones((2,), jnp.int32))
-    sampling = h.sampling_of(2, temperature=[0.0, 1.0])
-    ctx = make_context(text, TargetView(None), sampling, jnp.ones((2, 4, h.VOCAB)))
-    for depth, want in ((0, [1, 0, 0, 0]), (1, [1, 1, 0, 0]), (9, [1, 1, 1, 1])):
-        noise = rounds._heard(ctx, jnp.int32(depth)).noise
-        assert noise[..., 0].tolist() == [[0, 0, 0, 0], want]
-
-
 @pytest.mark.parametrize("name", ("siblings", "grown"))
 def test_rounds_do_not_depend_on_where_a_run_is_cut(name):
     """Nothing of earlier rounds lies in what a slice begins with or finds."""
@@ -498,6 +488,10 @@ def test_a_pure_function_takes_costs(plain):
     generate = make_generate(h.SMALL, GRAM, max_new_tokens=24, costs=costs_of(loop, 0.2, 0.05))
     tokens, lengths = h.pad(h.prompts_of(RAGGED))
     args = (params_of(), tokens, lengths, h.sampling_of(4, **MIXED), jnp.arange(4))
+    short = RoundCosts([1.0, 2.0], [[0.0, 1.0]])
+    for wrong, said in (({"verify": 1}, "None, not a dict"), (short, "must have the shapes")):
+        with pytest.raises(UserError, match=said):
+            make_generate(h.SMALL, GRAM, max_new_tokens=24, costs=wrong)
     data = jax.export.export(jax.jit(generate))(*args).serialize()
     text, stats = jax.device_get(jax.export.deserialize(data).call(*args))
     for row, want in enumerate(plain.tokens):
