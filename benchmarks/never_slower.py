@@ -48,13 +48,12 @@ def questions(data: Path, count: int) -> dict[str, list[str]]:
 class Ours:
     """One drafter; what it answered last, and how long that took."""
 
-    def __init__(self, target: sd.Target, drafter: Any, tokens: int, until_eos: bool, budget: bool):
+    def __init__(self, target: sd.Target, drafter: Any, options: dict[str, Any], budget: bool):
         self.decoder = sd.SpeculativeDecoder(target, drafter, budget=budget)
-        self.tokens, self.until_eos, self.answers = tokens, until_eos, []
+        self.options, self.answers = options, []
 
     def run(self, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
-        options = {"max_new_tokens": self.tokens, "ignore_eos": not self.until_eos}
-        out = list(self.decoder.generate(prompts, batch_size=len(prompts), **options))
+        out = list(self.decoder.generate(prompts, batch_size=len(prompts), **self.options))
         self.answers = out
         return [answer.token_ids for answer in out], out[0].stats.wall_time_s
 
@@ -85,6 +84,7 @@ def main() -> None:
     parser.add_argument("--draft", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--per-category", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="not of transformers")
     parser.add_argument("--until-eos", action="store_true", help="answers may end by themselves")
     parser.add_argument("--longest", type=int, default=1024, help="prompt tokens kept, the last")
     parser.add_argument("--batch-size", type=int, default=1)
@@ -96,8 +96,9 @@ def main() -> None:
 
     target = sd.load_target(args.model, dtype=args.dtype)
     drafts = dict(item.split("=", 1) for item in args.draft)
-    length = (args.max_new_tokens, args.until_eos)
-    arms: dict[str, Any] = {"plain": Ours(target, None, *length, budget=True)}
+    options = {"max_new_tokens": args.max_new_tokens, "ignore_eos": not args.until_eos}
+    options["temperature"] = args.temperature
+    arms: dict[str, Any] = {"plain": Ours(target, None, options, budget=True)}
     for item in specs.split(args.drafters):
         spec, _, off = item.partition("/")
         wanted = sd.default_spec(target, args.batch_size) if spec == "auto" else spec
@@ -105,7 +106,7 @@ def main() -> None:
         name = (
             f"{'auto: ' if spec == 'auto' else ''}{drafter.spec}{' without budget' if off else ''}"
         )
-        arms[name] = Ours(target, drafter, *length, budget=not off)
+        arms[name] = Ours(target, drafter, options, budget=not off)
     if args.peer:
         eos_ids = list(target.config.eos_ids)
         arms["transformers"] = Peer(args, eos_ids)
@@ -195,6 +196,7 @@ def summary(args: argparse.Namespace, arms: dict[str, Any], rows: list[Any]) -> 
         "batch_size": args.batch_size,
         "answers": sum(len(row["prompt_tokens"]) for row in rows),
         "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
         "until_eos": args.until_eos,
         "arms": found,
         "rows": rows,

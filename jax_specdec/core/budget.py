@@ -45,7 +45,7 @@ _MEMORY = 0.96
 _PRIOR_WEIGHT, _SOBER, _HOPE = 4.0, 0.5, 0.3
 # By how much a drafter understates its chances, in logits, before anything was seen: a model by 1, since the best token of its
 # distribution is the target's best more often than the target would draw it, a copy by nothing; and how well that is known.
-_UNDERSTATED, _PRIOR_KNOWN, _MOST_SHIFT = 1.0, 2.0, 6.0
+_UNDERSTATED, _PRIOR_KNOWN, _MOST_SHIFT = 1.0, 1.0, 6.0
 # No drafter is surer than that.
 _SURE = 1e-3
 # How many drafts it counts for what is hoped of a model: little, since each draft costs little and says much.
@@ -57,7 +57,7 @@ _LEAST = 1e-3
 # While drafting does not pay, asking again, in whichever way, may take this share of plain decoding's time. After a token
 # that was right the next probe comes sooner by `_SOONER` of the rounds between; the first probes of a drafter that costs
 # a plain round come `_DEAR` times as late as those of one that costs nothing.
-_PROBING, _SOONER, _DEAR = 0.0125, 0.9, 16.0
+_PROBING, _SOONER, _DEAR = 0.0125, 0.9, 8.0
 # A batch asks when so much of it is due: where ended rows are replaced, and where all wait for the last.
 _DUE = (0.5, 0.75)
 _RAREST_PROBE = 64
