@@ -327,7 +327,8 @@ def test_chi_square_finds_a_wrong_sampler(monkeypatch):
     """The negative controls: temperature left out, one key for all positions, tokens shifted."""
     right = prng.position_noise
 
-    def frozen(keys, start, depth, vocab, role=prng.ROLE_MATCH):
+    def frozen(keys, start, depth, vocab, role=prng.ROLE_MATCH, words=None):
+        assert words is None
         return right(keys, jnp.zeros_like(start), 1, vocab, role).repeat(depth, axis=1)
 
     with monkeypatch.context() as patch:

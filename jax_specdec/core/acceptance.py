@@ -48,8 +48,8 @@ class Acceptance(Protocol):
 
     Attributes:
       name: what `--rule` calls it. exact: whether the text is distributed as the target's own.
-      coupled: whether every emitted token is the argmax of the target's scores + the shared noise, so that
-        the text is plain decoding's with the same seed.
+      coupled: whether every emitted token is the argmax of the target's scores + the shared noise
+        (`Context.node_noise`), so that the text is plain decoding's with the same seed.
       needs_q: whether drafts must come with the distribution they were drawn from. Drafting then uses other
         noise than the target.
     """

@@ -440,7 +440,7 @@ def begun(loop):
 def test_a_new_request_begins_without_memory():
     loop = loop_of(LM)
     params, (tokens, lengths, sampling, ids), state = begun(loop)
-    state = h.run(loop, params, state, 3)
+    state = h.run(loop, params, state, 6)
     one = jax.tree.map(lambda x: x[1:2] if x.ndim and len(x) == 4 else x, sampling)
     insert = jax.jit(loop.insert)
     after = insert(params, state, jnp.int32(2), tokens[1:2], lengths[1:2], one, ids[1:2]).budget
@@ -489,9 +489,8 @@ def test_a_pure_function_takes_costs(plain):
     tokens, lengths = h.pad(h.prompts_of(RAGGED))
     args = (params_of(), tokens, lengths, h.sampling_of(4, **MIXED), jnp.arange(4))
     short = RoundCosts([1.0, 2.0], [[0.0, 1.0]])
-    for wrong, said in (({"verify": 1}, "None, not a dict"), (short, "must have the shapes")):
-        with pytest.raises(UserError, match=said):
-            make_generate(h.SMALL, GRAM, max_new_tokens=24, costs=wrong)
+    with pytest.raises(UserError, match="must have the shapes"):
+        make_generate(h.SMALL, GRAM, max_new_tokens=24, costs=short)
     data = jax.export.export(jax.jit(generate))(*args).serialize()
     text, stats = jax.device_get(jax.export.deserialize(data).call(*args))
     for row, want in enumerate(plain.tokens):
