@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--draft", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--per-category", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="not of transformers")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of our arms")
     parser.add_argument("--until-eos", action="store_true", help="answers may end by themselves")
     parser.add_argument("--longest", type=int, default=1024, help="prompt tokens kept, the last")
     parser.add_argument("--batch-size", type=int, default=1)
@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
+    if args.peer and args.temperature:
+        parser.error("transformers' arms are greedy: leave out --peer or --temperature")
 
     target = sd.load_target(args.model, dtype=args.dtype)
     drafts = dict(item.split("=", 1) for item in args.draft)

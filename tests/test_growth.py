@@ -216,7 +216,7 @@ class Markov(NeuralDrafter):
 
 @pytest.mark.parametrize("rule", [DynamicTree(6, 2), BeamSearch(7)], ids=["tree", "beam"])
 @pytest.mark.parametrize("kind", ["dense", "both with zeros"])
-def test_rejection_with_a_grown_tree_is_exact(rule, kind, monkeypatch):
+def test_rejection_with_a_grown_tree_is_exact(rule, kind):
     """Whole paths enumerated in float64: the drafter is certain of its chain, what is beside it is
     matched with the residual's draw, and what is below that is never accepted.
     """
@@ -225,7 +225,6 @@ def test_rejection_with_a_grown_tree_is_exact(rule, kind, monkeypatch):
     drafter = Expand(Markov(depth), rule)
     text = Text(jnp.zeros((1, 9), jnp.int32), jnp.full((1,), 5, jnp.int32))
     sampling = h.sampling_of(1, temperature=1.0)
-    monkeypatch.setattr(prng, "position_noise", lambda *args: jnp.float32(0))
     ctx = make_context(text, TargetView(None), sampling, vocab, return_q=True)
     params = {"markov": jnp.asarray(table)}
     draft = drafter.draft(params, drafter.init(1, 16), ctx)[0]

@@ -165,6 +165,29 @@ def test_noise_is_a_function_of_key_role_and_position():
     np.testing.assert_array_equal(one[0], noise[1])
     flat = [prng.position_noise(keys[:1], start[:1], 6, 8, role).ravel() for role in range(5)]
     assert len(np.unique(np.concatenate(flat))) == 5 * 48
+    # Nor does it matter of how many tokens it is made, or of which.
+    wide = prng.position_noise(keys, start, 6, 1001)
+    np.testing.assert_array_equal(wide[..., :8], noise)
+    words = jnp.asarray([999, 0, 7, 500, 13], jnp.int32)
+    some = prng.position_noise(keys, start, 6, 1001, words=words)
+    np.testing.assert_array_equal(some, wide[..., words])
+
+
+def test_the_law_of_the_noise():
+    """Kolmogorov and Smirnov's distance from Gumbel's law, and of uniforms from theirs; neighbours are not related."""
+    keys, start = jnp.asarray([[1, 2], [3, 4]], jnp.uint32), jnp.asarray([0, 70], jnp.int32)
+    noise = np.asarray(prng.position_noise(keys, start, 64, 4099), np.float64)
+    uniform = np.asarray(prng.position_uniform(keys, start, 50_000, prng.ROLE_ACCEPT), np.float64)
+    for values in (np.exp(-np.exp(-noise)), uniform):
+        flat = np.sort(values.ravel())
+        distance = np.abs(flat - (np.arange(flat.size) + 0.5) / flat.size).max()
+        assert distance * np.sqrt(flat.size) < 1.63  # of one sample in a hundred
+        for axis in range(values.ndim):
+            lagged = np.corrcoef(
+                np.take(values, range(values.shape[axis] - 1), axis).ravel(),
+                np.take(values, range(1, values.shape[axis]), axis).ravel(),
+            )[0, 1]
+            assert abs(lagged) < 5 / np.sqrt(values.size / 2)
 
 
 def test_noise_is_zero_for_greedy_rows_only():

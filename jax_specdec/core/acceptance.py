@@ -75,17 +75,6 @@ class Acceptance(Protocol):
         ...
 
 
-def node_noise(ctx: Context, draft: Draft) -> Float[Array, "B T V"]:
-    """The shared noise of each node's own token, by the node's depth."""
-    nodes = draft.tokens.shape[1]
-    depths = min(nodes, draft.depth_limit + 1)
-    noise = ctx.noise(depths=depths)
-    if draft.is_chain:
-        return noise
-    depth = jnp.broadcast_to(draft.depths(), draft.tokens.shape)
-    return jnp.take_along_axis(noise, jnp.minimum(depth, depths - 1)[..., None], axis=1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Match:
     """Sample-then-match, see `match`."""
@@ -95,7 +84,7 @@ class Match:
     needs_q = False
 
     def __call__(self, ctx, draft, scores):
-        return match(draft, ctx.argmax(scores + ctx.node_noise))
+        return match(draft, ctx.argmax(_heard(ctx, scores)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +142,7 @@ class LossyTypical:
             raise UserError(f"The delta of lossy-typical must be above 0, got {self.delta}.")
 
     def __call__(self, ctx, draft, scores):
-        token = ctx.argmax(scores + ctx.node_noise)
+        token = ctx.argmax(_heard(ctx, scores))
         return lossy_typical(draft, distribution(scores, ctx.law.sampling), token, self)
 
 
@@ -175,6 +164,11 @@ class Unverified:
         tokens = jnp.concatenate([draft.tokens[:, 1:], draft.tokens[:, -1:]], axis=1)
         path = jnp.broadcast_to(path, tokens.shape)
         return Verification(jnp.maximum(proposed - 1, 0), path, tokens)
+
+
+def _heard(ctx: Context, scores: Float[Array, "B T V"]) -> Float[Array, "B T V"]:
+    assert ctx.node_noise is not None, "the loop says what noise a rule hears"
+    return scores + ctx.node_noise
 
 
 MATCH = Match()

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_specdec._types import Array, Float, Int
-from jax_specdec.core.context import Context, Proposal, tokens_of
+from jax_specdec.core.context import Context, tokens_of
 from jax_specdec.core.draft import TOP
 from jax_specdec.core.numerics import NEG_INF, largest
 from jax_specdec.core.sampling import Sampling, distribution
@@ -14,13 +14,13 @@ def chain_fields(
     scores: Float[Array, "B P V"],
     tokens: Int[Array, "B P"],
     ctx: Context,
-    proposal: Proposal,
     words: Int[Array, " R"] | None = None,
 ) -> dict[str, Array]:
     """The fields of a chain's `Draft` that the context asks for.
 
     Args:
-      scores: those of the law at each depth. tokens: what was drafted from them, by column.
+      scores: at each depth, those whose best the token is, of `Context.perturbed`; those of the law alone where the draft
+        must hand over its distribution. tokens: what was drafted, by column.
       words: the token of each column, where that is not its number (`Context.may_score_some`).
 
     Children are ranked by what the token was chosen by. Under the match rule that is scores + noise:
@@ -40,8 +40,6 @@ def chain_fields(
     if ctx.return_q:
         fields["q"] = distribution(scores, sampling)
     if ctx.return_top or ctx.return_chance:
-        if not ctx.return_q:
-            scores = ctx.perturbed(scores, 0, proposal, scores.shape[1], words)
         if not ctx.return_top:
             chosen = jnp.take_along_axis(scores, tokens[..., None], axis=-1)
             return fields | {"probability": confidences(scores, chosen, sampling)[..., 0]}

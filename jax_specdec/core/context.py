@@ -14,7 +14,7 @@ from jax_specdec.core.law import Law
 from jax_specdec.core.model import Model, Output, tap_shapes
 from jax_specdec.core.numerics import argmax
 from jax_specdec.core.sampling import Sampling
-from jax_specdec.core.sharding import Sharding
+from jax_specdec.core.sharding import Sharding, constrain
 from jax_specdec.errors import UserError
 from pallas_kernels import write_rows
 
@@ -133,8 +133,9 @@ class Context(flax.struct.PyTreeNode):
       return_top: static; a drafter with a distribution must report its probability of every node and the
         best children. They cost passes over the vocabulary, so only their readers ask for them.
       sharding: static; the target's, whose scores lie over its vocabulary, None on one device.
-      vocab_size: static, V. role: static, which noise: under the rejection rule drafts have another one than the target.
-      node_noise: `float32[B, T, V]`, for a rule of acceptance: the shared noise of the token behind each node. None in drafting.
+      vocab_size: static, V. role: static, which noise: `prng.ROLE_MATCH`, or `ROLE_DRAFT` where the rule has draws of its own.
+      node_noise: `float32[B, T, V]`, for a rule of acceptance: the shared noise of the target's token behind each node. None while
+        drafting, and where the rule needs the drafts' distribution: what they were drawn with must not decide.
     """
 
     text: Text
@@ -190,7 +191,7 @@ class Context(flax.struct.PyTreeNode):
 
         Args:
           depths: 1 for tokens of one depth, T for those of T depths from `depth` on.
-          words: the token of each column, `[B, T, R]`, where they are not all V (`may_score_some`).
+          words: the token of each of R columns, where `scores` are not of all V (`may_score_some`).
         """
         if proposal == "greedy" and not self.return_q:
             return scores
@@ -204,12 +205,15 @@ class Context(flax.struct.PyTreeNode):
         It is a function of row, position and token, and made where it is wanted: nobody keeps it.
 
         Args:
-          depth: the first of `depths`; that of `text.length + depth`, the position of the token to which it is added.
+          depth: `[b, i]` is for the scores of the token at position `text.length[b] + depth + i`. depths: P.
           words: the tokens it is wanted of, in place of all V.
         """
         start, sampling = self.text.length + depth, self.law.sampling
-        return prng.shared_noise(
+        noise = prng.shared_noise(
             self.keys, sampling, start, depths, self.vocab_size, self.role, words
+        )
+        return (
+            noise if words is not None else constrain(self.sharding, noise, "batch", None, "vocab")
         )
 
     def argmax(self, scores: Float[Array, "B T V"]) -> Int[Array, "B T"]:

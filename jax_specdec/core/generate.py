@@ -55,8 +55,8 @@ def make_generate(
     if costs is not None:
         if not isinstance(costs, RoundCosts):
             raise UserError(f"costs are `RoundCosts` or None, not {a_kind(costs)}.")
-        loop, costs = loop.budgeted(), costs.as_arrays()
-        loop.check_costs(costs)
+        loop = loop.budgeted()
+        costs = loop.check_costs(costs)
 
     def generate(
         params: Params,

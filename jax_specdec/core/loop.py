@@ -88,13 +88,15 @@ class DecodeLoop:
         alike = [way.info.depth for way in getattr(self.drafter, "alternatives", ())]
         return RoundCosts.unknown(*self._costs, alike)
 
-    def check_costs(self, costs: RoundCosts) -> None:
-        """Raises `UserError` for costs that are not this loop's."""
+    def check_costs(self, costs: RoundCosts) -> RoundCosts:
+        """The costs as arrays; raises `UserError` for those that are not this loop's."""
         if len(self.widths) < 2:
             raise UserError(
                 "All rounds of this decoder are alike, and there is nothing to choose by costs."
             )
+        costs = costs.as_arrays()
         costs.check(*self._costs)
+        return costs
 
     @property
     def _costs(self) -> tuple[int, int, int]:
@@ -201,7 +203,7 @@ class DecodeLoop:
         info, budget = self.drafter.info, None
         costs = self.unknown_costs() if costs is None else costs
         if costs is not None:
-            self.check_costs(costs)
+            costs = self.check_costs(costs)
             budget = Budget.empty(costs, batch)
         state = LoopState(
             text=text,

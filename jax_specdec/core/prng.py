@@ -1,7 +1,5 @@
 """PRNG keys of rows and positions, and the noise that drafting and verification share."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,8 +7,8 @@ from jax import lax
 from jax_specdec._types import Array, Float, Int, UInt
 from jax_specdec.core.sampling import Sampling
 
-# Named everywhere: the default generator may be another one. With rbg, usual on TPU, draws under vmap
-# depend on the batch, and texts would differ from plain decoding's.
+# Keys are of this generator everywhere, whatever the default is, and all bits are made by `threefry`: those of others depend
+# on the batch under vmap (rbg, usual on TPU), and texts would differ from plain decoding's.
 IMPL = "threefry2x32"
 
 # Roles of random bits (rejection rule). Each has a key of its own: one uniform for both drafting and
@@ -32,30 +30,49 @@ def row_keys(sampling: Sampling, request_ids: Int[Array, " B"]) -> UInt[Array, "
 def position_noise(
     keys: UInt[Array, "B 2"],
     start: Int[Array, " B"],
-    depth: int,
+    positions: int,
     vocab: int,
     role: int = ROLE_MATCH,
     words: Int[Array, " R"] | None = None,
 ) -> Float[Array, "B P V"]:
-    """Gumbel noise of the `depth` positions from `start[b]` on; a function of (key, role, position, token).
+    """Gumbel noise of some positions, from `start[b]` on; a function of (key, role, position, token).
 
     Args:
       words: the tokens that it is wanted of, in place of all V.
     """
     tokens = jnp.arange(vocab, dtype=jnp.uint32) if words is None else words.astype(jnp.uint32)
-    return _by_position(lambda key: _gumbel(key, tokens), keys, start, depth, role)
-
-
-def _gumbel(key: Array, tokens: UInt[Array, " R"]) -> Float[Array, " R"]:
-    """One draw for each token, from 64 bits: with 32, no token rarer than e^-16 would be drawn as often as it should."""
-    words = jax.random.key_data(key)
-    high, low = (
-        word.astype(jnp.float32) for word in threefry(words, jnp.zeros_like(tokens), tokens)
-    )
-    above = (high + low * jnp.float32(2**-32)) * jnp.float32(2**-32)
-    # The chance of more noise than this, in (0, 1).
-    above = jnp.clip(above, jnp.float32(2**-64), jnp.float32(1 - 2**-24))
+    # The chance of more noise than this.
+    above = _uniforms(keys, start, positions, role, tokens)
     return -jnp.log(-jnp.log1p(-above))
+
+
+def position_uniform(
+    keys: UInt[Array, "B 2"], start: Int[Array, " B"], positions: int, role: int
+) -> Float[Array, "B P"]:
+    """Uniforms in (0, 1) of some positions, from `start[b]` on."""
+    return _uniforms(keys, start, positions, role, jnp.zeros((1,), jnp.uint32))[..., 0]
+
+
+def _uniforms(
+    keys: UInt[Array, "B 2"],
+    start: Int[Array, " B"],
+    positions: int,
+    role: int,
+    counters: UInt[Array, " R"],
+) -> Float[Array, "B P R"]:
+    """Uniforms in (0, 1), each of 64 bits: those near 0 decide what is rare, down to e^-44. JAX's have 23."""
+
+    def draw(key_data: Array, position: Array) -> tuple[Array, Array]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(key_data, impl=IMPL), role)
+        key = jax.random.key_data(jax.random.fold_in(key, position))
+        return threefry(key, jnp.zeros_like(counters), counters)
+
+    places = start[:, None] + jnp.arange(positions, dtype=jnp.int32)[None]
+    words = jax.vmap(jax.vmap(draw, in_axes=(None, 0)))(keys, places)
+    high, low = (word.astype(jnp.float32) for word in words)
+    # In this order nothing is rounded but the sum.
+    uniform = (high + low * jnp.float32(2**-32)) * jnp.float32(2**-32)
+    return jnp.clip(uniform, jnp.float32(2**-64), jnp.float32(1 - 2**-24))
 
 
 def threefry(
@@ -65,6 +82,7 @@ def threefry(
 
     JAX's own makes its rounds a loop on CPU, which keeps it apart from what is made of the bits: twice the time.
     """
+    assert key.shape == (2,), "the key of another generator"
     rotations = ((13, 15, 26, 6), (17, 29, 16, 24))
     schedule = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
     high, low = high + schedule[0], low + schedule[1]
@@ -77,35 +95,11 @@ def threefry(
     return high, low
 
 
-def position_uniform(
-    keys: UInt[Array, "B 2"], start: Int[Array, " B"], depth: int, role: int
-) -> Float[Array, "B P"]:
-    """Uniforms in [0, 1) of the `depth` positions from `start[b]` on."""
-
-    return _by_position(
-        lambda key: jax.random.uniform(key, (), jnp.float32), keys, start, depth, role
-    )
-
-
-def _by_position(
-    draw: Callable[[Array], Array], keys: UInt[Array, "B 2"], start: Int[Array, " B"], depth, role
-) -> Array:
-    """`draw` with the key of each of the `depth` positions from `start[b]` on."""
-
-    def one(key_data, position):
-        key = jax.random.fold_in(jax.random.wrap_key_data(key_data, impl=IMPL), role)
-        return draw(jax.random.fold_in(key, position))
-
-    positions = start[:, None] + jnp.arange(depth, dtype=jnp.int32)[None]
-    with jax.threefry_partitionable(True):  # the same bits whatever the process is set to
-        return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(keys, positions)
-
-
 def shared_noise(
     keys: UInt[Array, "B 2"],
     sampling: Sampling,
     start: Int[Array, " B"],
-    depth: int,
+    positions: int,
     vocab: int,
     role: int = ROLE_MATCH,
     words: Int[Array, " R"] | None = None,
@@ -114,11 +108,11 @@ def shared_noise(
     hot = sampling.temperature > 0
 
     def draw() -> Array:
-        noise = position_noise(keys, start, depth, vocab, role, words)
+        noise = position_noise(keys, start, positions, vocab, role, words)
         return jnp.where(hot[:, None, None], noise, jnp.float32(0))
 
     def zero() -> Array:
         tokens = vocab if words is None else words.shape[0]
-        return jnp.zeros((keys.shape[0], depth, tokens), jnp.float32)
+        return jnp.zeros((keys.shape[0], positions, tokens), jnp.float32)
 
     return lax.cond(jnp.any(hot), draw, zero)

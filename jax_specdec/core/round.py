@@ -210,7 +210,8 @@ def _verify(
         out = loop.tapped.apply(params, part.tokens, positions, view, part.ancestors)
         assert out.logits is not None
         scores = ctx.scores(out.logits, part.tokens[:, 1:], part.on_path())
-        ctx = ctx.replace(node_noise=acceptance.node_noise(ctx, part))
+        # Where a rule has draws of its own, drafts have this noise.
+        ctx = ctx.replace(node_noise=None if loop.rule.needs_q else node_noise(ctx, part))
         found = loop.rule(ctx, part, scores)
     margin, sound = _examine(loop.rule, ctx, scores, loop.margins)
 
@@ -239,6 +240,17 @@ def _verify(
         logprobs=None if said is None else _padded(said, window),
         margins=None if margin is None else _padded(margin, window),
     )
+
+
+def node_noise(ctx: Context, draft: Draft) -> Float[Array, "B T V"]:
+    """The shared noise of the target's token behind each node, by the node's depth."""
+    nodes = draft.tokens.shape[1]
+    if draft.is_chain:
+        return ctx.noise(depths=nodes)
+    depths = min(nodes, draft.depth_limit + 1)
+    depth = jnp.broadcast_to(draft.depths(), draft.tokens.shape)
+    depth = jnp.minimum(depth, depths - 1)  # of nodes that are not valid
+    return jnp.take_along_axis(ctx.noise(depths=depths), depth[..., None], axis=1)
 
 
 def _logprobs(

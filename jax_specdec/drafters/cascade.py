@@ -309,8 +309,7 @@ class Cascade(Composed):
         count = jnp.sum(valid, axis=1, dtype=jnp.int32)
         logits, states = self.verifier.verify(params, states, ctx, drafted, count)
         raw = ctx.scores(logits, drafted, on_chain(depth))
-        proposal = self.verifier.proposal
-        scores = own_ctx.perturbed(raw, 0, proposal, depth)
+        scores = own_ctx.perturbed(raw, 0, self.verifier.proposal, depth)
         own = ctx.argmax(scores)
         agree = drafted == own[:, :-1]
         if lenient:
@@ -331,7 +330,7 @@ class Cascade(Composed):
         tokens = jnp.where(before, jnp.pad(drafted, end), own)
         fields: dict[str, Array] = {}
         if ctx.return_top:
-            fields = chain_fields(raw, tokens, own_ctx, proposal)
+            fields = chain_fields(scores, tokens, own_ctx)
             # Behind its own token the verifier has read tokens that it rejected.
             rows = jnp.pad(real, end)[..., None]
             fields["top_probs"] = jnp.where(rows, fields["top_probs"], 0)

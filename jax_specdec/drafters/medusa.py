@@ -106,20 +106,21 @@ class MedusaDrafter(StatelessDrafter):
             scores = ctx.scores(logits)
             chosen = ctx.perturbed(scores, 0, self.proposal, self.length, words)
             choice = ctx.argmax(chosen)
-        fields = chain_fields(scores, choice, ctx, self.proposal, words)
+            scores = scores if ctx.return_q else chosen
+        fields = chain_fields(scores, choice, ctx, words)
         return chain(ctx.text, tokens_of(choice, words), **fields), states
 
     def _one_by_one(
         self, logits: Float[Array, "B P V"], ctx: Context
     ) -> tuple[Float[Array, "B P V"], Int[Array, "B P"]]:
-        """Scores and tokens, each with those before it in its history."""
+        """Scores as `chain_fields` takes them and tokens, each with those before it in its history."""
         scores, tokens = [], jnp.zeros((logits.shape[0], self.length), jnp.int32)
         line = jnp.arange(self.length, dtype=jnp.int32)[None, None]
         for depth in range(self.length):
             here = ctx.scores(logits[:, depth : depth + 1], tokens, line < depth)
-            token = ctx.argmax(ctx.perturbed(here, depth, self.proposal))
-            tokens = tokens.at[:, depth].set(token[:, 0])
-            scores.append(here)
+            chosen = ctx.perturbed(here, depth, self.proposal)
+            tokens = tokens.at[:, depth].set(ctx.argmax(chosen)[:, 0])
+            scores.append(here if ctx.return_q else chosen)
         return jnp.concatenate(scores, axis=1), tokens
 
 

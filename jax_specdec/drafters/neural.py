@@ -192,7 +192,7 @@ class NeuralDrafter:
             choice = ctx.argmax(chosen)
             item = {"choice": choice[:, 0], "valid": going}
             if described:
-                item["scores"] = scores[:, 0]
+                item["scores"] = (scores if ctx.return_q else chosen)[:, 0]
             if ctx.return_chance:
                 most = jnp.max(chosen, axis=-1, keepdims=True)
                 item["chance"] = confidences(chosen, most, ctx.law.sampling)[:, 0, 0]
@@ -233,7 +233,7 @@ class NeuralDrafter:
         choice, fields = items["choice"], {}
         tokens = tokens_of(choice, words)
         if described:
-            fields = chain_fields(items["scores"], choice, ctx, self.proposal, words)
+            fields = chain_fields(items["scores"], choice, ctx, words)
         if ctx.return_chance and not described:
             fields["probability"] = items["chance"]
         fields["valid"] = line[None] < jnp.minimum(most, ctx.budget[:, None])

@@ -207,10 +207,11 @@ def train_vocabulary(
     if all(int(token) in empty for text in documents for token in text):
         raise UserError("The data has no token to count.")
     ids = draft_vocabulary.most_frequent(documents, size, config.vocab_size, ends)
-    seen = {int(token) for text in documents for token in np.unique(np.asarray(text))} | ends
-    if len(seen) < size and told():
+    seen = {int(token) for text in documents for token in np.unique(np.asarray(text))}
+    missing = size - len(seen | ends)
+    if missing > 0 and told():
         say(
-            f"The data has {len(seen)} different tokens: the other {size - len(seen)} of the draft vocabulary are the "
+            f"The data has {len(seen)} different tokens: {missing} of the draft vocabulary are none of them, but the "
             "first ones of the tokenizer."
         )
     known = np.zeros(config.vocab_size, bool)

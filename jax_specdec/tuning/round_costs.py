@@ -76,8 +76,7 @@ class CostTables:
         self._file: tuple[Path, dict[str, Any]] | None = None
         self._computed = isinstance(given, str) and given == COMPUTED
         if isinstance(given, RoundCosts):
-            self._given = given.as_arrays()
-            loop.check_costs(self._given)
+            self._given = loop.check_costs(given)
         elif given is not None and not self._computed:
             if not isinstance(given, (str, os.PathLike)) or not os.fspath(given):
                 raise UserError(

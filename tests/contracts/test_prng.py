@@ -48,7 +48,8 @@ def test_texts_are_the_same_under_other_settings(name, value, usual):
 
 
 def test_unpinned_keys_are_found(usual):
-    """The negative control: keys of another default would give other texts, and so would other bits."""
+    """The negative control: keys of another default would give other texts, and so would other bits. (Those of
+    "rbg" are two of Threefry's, and refused.)"""
     assert usual["lm"] == usual["medusa"]
     other = elsewhere({}, "unsafe_rbg")
     assert all(a != b for a, b in zip(other["lm"], usual["lm"], strict=True))

@@ -69,8 +69,9 @@ class TapDrafter:
         here = jnp.concatenate([hidden, root], axis=-1)
         logits = jnp.einsum("bte,pef,vf->bpv", here, weights, embed)
         scores = ctx.scores(logits)
-        tokens = argmax(ctx.perturbed(scores, 0, "matched", self.length))
-        return chain(ctx.text, tokens, **chain_fields(scores, tokens, ctx, "matched")), states
+        chosen = ctx.perturbed(scores, 0, "matched", self.length)
+        tokens, scores = argmax(chosen), scores if ctx.return_q else chosen
+        return chain(ctx.text, tokens, **chain_fields(scores, tokens, ctx)), states
 
     def commit(self, states, outcome):
         seen, length = states[self.name]
