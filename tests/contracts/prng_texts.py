@@ -1,10 +1,6 @@
-"""Prints texts of tiny models as JSON: a program for other settings of JAX's random numbers.
-
-An argument replaces the generator that keys are pinned to.
-"""
+"""Prints texts of tiny models as JSON: a program for other settings of JAX's random numbers."""
 
 import json
-import sys
 
 import helpers as h
 import jax
@@ -12,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_specdec import DecodeLoop
-from jax_specdec.core import prng
 from jax_specdec.drafters.lm import LmDrafter
 from jax_specdec.drafters.medusa import MedusaDrafter
 from jax_specdec.models.medusa import Medusa, MedusaConfig
@@ -49,5 +44,4 @@ def texts() -> dict[str, list[list[int]]]:
 
 
 if __name__ == "__main__":
-    prng.IMPL = (*sys.argv[1:], prng.IMPL)[0]
     print(json.dumps(texts()))
