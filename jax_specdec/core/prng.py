@@ -70,7 +70,7 @@ def _uniforms(
     places = start[:, None] + jnp.arange(positions, dtype=jnp.int32)[None]
     words = jax.vmap(jax.vmap(draw, in_axes=(None, 0)))(keys, places)
     high, low = (word.astype(jnp.float32) for word in words)
-    # In this order nothing is rounded but the sum.
+    # Both products are exact, so that it does not matter what a compiler contracts.
     uniform = (high + low * jnp.float32(2**-32)) * jnp.float32(2**-32)
     return jnp.clip(uniform, jnp.float32(2**-64), jnp.float32(1 - 2**-24))
 

@@ -52,8 +52,15 @@ def test_keys_of_another_generator_are_refused(usual, monkeypatch):
     assert usual["lm"] == usual["medusa"]
     monkeypatch.setattr(prng, "IMPL", "rbg")
     keys, start = jnp.zeros((1, 4), jnp.uint32), jnp.zeros((1,), jnp.int32)
-    with pytest.raises((AssertionError, TypeError)):  # the latter where shapes are checked
+    # The second where shapes are checked.
+    with pytest.raises((AssertionError, TypeError), match=r"another generator|'keys'"):
         prng.position_noise(keys, start, 1, 8)
+    key = jax.random.key(0, impl="threefry2x32")
+    bits = []
+    for partitionable in (False, True):
+        with jax.threefry_partitionable(partitionable):
+            bits.append(jax.random.bits(key, (8,)))
+    assert (bits[0] != bits[1]).any()
 
 
 # The tail of the noise
