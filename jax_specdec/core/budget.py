@@ -50,7 +50,7 @@ _UNDERSTATED, _PRIOR_KNOWN, _MOST_SHIFT = 1.0, 1.0, 6.0
 _SURE = 1e-3
 # How many drafts it counts for what is hoped of a model: little, since each draft costs little and says much.
 _PRIOR_ASKED = 0.5
-# Of a token behind those that were drafted so far: how likely it is to be right, as long as nobody has drafted it.
+# Of a token that nobody has drafted yet, how likely it is to be right, before anything was seen.
 _FURTHER = 0.5
 # No chance is below this: sums of them stay apart in float32, so that at equal costs deeper is better.
 _LEAST = 1e-3
@@ -401,9 +401,12 @@ class Budget(flax.struct.PyTreeNode):
         plain, draft = costs.verify[0], costs.draft[plan.way]
         # Verifying one more costs what a width more does on the whole: which widths there are is a matter of compiling.
         wider = (costs.verify[-1] - plain) / max(1, widths[-1] - 1)
-        least = (jnp.diff(draft) + wider) / (_FURTHER * plain)
-        least = jnp.where(self.forced[1] == FREE, least, -jnp.inf)
         total = jnp.maximum(jnp.sum(worth), jnp.finfo(jnp.float32).tiny)
+        # How likely it is to be right is not known before it is drafted: as likely as others at its depth were.
+        usually = self.acceptance(_FURTHER)[:, plan.way]
+        usually = jnp.maximum(jnp.sum(worth[:, None] * usually, axis=0) / total, _LEAST)
+        least = (jnp.diff(draft) + wider) / (usually * plain)
+        least = jnp.where(self.forced[1] == FREE, least, -jnp.inf)
         return Thrift(worth / total, self.understated(told)[:, plan.way], least)
 
     def _rarest(self) -> Float[Array, " N"]:

@@ -20,10 +20,10 @@ from jax_specdec.core.budget import RoundCosts
 from jax_specdec.core.drafter import ways_of
 from jax_specdec.core.loop import DecodeLoop, LoopState
 
-# Seconds that measuring each kind of round takes, and takes in addition where passes disagree, unless `FEWEST` passes take
-# longer; of one timing, and of one that is short.
-SECONDS, MORE_SECONDS, SLICE, SHORT = 0.5, 0.7, 0.03, 0.003
-FEWEST, USUAL, MOST = 3, 9, 150
+# Seconds that measuring each kind of round takes at most, and takes in addition where passes disagree, unless `FEWEST`
+# passes take longer; of one timing, and of one that is short.
+SECONDS, MORE_SECONDS, SLICE, SHORT = 0.5, 0.7, 0.02, 0.006
+FEWEST, ENOUGH, USUAL, MOST = 3, 7, 9, 150
 FASTEST = 0.03
 # The standard error of a cost up to which it is trusted, and the least that a draft is taken to cost, in plain
 # rounds.
@@ -52,19 +52,19 @@ def measure(loop: DecodeLoop, arrays: Any, begin: Begin, run: Run) -> tuple[Roun
     wider = [(0, 0, index) for index in range(1, len(loop.widths))]
     drafting = [(n, depth, 0) for n, way in enumerate(ways) for depth in depths(way.info.depth)]
     kinds: list[Kind] = [*wider, *drafting]
-    first = [rounds.seconds(kind, 1) for kind in (PLAIN, *kinds)]  # nothing was in any cache
-    times = _Passes(rounds, kinds, _count(SLICE, first[0]))
-    while times.passes < FEWEST or (times.passes < USUAL and times.spent < SECONDS * len(kinds)):
+    for kind in (PLAIN, *kinds):  # nothing was in any cache
+        rounds.seconds(kind, 1)
+    plain = min(rounds.seconds(PLAIN, 2) for _ in range(3))
+    times = _Passes(rounds, kinds, _count(SLICE, plain))
+    while times.goes_on(USUAL, SECONDS) and not (times.passes >= ENOUGH and times.agree):
         times.add()
-    sure = all(map(trusted, times.ratios.values()))
+    sure = times.agree
     if sure:
         one = float(np.quantile(times.plain, 0.25))
         usually = {kind: float(np.median(values)) for kind, values in times.ratios.items()}
     else:
-        times = _Passes(rounds, kinds, _count(SHORT, first[0]))
-        while times.passes < FEWEST or (
-            times.passes < MOST and times.spent < MORE_SECONDS * len(kinds)
-        ):
+        times = _Passes(rounds, kinds, _count(SHORT, plain))
+        while times.goes_on(MOST, MORE_SECONDS):
             times.add()
         one = float(np.quantile(times.plain, FASTEST))
         usually = {kind: times.fastest(kind) for kind in kinds}
@@ -108,6 +108,15 @@ class _Passes:
             self.ratios[kind].append(took / min(before, behind))
             self.spent, before = self.spent + self._each * (took + behind), behind
         self.passes += 1
+
+    def goes_on(self, most: int, seconds: float) -> bool:
+        """Whether there are fewer than so many passes, and less than so many seconds of each kind."""
+        return self.passes < FEWEST or (self.passes < most and self.spent < seconds * len(self.of))
+
+    @property
+    def agree(self) -> bool:
+        """Whether each kind's cost is known well enough."""
+        return all(map(trusted, self.ratios.values()))
 
     @property
     def plain(self) -> list[float]:
@@ -199,7 +208,8 @@ class _Rounds:
         self._idle.append(idle)
         self._state, took = self._timed(state, count)
         self._left -= count + behind
-        return max(took - float(np.median(self._idle)), 0.1 * took) / count
+        # Of the fastest calls, since a short timing may be of one: with a slow call's taken off rounds would look too short.
+        return max(took - float(np.quantile(self._idle, FASTEST)), 0.1 * took) / count
 
     def _timed(self, state: LoopState, count: int) -> tuple[LoopState, float]:
         rounds = jnp.int32(count)

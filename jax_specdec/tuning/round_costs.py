@@ -34,7 +34,7 @@ from pallas_kernels import tuning
 
 COMPUTED = "computed"
 # Of how rounds are timed: what was timed otherwise is not used.
-TIMING = 2
+TIMING = 3
 # How long what a busy machine measured is used: runs in between are alike, and none waits for it again.
 UNSURE_SECONDS = 3600.0
 # What a table that is given must agree on, and how another one is called; a kept one must agree on everything.

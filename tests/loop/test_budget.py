@@ -247,12 +247,17 @@ def test_a_draft_ends_where_more_would_not_pay():
         worth, chance = rng.uniform(0.1, 1, rows), rng.uniform(0.3, 1, (rows, depth))
         args = (jnp.asarray(worth, jnp.float32), Plan(jnp.int32(0), jnp.int32(depth)), widths)
         state = state.replace(shift=jnp.asarray(rng.normal(size=(rows, 1)), jnp.float32))
+        tries = rng.uniform(0, 20, (rows, 1, depth)).astype(np.float32)
+        hits = tries * rng.uniform(size=tries.shape).astype(np.float32)
+        state = state.replace(hits=jnp.asarray(hits), tries=jnp.asarray(tries))
+        usual = np.asarray(state.acceptance(policy._FURTHER))[:, 0]
+        usual = (worth[:, None] * usual).sum(0) / worth.sum()
         thrift = state.thrift(*args, ("after",))
         true = believed(chance, np.asarray(state.shift)[:, 0] + policy._UNDERSTATED)
         drafted, reach = 1, true[:, 0].copy()
         while drafted < depth:
             cost = (c[drafted + 1] - c[drafted] + (v[-1] - v[0]) / (widths[-1] - 1)) / v[0]
-            if (worth * reach).sum() / worth.sum() * policy._FURTHER < cost:
+            if (worth * reach).sum() / worth.sum() * usual[drafted] < cost:
                 break
             reach *= true[:, drafted]
             drafted += 1
