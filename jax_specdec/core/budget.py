@@ -401,13 +401,13 @@ class Budget(flax.struct.PyTreeNode):
         plain, draft = costs.verify[0], costs.draft[plan.way]
         # Verifying one more costs what a width more does on the whole: which widths there are is a matter of compiling.
         wider = (costs.verify[-1] - plain) / max(1, widths[-1] - 1)
-        total = jnp.maximum(jnp.sum(worth), jnp.finfo(jnp.float32).tiny)
+        share = worth / jnp.maximum(jnp.sum(worth), jnp.finfo(jnp.float32).tiny)
         # How likely it is to be right is not known before it is drafted: as likely as others at its depth were.
-        usually = self.acceptance(_FURTHER)[:, plan.way]
-        usually = jnp.maximum(jnp.sum(worth[:, None] * usually, axis=0) / total, _LEAST)
+        usually = jnp.sum(share[:, None] * self.acceptance(_FURTHER)[:, plan.way], axis=0)
+        usually = jnp.maximum(usually, _LEAST)
         least = (jnp.diff(draft) + wider) / (usually * plain)
         least = jnp.where(self.forced[1] == FREE, least, -jnp.inf)
-        return Thrift(worth / total, self.understated(told)[:, plan.way], least)
+        return Thrift(share, self.understated(told)[:, plan.way], least)
 
     def _rarest(self) -> Float[Array, " N"]:
         """Rounds between probes of each way that nothing speaks for."""

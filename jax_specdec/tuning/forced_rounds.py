@@ -21,7 +21,7 @@ from jax_specdec.core.drafter import ways_of
 from jax_specdec.core.loop import DecodeLoop, LoopState
 
 # Seconds that measuring each kind of round takes at most, and takes in addition where passes disagree, unless `FEWEST`
-# passes take longer; of one timing, and of one that is short.
+# passes take longer; of one timing, and of one that is short. `ENOUGH` passes that agree end it sooner.
 SECONDS, MORE_SECONDS, SLICE, SHORT = 0.5, 0.7, 0.02, 0.006
 FEWEST, ENOUGH, USUAL, MOST = 3, 7, 9, 150
 FASTEST = 0.03
